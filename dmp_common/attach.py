@@ -1,0 +1,327 @@
+"""Attaching a patch to a model with torch hooks, and removing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from dmp_common.bases import Base
+from dmp_common.context import Context, Settings
+from dmp_common.detect import find_denoiser, require_base
+from dmp_common.errors import PatchError
+from dmp_common.patch import Patch
+from dmp_common.schedule import Schedule
+from dmp_common.sites import Argument, Naming, Site, find_module
+from dmp_common.timesteps import frequency_shift
+
+
+def attach(
+    model: Any,
+    patch: Patch,
+    *,
+    strength: float = 1.0,
+    schedule: Schedule | None = None,
+    temperature: float = 1.0,
+    sites: Iterable[str] | None = None,
+) -> Attachment:
+    """Attaches a patch to a model, until `remove()` or the end of the `with` block.
+
+    Several patches may be attached; their fields add. Attach before `torch.compile`. The model
+    itself is not changed: after `remove()` it is what it was.
+
+    Args:
+        model: a diffusers pipeline, its unet or transformer, or an LDM model of a host.
+        patch: made for the base of this model.
+        strength: multiplies the added field; 0 is exactly the base.
+        schedule: where along the timesteps the patch acts.
+        temperature: of the gate.
+        sites: the sites that act; None for all of the patch's.
+
+    Raises:
+        PatchError: the patch is for another base, another time embedding or another prediction
+            type than the model's, or the model is compiled already.
+
+    Example:
+        >>> pipe = diffusers.StableDiffusionPipeline.from_pretrained(...)  # doctest: +SKIP
+        >>> with attach(pipe, Patch.load("p.safetensors"), strength=0.8):  # doctest: +SKIP
+        ...     image = pipe("a photo of a cat").images[0]
+    """
+    chosen = None if sites is None else frozenset(sites)
+    if chosen is not None and (unknown := chosen - set(patch.sites)):
+        raise PatchError(
+            f"expected sites of this patch ({', '.join(patch.sites)}), found "
+            f"{', '.join(sorted(unknown))}: choose among the patch's."
+        )
+    denoiser = find_denoiser(model)
+    naming = require_base(denoiser, patch.base)
+    _require_same_timesteps(denoiser, patch, naming)
+    _require_same_prediction(model, patch)
+    if patch.variant.mix == "prepend" and naming != "diffusers":
+        raise PatchError(
+            "this patch prepends its prompts, which hosts cannot do: use a patch that adds them."
+        )
+    settings = Settings(strength, schedule or Schedule(), temperature, chosen)
+    return Attachment(denoiser, patch, naming, settings)
+
+
+class Attachment:
+    """A patch on a model: the handles of its hooks. Made by `attach`; a context manager."""
+
+    def __init__(
+        self, denoiser: nn.Module, patch: Patch, naming: Naming, settings: Settings
+    ) -> None:
+        self.patch = patch
+        self.settings = settings
+        self.calls = 0  # forward calls the patch took part in; hosts warn when there are none
+        self._base: Base = patch.base
+        self._source = patch.base.times[naming]
+        self._time = _module(denoiser, self._source.path)
+        self._active = True
+        self._call: _Call | None = None
+        self._checkpointing = [
+            m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")
+        ]
+        self._handles: list[RemovableHandle] = [
+            denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
+            denoiser.register_forward_hook(self._end, always_call=True),
+        ]
+        if not self._source.inside:
+            self._handles.append(self._time.register_forward_hook(self._embedding))
+        for site in patch.sites.values():
+            self._add_site(site, _module(denoiser, site.paths[naming]), site.arguments[naming])
+
+    def remove(self) -> None:
+        """Takes the patch off the model. Calling it again does nothing."""
+        # Compiled graphs do not watch hooks, but they do watch this flag.
+        self._active = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self._checkpointing:
+            _unbind(module, self)
+        self._checkpointing.clear()
+        self._call = None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: notes what the call is about. Touches no weight (offloading)."""
+        if not self._active:
+            return
+        sample = (
+            args[0] if args else kwargs.get("hidden_states", kwargs.get("sample", kwargs.get("x")))
+        )
+        timestep = _argument(self._source.argument, args, kwargs)
+        labels = _argument(self._base.labels, args, kwargs) if self._base.labels else None
+        positions = _argument(self._base.positions, args, kwargs) if self._base.positions else None
+        self._call = _Call(self, sample, timestep, labels, positions)
+        self.calls += 0 if torch.compiler.is_compiling() else 1
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for part in self._checkpointing:
+                _bind(part, self)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the model, also after an error: a site called outside of it must not see this."""
+        self._call = None
+
+    def _embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """The model has computed its time embedding."""
+        if self._active and self._call is not None:
+            self._call.embedded(output)
+
+    def _add_site(self, site: Site, module: nn.Module, argument: Argument) -> None:
+        name, key, index = site.name, argument.name, argument.index
+        prepend = self.patch.variant.mix == "prepend"
+
+        def before(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if not self._active:
+                return None
+            x = args[index] if len(args) > index else kwargs[key]
+            context = self._context(name, x)
+            x = context.prepend(name, x) if prepend else context.add(name, x)
+            if len(args) > index:
+                return (*args[:index], x, *args[index + 1 :]), kwargs
+            return args, {**kwargs, key: x}
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return self._context(name, output).strip(name, output) if self._active else None
+
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if prepend:
+            self._handles.append(module.register_forward_hook(after))
+
+    def _context(self, site: str, x: Tensor) -> Context:
+        if self._call is None:
+            raise PatchError(
+                f"site {site} was called outside of a forward call of the model, so its timestep "
+                "is unknown: call the whole model (under gradient checkpointing, through the "
+                "model's own `enable_gradient_checkpointing`)."
+            )
+        return self._call.context_for(x)
+
+
+class _Call:
+    """One forward call of the model: its arguments and, once known, its context."""
+
+    def __init__(
+        self, attachment: Attachment, sample: Any, timestep: Any, labels: Any, positions: Any
+    ) -> None:
+        self.attachment = attachment
+        self.sample = sample
+        self.timestep = timestep
+        self.labels = labels
+        self.positions = positions
+        self.context: Context | None = None
+
+    def embedded(self, e: Tensor) -> None:
+        """Makes the context from the time embedding e (B, E)."""
+        attachment = self.attachment
+        timesteps = None
+        if not attachment.settings.schedule.always:
+            timesteps = self._timesteps(e) * attachment._source.scale
+        packed = self.sample.dim() == 3
+        self.context = attachment.patch.prepare(
+            e,
+            self._latent_hw(),
+            attachment.settings,
+            timesteps=timesteps,
+            image_tokens=self.sample.shape[1] if packed else None,
+        )
+
+    def context_for(self, x: Tensor) -> Context:
+        """The context; computed here where the model embeds the time inside its first block."""
+        if self.context is None:
+            if not self.attachment._source.inside:
+                raise PatchError(
+                    f"expected the model to embed its timestep before the first site of base "
+                    f"{self.attachment._base.name}, and it did not: is its forward replaced?"
+                )
+            self.embedded(self._embed(x))
+        assert self.context is not None
+        return self.context
+
+    def _embed(self, x: Tensor) -> Tensor:
+        time: Any = self.attachment._time
+        timesteps = self._timesteps(x)
+        if self.attachment.patch.variant.condition == "t+y":
+            conditioning: Tensor = time(timesteps, self.labels, hidden_dtype=x.dtype)
+            return conditioning
+        e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(x.dtype))
+        return e
+
+    def _timesteps(self, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.timestep, device=like.device).reshape(-1)
+
+    def _latent_hw(self) -> tuple[int, int]:
+        """Height and width of the latent, from position ids where it is packed 2 x 2 (Flux)."""
+        if self.sample.dim() == 4:
+            return self.sample.shape[2], self.sample.shape[3]
+        ids = self.positions.reshape(-1, 3)
+        own = ids[ids[:, 0] == 0]  # reference pictures (Kontext) have another first id
+        rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
+        return 2 * rows, 2 * columns
+
+
+class _BoundCheckpoint:
+    """A gradient checkpointing function that recomputes with the context of its own forward.
+
+    Without it, recomputation during backward would meet whatever call came last, and gradients
+    would be silently wrong when a second forward came in between.
+    """
+
+    def __init__(self, attachment: Attachment, inner: Callable[..., Any]) -> None:
+        self.attachment = attachment
+        self.inner = inner
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        attachment, call = self.attachment, self.attachment._call
+        if call is None or torch.compiler.is_compiling():
+            return self.inner(module, *args)
+        if attachment._source.inside:
+            call.context_for(args[0])  # now, or it would be computed during recomputation
+
+        def run(*inputs: Any) -> Any:
+            previous, attachment._call = attachment._call, call
+            try:
+                return module(*inputs)
+            finally:
+                attachment._call = previous
+
+        return self.inner(run, *args)
+
+
+def _bind(module: Any, attachment: Attachment) -> None:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if not module.gradient_checkpointing or function is None:
+        return
+    known = function
+    while isinstance(known, _BoundCheckpoint):
+        if known.attachment is attachment:
+            return
+        known = known.inner
+    module._gradient_checkpointing_func = _BoundCheckpoint(attachment, function)
+
+
+def _unbind(module: Any, attachment: Attachment) -> None:
+    owner, name = module, "_gradient_checkpointing_func"
+    function = getattr(owner, name, None)
+    while isinstance(function, _BoundCheckpoint):
+        if function.attachment is attachment:
+            setattr(owner, name, function.inner)
+            return
+        owner, name, function = function, "inner", function.inner
+
+
+def _argument(argument: Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[argument.index] if len(args) > argument.index else kwargs.get(argument.name)
+
+
+def _module(denoiser: nn.Module, path: str) -> nn.Module:
+    module = find_module(denoiser, path)
+    if module is None:
+        raise PatchError(f"expected a module at {path}, found none: is this the whole model?")
+    return module
+
+
+def _require_same_timesteps(denoiser: nn.Module, patch: Patch, naming: Naming) -> None:
+    found = frequency_shift(denoiser, patch.base, naming)
+    expected = patch.variant.frequency_shift
+    if found != expected:
+        raise PatchError(
+            f"the patch was trained with a time embedding of frequency shift {expected:g}, and the "
+            f"model has {found:g}: load the model from the original weights (shift 0), or with "
+            "the library it was trained with, or use a patch trained on it."
+        )
+
+
+def _require_same_prediction(model: Any, patch: Patch) -> None:
+    """Only a pipeline knows what its model predicts; a bare model is the caller's business."""
+    config = getattr(getattr(model, "scheduler", None), "config", None)
+    if config is None:
+        return
+    found = config.get("prediction_type", "flow")
+    if found == "flow_prediction":
+        found = "flow"
+    if found != patch.variant.prediction:
+        raise PatchError(
+            f"the patch was trained on a model with prediction type {patch.variant.prediction}, "
+            f"and this pipeline has {found}: use a patch trained for it, or attach to the model "
+            "instead of the pipeline if you know better."
+        )

@@ -1,0 +1,135 @@
+"""What a base is: where a model family's sites lie and where its time embedding comes from.
+
+A base is data. `families.py` turns a family's few numbers into a `Base`, `registry.py` lists the
+numbers. CONTRIBUTING.md says how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dmp_common.errors import PatchError
+from dmp_common.sites import Argument, Naming, Site
+
+Layout = Literal["map", "tokens"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+@dataclass(frozen=True)
+class TimeSource:
+    """Where the pure time embedding e (T, E) of a model comes from.
+
+    Args:
+        path: the module whose output is e, before class, text, guidance or size embeddings.
+        argument: the argument of the model's forward that carries the timestep.
+        mlp: the module that maps the sinusoid of a timestep to e.
+        projection: the module that knows the sinusoid's `downscale_freq_shift`, where there is
+            one; elsewhere the shift is the base's own.
+        scale: the argument times this is the timestep on the scale 0..1000.
+        inside: e is computed inside a block, after the block's input is needed, so we compute it
+            before the first site (diffusers' DiT). `path` then takes (timestep, labels) and holds
+            `class_embedder`.
+    """
+
+    path: str
+    argument: Argument
+    mlp: str
+    projection: str | None = None
+    scale: float = 1.0
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fact by which a model is recognised: `attribute` of the module at `path` has `value`.
+
+    With `attribute` None the module must be there (`value` True) or must not (`value` False).
+    """
+
+    path: str
+    attribute: str | None
+    value: object
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model family.
+
+    Args:
+        name: what users type and what the patch file records.
+        sites: all sites in order of depth; a site's index in this list is its depth input i.
+        layout: feature maps (B, D, H, W) or image tokens (B, H*W, D).
+        embedding: size E of the time embedding.
+        sinusoid: channels of the sinusoid the time embedding is computed from.
+        times: where the time embedding comes from, for each naming.
+        probes: how the model is recognised, for each naming.
+        site_sets: named choices of sites besides "all".
+        default_sites: the choice a new patch takes.
+        prediction: what the family's models usually predict; a patch records its own.
+        frequency_shift: `downscale_freq_shift` of the sinusoid.
+        grid: rows and columns of the default prompt grid.
+        labels: argument of the model that carries class labels, where the base has them.
+        positions: argument that carries packed position ids, where the latent is packed (Flux).
+        architecture: first part of the `modelspec.architecture` of a patch.
+        hub_id: the usual source of the weights, for model cards and the trainer.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    layout: Layout
+    embedding: int
+    sinusoid: int
+    times: Mapping[Naming, TimeSource]
+    probes: Mapping[Naming, tuple[Probe, ...]]
+    site_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    default_sites: str = "all"
+    prediction: Prediction = "epsilon"
+    frequency_shift: float = 0.0
+    grid: tuple[int, int] = (16, 16)
+    labels: Argument | None = None
+    positions: Argument | None = None
+    architecture: str = ""
+    hub_id: str | None = None
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Site name to its position i in the full list (eq. 3)."""
+        return {site.name: depth for depth, site in enumerate(self.sites)}
+
+    def select(self, choice: str | int | Sequence[str]) -> tuple[Site, ...]:
+        """The sites of a choice, in order of depth.
+
+        Args:
+            choice: "all", a named set, the number of first sites, or site names.
+
+        Raises:
+            PatchError: an unknown set or site, or a choice without any site.
+        """
+        known = self.depths
+        if isinstance(choice, str):
+            sets = {"all": tuple(known), **self.site_sets}
+            if choice not in sets:
+                raise PatchError(
+                    f"base {self.name} has no site set {choice!r}: choose one of "
+                    f"{', '.join(sets)}, a number of first sites, or a list of site names."
+                )
+            names: Sequence[str] = sets[choice]
+        elif isinstance(choice, int):
+            if isinstance(choice, bool) or not 1 <= choice <= len(self.sites):
+                raise PatchError(
+                    f"base {self.name} has {len(self.sites)} sites: the first {choice} cannot "
+                    f"be chosen, give a number from 1 to {len(self.sites)}."
+                )
+            names = list(known)[:choice]
+        else:
+            names = list(choice)
+        unknown = [name for name in names if name not in known]
+        if unknown or not names or len(set(names)) != len(names):
+            found = ", ".join(map(str, unknown)) or ("repeated names" if names else "none")
+            raise PatchError(
+                f"base {self.name}: expected one or more of the sites {', '.join(known)}, each "
+                f"once, found {found}; use names from this list."
+            )
+        return tuple(site for site in self.sites if site.name in set(names))

@@ -1,0 +1,217 @@
+"""The settings of an attached patch, and its context: one immutable object per forward call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dmp_common.errors import PatchError
+from dmp_common.prompts import resize
+from dmp_common.schedule import Schedule
+from dmp_common.sites import Site, grid_cells
+
+if TYPE_CHECKING:
+    from dmp_common.cache import FieldCache
+    from dmp_common.prompts import PromptPool
+
+FieldKey = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a patch is used; nothing here changes the patch.
+
+    Args:
+        strength: multiplies the added field; 0 is exactly the base.
+        schedule: where along the timesteps, and how strongly.
+        temperature: of the gate; above 1 evens its weights out.
+        sites: names of the sites that act, None for all of the patch's.
+    """
+
+    strength: float = 1.0
+    schedule: Schedule = Schedule()
+    temperature: float = 1.0
+    sites: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not -1e4 < self.strength < 1e4:
+            raise PatchError(
+                f"expected a finite strength, found {self.strength}: use about 0 to 2."
+            )
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise PatchError(
+                f"expected a gate temperature from 0.001 to 1000, found {self.temperature}: "
+                "use about 0.5 to 2."
+            )
+
+    def strengths(self, timesteps: Tensor | None) -> float | Tensor:
+        """Strength of each batch item, one number where it is the same for all.
+
+        Args:
+            timesteps: (B,) on the scale 0..1000; needed where the schedule is not constant.
+        """
+        if self.schedule.always or self.strength == 0.0:
+            return self.strength
+        if timesteps is None:
+            raise PatchError(
+                "a schedule needs the timesteps of the call: pass `timesteps` to prepare()."
+            )
+        strengths = self.schedule.factors(timesteps) * self.strength  # (B,)
+        if torch.compiler.is_compiling():
+            return strengths
+        values = strengths.tolist()
+        return float(values[0]) if len(set(values)) == 1 else strengths
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What one forward call adds, and where. Made by `Patch.prepare`.
+
+    Args:
+        weights: gate weights of the distinct timesteps (T, S, K*N), float32.
+        columns: site name to its index in S; sites that do not act are missing.
+        sites, pools: the sites as data and their prompts.
+        grid: rows and columns of the prompts; None where they are prepended.
+        strength: of all items, or of each (B,).
+        rows: for each batch item its index in T (B,); None where T is 1 or B.
+        latent_hw: height and width of the latent; needed where the stream is tokens.
+        image_tokens: image tokens of the model's stream, where there are more than the latent's
+            own (Flux Kontext appends reference pictures after them).
+        shared: whether text may come before the image tokens in one sequence (Flux).
+        key, cache: where finished fields are kept; None with gradients and in compiled code.
+    """
+
+    weights: Tensor
+    columns: Mapping[str, int]
+    sites: Mapping[str, Site]
+    pools: Callable[[str], PromptPool]
+    tokens: bool
+    grid: tuple[int, int] | None
+    strength: float | Tensor
+    rows: Tensor | None
+    latent_hw: tuple[int, int] | None
+    image_tokens: int | None
+    shared: bool
+    key: FieldKey | None
+    cache: FieldCache | None
+
+    def add(self, site: str, x: Tensor) -> Tensor:
+        """The block's input with the site's field added, x + strength * field (eq. 3).
+
+        Out of place and in the memory layout of x: hosts keep x as a skip connection, and another
+        layout would choose other kernels and change results by rounding.
+
+        Args:
+            site: name of the site.
+            x: (B, C, H, W) with the block's own stream in the first D channels, or (B, L, D)
+                with the image tokens after any text.
+
+        Returns:
+            The same shape; x itself for sites that do not act, or at strength 0.
+
+        Raises:
+            PatchError: x cannot be the input of this site.
+        """
+        if site not in self.columns or (isinstance(self.strength, float) and self.strength == 0.0):
+            return x
+        if self.grid is None:
+            raise PatchError(
+                "this patch prepends its prompts, which only the trainer can do on DiT bases: "
+                "use a patch that adds them."
+            )
+        spec = self.sites[site]
+        size = self._grid_size(spec, x)
+        field = self._batch(self._field(site, spec, size, x), x)
+        out = x.clone()
+        if self.tokens:
+            tokens = size[0] * size[1]
+            start = x.shape[1] - (self.image_tokens or tokens)
+            stream = out[:, start : start + tokens]
+        else:
+            stream = out[:, : spec.width]
+        if isinstance(self.strength, float):
+            stream.add_(field, alpha=self.strength)
+        else:
+            strength = self.strength.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+            stream.add_(field * strength)
+        return out
+
+    def prepend(self, site: str, x: Tensor) -> Tensor:
+        """Image tokens x (B, L, D) with the site's weighted prompts in front, (B, N + L, D).
+
+        After the block, `strip` takes them away again.
+        """
+        if site not in self.columns:
+            return x
+        prompts = self.pools(site).mix(self.weights[:, self.columns[site]])  # (T, N, D)
+        prompts = self._batch(prompts.to(x.dtype), x).expand(x.shape[0], -1, -1)
+        strength = self.strength
+        if isinstance(strength, Tensor):
+            strength = strength.to(x.device, x.dtype).reshape(-1, 1, 1)
+        return torch.cat([prompts * strength, x], dim=1)
+
+    def strip(self, site: str, x: Tensor) -> Tensor:
+        """Image tokens without the prompts that `prepend` put in front."""
+        return x if site not in self.columns else x[:, self.pools(site).prompts.shape[1] :]
+
+    def _batch(self, field: Tensor, x: Tensor) -> Tensor:
+        """The field of each batch item, from those of the distinct timesteps."""
+        if self.rows is not None:
+            field = field[self.rows]
+        if field.shape[0] not in (1, x.shape[0]):
+            raise PatchError(
+                f"expected a batch of {field.shape[0]} items, as many as timesteps, found "
+                f"{x.shape[0]}: give one timestep for each item."
+            )
+        return field
+
+    def _field(self, site: str, spec: Site, size: tuple[int, int], x: Tensor) -> Tensor:
+        """The field (T, D, H, W) or (T, H*W, D) in the type, place and layout of x."""
+        if self.cache is None or self.key is None:
+            return self._compute_field(site, size, x)
+        contiguous = x.is_contiguous()
+        key = (*self.key, site, size, x.dtype, x.device, contiguous)
+        field = self.cache.get(key)
+        if field is None:
+            # Outside inference mode, or the field could not serve a call that needs gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                field = self._compute_field(site, size, x)
+                field = field.contiguous() if contiguous else field
+            self.cache.put(key, field)
+        return field
+
+    def _compute_field(self, site: str, size: tuple[int, int], x: Tensor) -> Tensor:
+        assert self.grid is not None
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = self.pools(site).mix(self.weights[:, self.columns[site]])  # (T, N, D)
+            field = resize(mixed, self.grid, size).to(x.dtype)  # (T, H, W, D)
+        return field.flatten(1, 2) if self.tokens else field.permute(0, 3, 1, 2)
+
+    def _grid_size(self, spec: Site, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of the live grid at a site."""
+        if not self.tokens:
+            if x.dim() != 4 or x.shape[1] < spec.width:
+                raise _shape_error(spec, x, f"(B, {spec.width} or more, H, W)")
+            return x.shape[2], x.shape[3]
+        if self.latent_hw is None:
+            raise PatchError("token sites need the size of the latent: pass `latent_hw`.")
+        height, width = self.latent_hw
+        if x.dim() == 3 and x.shape[2] == spec.width:
+            # Hosts differ in whether an incomplete token at the edge is dropped or padded.
+            for pad in (0, spec.stride - 1):
+                size = grid_cells(height + pad, spec.stride), grid_cells(width + pad, spec.stride)
+                tokens = max(size[0] * size[1], self.image_tokens or 0)
+                if tokens == x.shape[1] or (self.shared and tokens < x.shape[1]):
+                    return size
+        raise _shape_error(spec, x, f"(B, tokens of a {height} x {width} latent, {spec.width})")
+
+
+def _shape_error(site: Site, x: Tensor, expected: str) -> PatchError:
+    return PatchError(
+        f"site {site.name} expected an input of shape {expected}, found {tuple(x.shape)}: the "
+        "patch was made for another base than this model."
+    )

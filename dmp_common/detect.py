@@ -1,0 +1,110 @@
+"""Which base is this model, and by which naming?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as nn
+
+from dmp_common.bases import Base, Probe
+from dmp_common.errors import PatchError
+from dmp_common.registry import known_bases
+from dmp_common.sites import NAMINGS, Naming, find_module
+
+# Where pipelines and hosts keep the denoiser: diffusers, A1111 and ComfyUI, Forge.
+_DENOISERS = (
+    "unet",
+    "transformer",
+    "model.diffusion_model",
+    "diffusion_model",
+    "forge_objects.unet.model.diffusion_model",
+)
+
+
+def find_denoiser(model: Any) -> nn.Module:
+    """The UNet or transformer itself, from a pipeline, a host's model or itself.
+
+    Raises:
+        PatchError: nothing of the kind, or a model that is compiled already.
+    """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise PatchError(
+            "expected a model that is not compiled yet, because hooks added to a compiled model "
+            "are ignored: attach the patch first, then compile."
+        )
+    # Forge's own object comes last in the list but goes first: its `model` may be a placeholder.
+    for path in reversed(_DENOISERS):
+        found = model
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module) and found is not model:
+            return find_denoiser(found)
+    if isinstance(model, nn.Module):
+        return model
+    raise PatchError(
+        f"expected a diffusion model or pipeline, found {type(model).__name__}: give a diffusers "
+        "pipeline, its unet or transformer, or a host's model."
+    )
+
+
+def detect_base(model: Any) -> Base:
+    """The base of a diffusers, LDM (A1111, Forge) or ComfyUI model, by its structure.
+
+    Raises:
+        PatchError: no base fits; the message says what was seen.
+    """
+    denoiser = find_denoiser(model)
+    for base in known_bases():
+        if naming_of(denoiser, base) is not None:
+            return base
+    raise PatchError(
+        f"expected a model of one of the bases {', '.join(b.name for b in known_bases())}, found "
+        f"{describe(denoiser)}: use a supported model, or add a base (CONTRIBUTING.md)."
+    )
+
+
+def require_base(denoiser: nn.Module, base: Base) -> Naming:
+    """The naming by which a model is of a base.
+
+    Raises:
+        PatchError: the model is of another base, or of none.
+    """
+    naming = naming_of(denoiser, base)
+    if naming is not None:
+        return naming
+    others = [b.name for b in known_bases() if naming_of(denoiser, b) is not None]
+    found = f"a model of base {others[0]}" if others else describe(denoiser)
+    raise PatchError(
+        f"the patch is for base {base.name}, and found {found}: load a {base.name} model, or a "
+        "patch made for this one."
+    )
+
+
+def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:
+    """The naming under which every probe and every site of the base is found, or None."""
+    for naming in NAMINGS:
+        if all(_holds(denoiser, probe) for probe in base.probes[naming]) and all(
+            find_module(denoiser, site.paths[naming]) is not None for site in base.sites
+        ):
+            return naming
+    return None
+
+
+def describe(denoiser: nn.Module) -> str:
+    """Class and telling facts of a model, for error messages."""
+    facts: dict[str, None] = {}
+    for base in known_bases():
+        for probe in (p for naming in NAMINGS for p in base.probes[naming]):
+            module = find_module(denoiser, probe.path)
+            if module is not None and probe.attribute is not None:
+                value = getattr(module, probe.attribute, "?")
+                facts[f"{probe.path}.{probe.attribute} = {value}"] = None
+    seen = "; ".join(list(facts)[:6]) or "no module of a known base"
+    return f"{type(denoiser).__name__} ({seen})"
+
+
+def _holds(denoiser: nn.Module, probe: Probe) -> bool:
+    module = find_module(denoiser, probe.path)
+    if probe.attribute is None:
+        return (module is not None) == probe.value
+    return module is not None and getattr(module, probe.attribute, None) == probe.value

@@ -1,0 +1,102 @@
+"""The gate: from the time embedding (T, E) and the depth of each site to weights (T, S, N)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common.variant import Variant
+
+HARD_SHARE = 0.75  # of the prompts that a hard gate keeps (paper, Table 4)
+ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
+
+
+class Gate(nn.Module):
+    """Weights for the prompts of every site, computed for all sites at once, in float32.
+
+    "linear" is eq. 3: softmax(G([e ; i])), G one linear layer shared by all sites. "attention"
+    takes a query W_q [e ; i] against one learned key a prompt. Both start at equal weights.
+
+    Args:
+        variant: which gate.
+        embedding: E.
+
+    Source: Ham et al. 2025, eq. 3 and Table 4.
+    """
+
+    def __init__(self, variant: Variant, embedding: int) -> None:
+        super().__init__()
+        self.variant = variant
+        count = variant.count
+        inputs = embedding + (variant.gate_inputs == "e+i")
+        if variant.gate == "linear":
+            self.weight = nn.Parameter(torch.zeros(count, inputs))
+            self.bias = nn.Parameter(torch.zeros(count))
+            if variant.gate_init == "random":
+                nn.init.xavier_uniform_(self.weight)
+        elif variant.gate == "attention":
+            # With both factors zero neither would ever receive a gradient.
+            self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(ATTENTION_WIDTH, inputs)))
+            self.key = nn.Parameter(torch.zeros(count, ATTENTION_WIDTH))
+            if variant.gate_init == "random":
+                nn.init.xavier_uniform_(self.key)
+
+    def logits(self, e: Tensor, depths: Tensor) -> Tensor:
+        """Gate logits before the softmax.
+
+        Args:
+            e: time embedding (T, E).
+            depths: depth index i of each site (S,).
+
+        Returns:
+            (T, S, K*N), float32.
+        """
+        with torch.autocast(e.device.type, enabled=False):
+            e, depths = e.float(), depths.float()
+            if self.variant.gate == "linear":
+                return _affine(e, depths, self.weight.float()) + self.bias.float()
+            if self.variant.gate == "attention":
+                query = _affine(e, depths, self.query.float())  # (T, S, 64)
+                return query @ self.key.float().T / math.sqrt(ATTENTION_WIDTH)
+        raise ValueError("a patch without gate has no logits")
+
+    def forward(self, e: Tensor, depths: Tensor, temperature: float = 1.0) -> Tensor:
+        """Gate weights.
+
+        Args:
+            e: time embedding (T, E).
+            depths: depth index i of each site (S,).
+            temperature: divides the logits; above 1 evens the weights out.
+
+        Returns:
+            w (T, S, K*N), float32. Soft weights sum to 1 over the prompts; hard weights are 0
+            or 1, with the gradient of the softmax; without a gate all are 1.
+        """
+        if self.variant.gate == "none":
+            return e.new_ones(1, 1, 1, dtype=torch.float32).expand(
+                e.shape[0], depths.shape[0], self.variant.count
+            )
+        logits = self.logits(e, depths)
+        soft = (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+        if self.variant.selection == "soft":
+            return soft
+        kept = logits.topk(kept_prompts(self.variant.count), dim=-1).indices
+        mask = torch.zeros_like(soft).scatter(-1, kept, 1.0)
+        return mask + (soft - soft.detach())  # exactly the mask; the bracket is exactly 0
+
+
+def kept_prompts(count: int) -> int:
+    """How many of `count` prompts a hard gate and the load loss keep: 75 %, at least one."""
+    return max(int(HARD_SHARE * count), 1)
+
+
+def _affine(e: Tensor, depths: Tensor, weight: Tensor) -> Tensor:
+    """weight [e ; i] for every pair of timestep and site, without building the pairs."""
+    embedding = e.shape[-1]
+    by_time = e @ weight[:, :embedding].T  # (T, out)
+    if weight.shape[1] == embedding:
+        return by_time[:, None].expand(-1, depths.shape[0], -1)
+    return by_time[:, None] + depths[None, :, None] * weight[:, embedding]  # (T, S, out)

@@ -1,0 +1,301 @@
+"""A patch: prompt pools and a gate, and what they add in one forward call of a model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common.bases import Base
+from dmp_common.cache import FieldCache
+from dmp_common.context import Context, FieldKey, Settings
+from dmp_common.errors import PatchError
+from dmp_common.gating import Gate, kept_prompts
+from dmp_common.prompts import PromptPool
+from dmp_common.variant import Variant
+
+
+class Patch(nn.Module):
+    """Learnable prompts for the sites of a base, weighted by a gate that sees the timestep.
+
+    Finished fields are remembered between calls in evaluation mode (`Patch.load` gives a patch
+    in it) and without gradients; a change of a parameter in place is noticed. Writes through
+    `.data` are not: call `cache.clear()` after them.
+
+    Args:
+        variant: what the patch is made of.
+
+    Source: Ham et al. 2025, "Diffusion Model Patching via Mixture-of-Prompts".
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+        self.base: Base = variant.base_spec
+        self.sites = {site.name: site for site in variant.site_specs()}
+        self.gate = Gate(variant, self.base.embedding)
+        self.pools = nn.ModuleDict(
+            {
+                _key(name): PromptPool(
+                    variant.grids, variant.prompts, site.width, variant.prompt_init
+                )
+                for name, site in self.sites.items()
+            }
+        )
+        self.metadata: dict[str, str] = {}
+        self.learning_scale = 1.0
+        self.cache = FieldCache()
+        self._depths = [self.base.depths[name] for name in self.sites]
+        self._columns = {name: column for column, name in enumerate(self.sites)}
+        self._replicas: dict[torch.device, tuple[FieldKey, Patch]] = {}
+
+    @classmethod
+    def create(cls, base: str | Base, **variant: Any) -> Patch:
+        """A new patch that changes nothing yet.
+
+        Args:
+            base: a base or its name.
+            variant: fields of `Variant` that differ from the base's defaults.
+
+        >>> patch = Patch.create("sd15")
+        >>> patch.saved_parameters
+        2785792
+        """
+        return cls(Variant.create(base, **variant))
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], **hub_options: Any) -> Patch:
+        """A patch from a file, or from a repository "user/repo" of the hub.
+
+        Raises:
+            PatchError: not a file of ours, or a damaged one.
+        """
+        from dmp_common.hub import resolve  # noqa: PLC0415  # the hub client only where it is used
+        from dmp_common.patchfile import load_patch  # noqa: PLC0415  # it imports this module
+
+        return load_patch(resolve(source, **hub_options))
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> str:
+        """Writes the patch to a file, atomically; returns the file's hash (10 hex digits).
+
+        Args:
+            path: ends in `.safetensors`.
+            metadata: header entries besides ours, such as `ss_*` keys.
+        """
+        from dmp_common.patchfile import save_patch  # noqa: PLC0415
+
+        return save_patch(self, path, metadata)
+
+    def gate_weights(self, e: Tensor, temperature: float = 1.0) -> Tensor:
+        """Gate weights for heat maps and balancing losses.
+
+        Args:
+            e: time embedding (T, E), with the class embedding added for condition t+y.
+
+        Returns:
+            w (T, S, K*N), float32; S are the patch's sites in order.
+        """
+        weights: Tensor = self.gate(e, self._depth_inputs(e), temperature)
+        return weights
+
+    def gate_logits(self, e: Tensor) -> Tensor:
+        """Gate logits (T, S, K*N) before the softmax, for the load loss."""
+        return self.gate.logits(e, self._depth_inputs(e))
+
+    def prepare(
+        self,
+        e: Tensor,
+        latent_hw: tuple[int, int] | None,
+        settings: Settings | None = None,
+        *,
+        timesteps: Tensor | None = None,
+        image_tokens: int | None = None,
+    ) -> Context:
+        """What one forward call of the model will add: all gates at once, in float32.
+
+        Args:
+            e: the model's time embedding of each batch item (B, E).
+            latent_hw: height and width of the latent; may be None for UNets.
+            settings: strength, schedule and so on.
+            timesteps: (B,) on the scale 0..1000; needed by a schedule.
+            image_tokens: see `Context`.
+
+        Returns:
+            An immutable context; call `context.add(site, x)` at each site.
+        """
+        settings = settings or Settings()
+        if e.dim() != 2 or e.shape[1] != self.base.embedding:
+            raise PatchError(
+                f"expected a time embedding (B, {self.base.embedding}) of base {self.base.name}, "
+                f"found {tuple(e.shape)}: the patch was made for another base than this model."
+            )
+        device = next(self.parameters()).device
+        if device != e.device:
+            return self._replica(e.device).prepare(
+                e, latent_hw, settings, timesteps=timesteps, image_tokens=image_tokens
+            )
+        strength = settings.strengths(timesteps)
+        columns = self._active_columns(settings.sites)
+        weights, rows, key = self._weights(e, settings.temperature)
+        return Context(
+            weights=weights,
+            columns=columns,
+            sites=self.sites,
+            pools=self.pool,
+            tokens=self.base.layout == "tokens",
+            grid=self.variant.grid,
+            strength=strength,
+            rows=rows,
+            latent_hw=latent_hw,
+            image_tokens=image_tokens,
+            shared=self.base.positions is not None,
+            key=key,
+            cache=self.cache if key is not None else None,
+        )
+
+    def pool(self, site: str) -> PromptPool:
+        """The prompt pool of a site."""
+        pool = self.pools[_key(site)]
+        assert isinstance(pool, PromptPool)
+        return pool
+
+    @property
+    def saved_parameters(self) -> int:
+        """Number of values in the patch file."""
+        return sum(p.numel() for p in self.parameters())
+
+    def scale_for_learning(self) -> None:
+        """Stores p / N instead of the prompts p, so that a weight is 1 on average.
+
+        The softmax over N places divides every step by N; with this, one learning rate serves
+        prompt tuning, soft and hard gates of any N alike. The functions a patch can be, and its
+        file, are the same: saving folds the scale back into the prompts.
+        """
+        count = self.variant.count
+        if self.variant.gate == "none":
+            scale = 1.0
+        elif self.variant.selection == "hard":
+            scale = count / kept_prompts(count)
+        else:
+            scale = float(count)
+        with torch.no_grad():
+            for name in self.sites:
+                self.pool(name).prompts.mul_(self.learning_scale / scale)
+        self.learning_scale = scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the patch file by name; prompts literally as in eq. 3."""
+        return {
+            name: parameter.detach() * self._scale_of(name)
+            for name, parameter in self.saved().items()
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the values of `tensors()`; names and shapes must be those of this patch."""
+        own = self.saved()
+        if set(own) != set(tensors):
+            raise PatchError(
+                f"expected the tensors {', '.join(sorted(own))}, found "
+                f"{', '.join(sorted(tensors))}: give those of a patch of the same variant."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name] / self._scale_of(name))
+
+    def saved(self) -> dict[str, nn.Parameter]:
+        """The parameters by the name of their tensor in the patch file."""
+        prompts = {f"prompts.{name}": self.pool(name).prompts for name in self.sites}
+        return prompts | {f"gate.{name}": p for name, p in self.gate.named_parameters()}
+
+    def _scale_of(self, name: str) -> float:
+        return self.learning_scale if name.startswith("prompts.") else 1.0
+
+    def _depth_inputs(self, e: Tensor) -> Tensor:
+        return torch.tensor(self._depths, dtype=torch.float32, device=e.device)
+
+    def _active_columns(self, sites: frozenset[str] | None) -> Mapping[str, int]:
+        if sites is None:
+            return self._columns
+        unknown = sorted(sites - set(self.sites))
+        if unknown:
+            raise PatchError(
+                f"expected sites of this patch ({', '.join(self.sites)}), found "
+                f"{', '.join(unknown)}: choose among the patch's."
+            )
+        return {name: column for name, column in self._columns.items() if name in sites}
+
+    def _weights(
+        self, e: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor | None, FieldKey | None]:
+        """Weights of the distinct timesteps times the learning scale, their rows, the cache key."""
+        if not self._may_remember(e):
+            return self.gate_weights(e, temperature) * self.learning_scale, None, None
+        # The embedding itself is the key: whatever made it, equal values give equal gates.
+        items = [row.tobytes() for row in e.detach().to("cpu", torch.float32).numpy()]
+        distinct = {item: row for row, item in reversed(list(enumerate(items)))}
+        firsts = sorted(distinct.values())
+        rows = None
+        if len(firsts) < len(items):
+            place = {items[row]: index for index, row in enumerate(firsts)}
+            if len(firsts) > 1:
+                rows = torch.tensor([place[item] for item in items], device=e.device)
+            e = e[firsts]
+        key = (tuple(items[row] for row in firsts), temperature, self._versions())
+        weights = self.cache.get(key)
+        if weights is None:
+            with torch.inference_mode(False), torch.no_grad():
+                weights = self.gate_weights(e.clone(), temperature) * self.learning_scale
+            self.cache.put(key, weights)
+        return weights, rows, key
+
+    def _may_remember(self, e: Tensor) -> bool:
+        if self.training or torch.compiler.is_compiling() or e.is_meta:
+            return False
+        if torch.is_grad_enabled() and (
+            e.requires_grad or any(p.requires_grad for p in self.parameters())
+        ):
+            return False
+        if any(p.is_inference() for p in self.parameters()):
+            return False  # such tensors do not count their changes
+        return not (e.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def _versions(self) -> FieldKey:
+        """Changes whenever a parameter is changed in place or replaced."""
+        versions = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        return (self.learning_scale, *versions)
+
+    def _replica(self, device: torch.device) -> Patch:
+        """A copy on another device, made again when a parameter has changed."""
+        if self.training and torch.is_grad_enabled():
+            raise PatchError(
+                f"the patch is on {next(self.parameters()).device} and the model on {device}: for "
+                "training move the patch with `patch.to(...)` first."
+            )
+        versions = self._versions()
+        known = self._replicas.get(device)
+        if known is None or known[0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                known = versions, copy.deepcopy(self).to(device).requires_grad_(False)
+            self._replicas[device] = known
+        return known[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        with torch.device("meta"):  # allocates nothing and draws no random numbers
+            other = Patch(self.variant)
+        values = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        other.load_state_dict(values, assign=True)
+        for mine, theirs in zip(other.parameters(), self.parameters()):
+            mine.requires_grad_(theirs.requires_grad)
+        other.learning_scale, other.metadata = self.learning_scale, dict(self.metadata)
+        other.cache.limit = self.cache.limit
+        return other.train(self.training)
+
+
+def _key(site: str) -> str:
+    """Module names cannot contain dots."""
+    return site.replace(".", "_")

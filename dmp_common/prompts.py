@@ -1,0 +1,94 @@
+"""Prompt pools: the learned prompts of one site, and how a field of them fits the live grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmp_common.variant import Init
+
+
+class PromptPool(nn.Module):
+    """The prompts of one site: K grids of N prompts with D channels.
+
+    Args:
+        grids: K.
+        prompts: N.
+        width: D.
+        init: "zero", or "random" (Xavier uniform, as the official code does).
+    """
+
+    def __init__(self, grids: int, prompts: int, width: int, init: Init = "zero") -> None:
+        super().__init__()
+        self.prompts = nn.Parameter(torch.zeros(grids, prompts, width))
+        if init == "random":
+            for grid in self.prompts.data:
+                nn.init.xavier_uniform_(grid)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """The weighted prompts: the field sum_k w[t, k, n] * p[k, n].
+
+        Args:
+            weights: (T, K*N), float32.
+
+        Returns:
+            (T, N, D), float32.
+        """
+        prompts = self.prompts.float()  # (K, N, D)
+        if prompts.shape[0] == 1:
+            return weights.unsqueeze(-1) * prompts[0]  # (T, N, 1) * (N, D)
+        shaped = weights.unflatten(1, prompts.shape[:2])  # (T, K, N)
+        return torch.einsum("tkn,knd->tnd", shaped, prompts)
+
+
+def resize(field: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Resizes a field of prompts to a live grid: bilinear, antialiased when shrinking.
+
+    Equals `F.interpolate(..., mode="bilinear", align_corners=False, antialias=True)`, which is
+    what the file format means. Two small matrices do it, because they are faster and also work
+    where `F.interpolate` does not (half precision on CPU).
+
+    Args:
+        field: (T, N, D) with N = grid[0] * grid[1].
+        grid: rows and columns of the prompts.
+        size: rows and columns wanted.
+
+    Returns:
+        (T, H, W, D).
+    """
+    steps, _, width = field.shape
+    rows, columns = grid
+    if rows != size[0]:
+        field = resize_matrix(rows, size[0], field) @ field.reshape(steps, rows, columns * width)
+    field = field.reshape(steps, size[0], columns, width)
+    if columns != size[1]:
+        field = resize_matrix(columns, size[1], field) @ field
+    return field
+
+
+_MATRICES: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def resize_matrix(source: int, target: int, like: Tensor) -> Tensor:
+    """The matrix (target, source), float32, that resizes one direction of a field.
+
+    A plain dictionary, not `lru_cache`: a compiled graph must be able to read it. There are as
+    many entries as live sizes, a few kilobytes each.
+    """
+    key = (source, target, like.device)
+    matrix = _MATRICES.get(key)
+    if matrix is None:
+        # Outside inference mode, or the matrix could not serve a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = F.interpolate(
+                torch.eye(source, device=like.device)[None, None],
+                size=(target, source),
+                mode="bilinear",
+                align_corners=False,
+                antialias=True,
+            )[0, 0]
+        if not torch.compiler.is_compiling():
+            _MATRICES[key] = matrix
+    return matrix

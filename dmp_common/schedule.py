@@ -1,0 +1,106 @@
+"""Where along the timesteps a patch acts, and how strongly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmp_common.errors import PatchError
+
+LAST = 1000.0  # timesteps run from 1000 (noise) to 0 (picture) for every base
+
+
+def linear_percent(percent: float) -> float:
+    """The plain rule from progress (0 = noise, 1 = picture) to a timestep."""
+    return (1.0 - percent) * LAST
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A range of timesteps and a curve over it, independent of the number of steps.
+
+    Args:
+        first: the timestep at which the patch begins to act (high, noisy).
+        last: the timestep at which it stops (low); both ends are included.
+        curve: (timestep, factor) points, interpolated linearly and held beyond the ends; empty
+            means 1 everywhere.
+
+    Raises:
+        PatchError: a range upside down, or points that are not finite numbers.
+    """
+
+    first: float = math.inf
+    last: float = -math.inf
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.first >= self.last:
+            raise PatchError(
+                f"expected a schedule that starts before it ends, found timesteps {self.first} to "
+                f"{self.last}: a patch runs from noise (high) to picture (low)."
+            )
+        if not all(math.isfinite(value) for point in self.curve for value in point):
+            raise PatchError(f"expected finite points of a curve, found {self.curve}: correct it.")
+        object.__setattr__(self, "curve", tuple(sorted(self.curve)))
+
+    @classmethod
+    def from_percent(
+        cls,
+        start: float = 0.0,
+        end: float = 1.0,
+        curve: Sequence[tuple[float, float]] = (),
+        to_timestep: Callable[[float], float] = linear_percent,
+    ) -> Schedule:
+        """A schedule from progress, 0 at the noise and 1 at the picture.
+
+        Args:
+            start, end: progress between which the patch acts. 0 and 1 mean from the very
+                beginning to the very end, whatever the rule gives.
+            curve: (progress, factor) points.
+            to_timestep: the host's own rule from progress to a timestep.
+        """
+        for percent in (start, end, *(point[0] for point in curve)):
+            if not 0.0 <= percent <= 1.0:
+                raise PatchError(f"expected a progress from 0 to 1, found {percent}: correct it.")
+        if start > end:
+            raise PatchError(
+                f"expected start <= end of a schedule, found {start} and {end}: swap them."
+            )
+        return cls(
+            first=math.inf if start <= 0.0 else to_timestep(start),
+            last=-math.inf if end >= 1.0 else to_timestep(end),
+            curve=tuple((to_timestep(percent), factor) for percent, factor in curve),
+        )
+
+    @property
+    def always(self) -> bool:
+        """Whether the patch acts everywhere with factor 1."""
+        return not self.curve and self.first == math.inf and self.last == -math.inf
+
+    def factors(self, timesteps: Tensor) -> Tensor:
+        """What the strength is multiplied by, 0 outside the range.
+
+        Args:
+            timesteps: any shape, on the scale 0..1000.
+
+        Returns:
+            The factors, float64, in the shape of `timesteps`.
+
+        >>> Schedule.from_percent(0.0, 0.5).factors(torch.tensor([600.0, 400.0])).tolist()
+        [1.0, 0.0]
+        >>> fade = Schedule.from_percent(curve=[(0.0, 1.0), (1.0, 0.0)])
+        >>> fade.factors(torch.tensor([1000.0, 250.0, 0.0])).tolist()
+        [1.0, 0.25, 0.0]
+        """
+        t = timesteps.double()
+        factors = torch.full_like(t, self.curve[0][1] if self.curve else 1.0)
+        for (low, before), (high, after) in zip(self.curve, self.curve[1:]):
+            if high > low:
+                factors = factors + (after - before) * ((t - low) / (high - low)).clamp(0.0, 1.0)
+            else:  # two points at one timestep are a step
+                factors = factors + (after - before) * (t >= high)
+        return torch.where((t >= self.last) & (t <= self.first), factors, 0.0)

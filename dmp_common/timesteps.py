@@ -1,0 +1,71 @@
+"""From timesteps to the time embedding e, with the model's own frozen weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common.bases import Base
+from dmp_common.errors import PatchError
+from dmp_common.sites import Naming, find_module
+
+
+def sinusoid(timesteps: Tensor, channels: int, shift: float = 0.0) -> Tensor:
+    """Sinusoidal features of timesteps, cosines first.
+
+    Args:
+        timesteps: (T,), on the scale 0..1000; may be fractional.
+        channels: size of the result, even.
+        shift: diffusers' `downscale_freq_shift`; 0 in the original LDM and DiT code.
+
+    Returns:
+        (T, channels), float32.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * steps / (half - shift))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def embed_timesteps(
+    model: nn.Module, base: Base, naming: Naming, timesteps: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    """The time embedding of a model for any timesteps, for heat maps and balancing losses.
+
+    Args:
+        model: the denoiser itself (a UNet or transformer, not a pipeline).
+        timesteps: (T,), on the scale 0..1000.
+        labels: (T,) class labels, for patches with condition t+y; their embedding is added.
+
+    Returns:
+        e (T, E), in the dtype of the model's time embedding.
+    """
+    source = base.times[naming]
+    mlp = find_module(model, source.mlp)
+    if mlp is None:
+        raise PatchError(
+            f"expected the time embedding of base {base.name} at {source.mlp}, found no such "
+            f"module in a {type(model).__name__}: give the denoiser this patch was made for."
+        )
+    weight = next(mlp.parameters())
+    features = sinusoid(
+        timesteps.to(weight.device), base.sinusoid, frequency_shift(model, base, naming)
+    )
+    e: Tensor = mlp(features.to(weight.dtype))
+    if labels is None:
+        return e
+    embedder = find_module(model, f"{source.path}.class_embedder")
+    if embedder is None:
+        raise PatchError(f"base {base.name} has no class labels: use a patch with condition t.")
+    return e + embedder(labels.to(weight.device))
+
+
+def frequency_shift(model: nn.Module, base: Base, naming: Naming) -> float:
+    """`downscale_freq_shift` the model really uses."""
+    path = base.times[naming].projection
+    module = find_module(model, path) if path else None
+    # In the original namings the sinusoid is a function of the class, with shift 0.
+    return float(getattr(module, "downscale_freq_shift", 0.0))

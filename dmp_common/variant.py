@@ -1,0 +1,227 @@
+"""What a patch is made of: its base, sites and the paper's choices (Table 4), as one record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dmp_common.bases import Base, Prediction
+from dmp_common.errors import PatchError
+from dmp_common.registry import get_base
+from dmp_common.sites import Site
+
+GateKind = Literal["linear", "attention", "none"]
+Selection = Literal["soft", "hard"]
+AcrossDepth = Literal["distinct", "uniform"]
+Mix = Literal["add", "prepend"]
+Condition = Literal["t", "t+y"]
+Init = Literal["zero", "random"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "gate": get_args(GateKind),
+    "selection": get_args(Selection),
+    "across_depth": get_args(AcrossDepth),
+    "mix": get_args(Mix),
+    "condition": get_args(Condition),
+    "prompt_init": get_args(Init),
+    "gate_init": get_args(Init),
+    "prediction": get_args(Prediction),
+}
+_PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
+_LIMIT = 1 << 16  # prompts of one site; far above any use, below any harm
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The configuration of a patch. Every field is recorded in the file.
+
+    Args:
+        base: name of the base.
+        sites: names of the sites, in order of depth.
+        grid: rows and columns of the prompt grid; None where prompts are prepended.
+        prompts: N, rows x columns, or the number of prepended prompts.
+        grids: K, prompt grids a site has; the paper has one.
+        gate: "linear" (eq. 3), "attention" (a query from [e ; i], one learned key a prompt), or
+            "none" (naive prompt tuning, eq. 2). The paper's literal attention, with one time
+            token as the only key, gives constant weights, so we attend over prompts.
+        selection: "soft" (softmax weights) or "hard" (the top 75 % with weight 1).
+        across_depth: "distinct" (the gate sees the site's depth) or "uniform" (it does not).
+        mix: "add" to the block's input, or "prepend" tokens (DiT bases, trainer only).
+        condition: what the gate sees: "t", or "t+y" with the class embedding added, as the
+            official code does.
+        prompt_init, gate_init: how training began.
+        frequency_shift: of the sinusoid behind e; a model with another one is refused.
+        prediction: what the base predicted when the patch was trained.
+
+    Raises:
+        PatchError: a value or a combination that no patch can have.
+
+    Source: Ham et al. 2025, eqs. 2-3 and Table 4.
+    """
+
+    base: str
+    sites: tuple[str, ...]
+    grid: tuple[int, int] | None
+    prompts: int
+    frequency_shift: float
+    prediction: Prediction
+    grids: int = 1
+    gate: GateKind = "linear"
+    selection: Selection = "soft"
+    across_depth: AcrossDepth = "distinct"
+    mix: Mix = "add"
+    condition: Condition = "t"
+    prompt_init: Init = "zero"
+    gate_init: Init = "zero"
+
+    @classmethod
+    def create(cls, base: str | Base, **options: Any) -> Variant:
+        """A variant from a base and the options that differ from its defaults.
+
+        Args:
+            base: a base or its name.
+            options: fields of `Variant`; `sites` may be "all", a named set, the number of first
+                sites or a list of names; `grid` may be one number for a square grid.
+        """
+        spec = get_base(base) if isinstance(base, str) else base
+        unknown = sorted(
+            set(options) - {f.name for f in dataclasses.fields(cls)} | {"base"} & set(options)
+        )
+        if unknown:
+            raise PatchError(
+                f"unknown option {', '.join(unknown)} of a patch: choose from "
+                f"{', '.join(f.name for f in dataclasses.fields(cls) if f.name != 'base')}."
+            )
+        chosen = options.pop("sites", None)
+        sites = spec.select(spec.default_sites if chosen is None else chosen)
+        if options.get("mix") == "prepend":
+            options.setdefault("prompts", _PREPENDED)
+            options.setdefault("grid", None)
+        else:
+            grid = options.get("grid", spec.grid)
+            options["grid"] = (grid, grid) if isinstance(grid, int) else _pair(grid)
+            options.setdefault("prompts", options["grid"][0] * options["grid"][1])
+        options.setdefault("frequency_shift", spec.frequency_shift)
+        options.setdefault("prediction", spec.prediction)
+        return cls(base=spec.name, sites=tuple(site.name for site in sites), **options)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise PatchError(
+                    f"expected {name} to be one of {', '.join(choices)}, found "
+                    f"{getattr(self, name)!r}: choose one of these."
+                )
+        self._check_counts()
+        spec = get_base(self.base)
+        if tuple(site.name for site in spec.select(self.sites)) != self.sites:
+            raise PatchError(f"expected the sites of {self.base} in order of depth: sort them.")
+        if self.condition == "t+y" and spec.labels is None:
+            raise PatchError(f"base {self.base} has no class labels: use condition t.")
+        if self.mix == "prepend" and spec.labels is None:
+            raise PatchError(
+                f"prompts can be prepended on DiT bases only, not {self.base}: use add."
+            )
+        if self.gate == "none" and (self.selection, self.across_depth) != ("soft", "distinct"):
+            raise PatchError("a patch without gate selects nothing: leave selection and depth out.")
+
+    def _check_counts(self) -> None:
+        if type(self.grids) is not int or type(self.prompts) is not int:
+            raise PatchError("expected whole numbers of grids and prompts: give integers.")
+        if self.mix == "prepend":
+            shaped = self.grid is None
+        else:
+            grid = self.grid
+            shaped = (
+                isinstance(grid, tuple)
+                and len(grid) == 2
+                and all(type(side) is int and side > 0 for side in grid)
+                and grid[0] * grid[1] == self.prompts
+            )
+        if not shaped or not (1 <= self.prompts and 1 <= self.grids):
+            raise PatchError(
+                f"expected a grid of rows x columns prompts (none when prompts are prepended), "
+                f"found grid {self.grid}, {self.prompts} prompts, {self.grids} grids: make them agree."
+            )
+        if self.prompts * self.grids > _LIMIT:
+            raise PatchError(
+                f"expected at most {_LIMIT} prompts a site, found {self.prompts * self.grids}: "
+                "use a smaller grid."
+            )
+        if type(self.frequency_shift) not in (int, float) or not 0 <= self.frequency_shift <= 2:
+            raise PatchError(
+                f"expected a frequency shift of 0 or 1, found {self.frequency_shift!r}: set it."
+            )
+
+    @property
+    def count(self) -> int:
+        """K * N, the prompts one site's gate weights."""
+        return self.grids * self.prompts
+
+    @property
+    def gate_inputs(self) -> Literal["e", "e+i"]:
+        """Whether the gate sees the depth besides the time embedding."""
+        return "e" if self.across_depth == "uniform" else "e+i"
+
+    @property
+    def base_spec(self) -> Base:
+        """The base as data."""
+        return get_base(self.base)
+
+    def site_specs(self) -> tuple[Site, ...]:
+        """The chosen sites as data, in order of depth."""
+        return self.base_spec.select(self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as the patch file holds it; sites carry their depth index."""
+        record = dataclasses.asdict(self)
+        depths = self.base_spec.depths
+        record["sites"] = {name: depths[name] for name in self.sites}
+        record["grid"] = None if self.grid is None else list(self.grid)
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Variant:
+        """The inverse of `to_json`; unknown, missing or mistyped entries are refused."""
+        expected = {f.name for f in dataclasses.fields(cls)}
+        if set(record) != expected:
+            raise PatchError(
+                f"expected the entries {', '.join(sorted(expected))}, found "
+                f"{', '.join(sorted(map(str, record))) or 'none'}: update this software, or export "
+                "the patch again."
+            )
+        if not isinstance(record["base"], str):
+            raise PatchError(
+                f"expected the name of a base, found {record['base']!r}: export again."
+            )
+        depths = get_base(record["base"]).depths
+        sites = record["sites"]
+        if (
+            not isinstance(sites, dict)
+            or not sites
+            or any(type(i) is not int or depths.get(name) != i for name, i in sites.items())
+        ):
+            raise PatchError(
+                f"expected sites of base {record['base']} with their depth ({depths}), found "
+                f"{_short(sites)}: the file was made for another base or by another tool."
+            )
+        return cls(
+            **{
+                **record,
+                "sites": tuple(sorted(sites, key=lambda name: depths[name])),
+                "grid": None if record["grid"] is None else _pair(record["grid"]),
+            }
+        )
+
+
+def _pair(grid: object) -> tuple[int, int]:
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise PatchError(f"expected a grid as rows and columns, found {_short(grid)}: give two.")
+    return grid[0], grid[1]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

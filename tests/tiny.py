@@ -1,0 +1,257 @@
+"""Tiny models of every family, with the bases that describe them, and inputs to run them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diffusers
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common import Base, Patch, families, register_base
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family in small.
+
+    Args:
+        base: describes the model; registered, so that patches for it can be made and saved.
+        build: makes the model with random weights from a seed.
+        inputs: keyword arguments of a call: (timesteps (B,), latent (H, W), dtype, seed).
+        square_only: the architecture takes square latents only.
+    """
+
+    name: str
+    base: Base
+    build: Callable[[], nn.Module]
+    inputs: Callable[..., dict[str, Tensor]]
+    square_only: bool = False
+
+    def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model in evaluation mode, without gradients for its own weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = self.build()
+            for parameter in model.parameters():  # also those that start at zero
+                if not parameter.any():
+                    nn.init.normal_(parameter, std=0.05)
+        return model.to(dtype).eval().requires_grad_(False)
+
+    def run(
+        self,
+        model: nn.Module,
+        timesteps: Tensor | list[float] = (10.0, 900.0),
+        size: tuple[int, int] = (8, 8),
+        dtype: torch.dtype = torch.float32,
+        seed: int = 1,
+    ) -> Tensor:
+        """The model's output for inputs that depend on the seed only."""
+        timesteps = torch.as_tensor(timesteps, dtype=torch.float32)
+        return model(**self.inputs(timesteps, size, dtype, seed), return_dict=False)[0]
+
+    def patch(self, seed: int | None = 0, std: float = 0.5, **variant: object) -> Patch:
+        """A patch in evaluation mode, random unless the seed is None."""
+        patch = Patch.create(self.base, **variant).eval()
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            count = patch.variant.count
+            with torch.no_grad():
+                for name, parameter in patch.named_parameters():
+                    scale = std * count if name.startswith("pools") else std
+                    parameter.normal_(0.0, scale, generator=generator)
+        return patch
+
+
+def _noise(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _unet_inputs(context: int, xl: bool) -> Callable[..., dict[str, Tensor]]:
+    def inputs(
+        t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Tensor]:
+        count = len(t)
+        result = {
+            "sample": _noise(seed, dtype, count, 4, *size),
+            "timestep": t,
+            "encoder_hidden_states": _noise(seed + 1, dtype, count, 3, context),
+        }
+        if xl:
+            result["added_cond_kwargs"] = {
+                "text_embeds": _noise(seed + 2, dtype, count, 16),
+                "time_ids": torch.ones(count, 6, dtype=dtype),
+            }
+        return result
+
+    return inputs
+
+
+def _unet(
+    name: str, context: int, widths: tuple[int, ...], attention: tuple[bool, ...], xl: bool = False
+) -> Tiny:
+    base = register_base(
+        families.unet(f"tiny-{name}", widths=widths, context=context, attention=attention)
+    )
+    extra = {}
+    if xl:
+        extra = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 16,
+            "use_linear_projection": True,
+        }
+
+    def build() -> nn.Module:
+        return diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=widths,
+            down_block_types=[f"{'CrossAttn' * a}DownBlock2D" for a in attention],
+            up_block_types=[f"{'CrossAttn' * a}UpBlock2D" for a in reversed(attention)],
+            cross_attention_dim=context,
+            norm_num_groups=8,
+            attention_head_dim=4,
+            **extra,
+        )
+
+    return Tiny(name, base, build, _unet_inputs(context, xl))
+
+
+def _dit() -> Tiny:
+    base = register_base(
+        families.dit("tiny-dit", depth=3, width=32, patch_size=2, frequency_shift=1.0, grid=(4, 4))
+    )
+
+    def build() -> nn.Module:
+        return diffusers.DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            num_layers=3,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=10,
+        )
+
+    def inputs(
+        t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Tensor]:
+        return {
+            "hidden_states": _noise(seed, dtype, len(t), 4, *size),
+            "timestep": t,
+            "class_labels": torch.arange(len(t)) % 10,
+        }
+
+    return Tiny("dit", base, build, inputs, square_only=True)
+
+
+def _pixart() -> Tiny:
+    base = register_base(families.pixart("tiny-pixart", depth=3, width=32, hub_id=None))
+
+    def build() -> nn.Module:
+        return diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=3,
+            cross_attention_dim=32,
+            sample_size=8,
+            patch_size=2,
+            caption_channels=12,
+            use_additional_conditions=False,
+        )
+
+    def inputs(
+        t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Tensor]:
+        return {
+            "hidden_states": _noise(seed, dtype, len(t), 4, *size),
+            "encoder_hidden_states": _noise(seed + 1, dtype, len(t), 5, 12),
+            "timestep": t,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+    return Tiny("pixart", base, build, inputs)
+
+
+def _sd3(name: str, dual: bool) -> Tiny:
+    base = register_base(families.sd3(f"tiny-{name}", depth=3, width=32, dual=dual, hub_id=None))
+
+    def build() -> nn.Module:
+        return diffusers.SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            caption_projection_dim=32,
+            pooled_projection_dim=10,
+            out_channels=4,
+            pos_embed_max_size=24,
+            dual_attention_layers=(0,) if dual else (),
+        )
+
+    def inputs(
+        t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Tensor]:
+        return {
+            "hidden_states": _noise(seed, dtype, len(t), 4, *size),
+            "encoder_hidden_states": _noise(seed + 1, dtype, len(t), 5, 12),
+            "pooled_projections": _noise(seed + 2, dtype, len(t), 10),
+            "timestep": t,
+        }
+
+    return Tiny(name, base, build, inputs)
+
+
+def _flux() -> Tiny:
+    base = register_base(families.flux("tiny-flux", double=2, single=2, width=32, hub_id=None))
+
+    def build() -> nn.Module:
+        return diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=10,
+            axes_dims_rope=(4, 6, 6),
+        )
+
+    def inputs(
+        t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Tensor]:
+        rows, columns = size[0] // 2, size[1] // 2
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        return {
+            "hidden_states": _noise(seed, dtype, len(t), rows * columns, 16),
+            "encoder_hidden_states": _noise(seed + 1, dtype, len(t), 5, 12),
+            "pooled_projections": _noise(seed + 2, dtype, len(t), 10),
+            "timestep": t / 1000,
+            "img_ids": torch.cat([torch.zeros(len(grid), 1), grid], dim=1).to(dtype),
+            "txt_ids": torch.zeros(5, 3, dtype=dtype),
+        }
+
+    return Tiny("flux", base, build, inputs)
+
+
+FAMILIES: dict[str, Tiny] = {
+    tiny.name: tiny
+    for tiny in (
+        _unet("sd15", 12, (16, 32, 32, 32), (True, True, True, False)),
+        _unet("sd21", 20, (16, 32, 32, 32), (True, True, True, False)),
+        _unet("sdxl", 28, (16, 32, 48), (False, True, True), xl=True),
+        _dit(),
+        _pixart(),
+        _sd3("sd3", dual=False),
+        _sd3("sd35", dual=True),
+        _flux(),
+    )
+}
