@@ -34,6 +34,7 @@ HASH_DIGITS = 10
 
 _MAX_HEADER = 4 * 1024**2  # ours are a few kilobytes, with training metadata some hundred
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _EXPORT_AGAIN = "get the file again, or export it again"
 
 
@@ -232,12 +233,13 @@ def _check_header(path: Path, data: bytes, size: int) -> tuple[PatchFile, dict[s
 
 def _parse_header(path: Path, data: bytes, size: int) -> dict[str, Any]:
     wanted = "expected a safetensors file"
-    if data[:2] == b"PK" or data[:2] in (b"\x80\x02", b"\x80\x04"):
-        raise _bad(path, wanted, "a pickle file with another ending", "convert it first")
     if len(data) < 8:
         raise _bad(path, wanted, f"{size} bytes in all")
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(_MAX_HEADER, size - 8):
+        # Only here: the length of a good header may begin with the same bytes.
+        if data[:2] in _PICKLES:
+            raise _bad(path, wanted, "a pickle file with another ending", "convert it first")
         raise _bad(
             path,
             f"expected a header of at most {min(_MAX_HEADER, size - 8)} bytes",

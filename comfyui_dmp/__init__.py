@@ -1,0 +1,1 @@
+"""The ComfyUI nodes. A placeholder: the pack is not here yet (README.md, "What works today")."""
