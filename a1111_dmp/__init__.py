@@ -1,1 +1,1 @@
-"""The A1111 / Forge extension. A placeholder: it is not here yet (README.md, "What works today")."""
+"""The A1111 / Forge extension: a placeholder, not here yet (README.md, "What works today")."""

@@ -16,7 +16,7 @@ from dmp_common.context import Context, Settings
 from dmp_common.detect import find_denoiser, require_base
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
-from dmp_common.schedule import Schedule
+from dmp_common.schedule import ALWAYS, Schedule
 from dmp_common.sites import Argument, Naming, Site, find_module
 from dmp_common.timesteps import frequency_shift
 
@@ -66,7 +66,7 @@ def attach(
         raise PatchError(
             "this patch prepends its prompts, which hosts cannot do: use a patch that adds them."
         )
-    settings = Settings(strength, schedule or Schedule(), temperature, chosen)
+    settings = Settings(strength, schedule or ALWAYS, temperature, chosen)
     return Attachment(denoiser, patch, naming, settings)
 
 

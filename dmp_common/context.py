@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmp_common.errors import PatchError
 from dmp_common.prompts import resize
-from dmp_common.schedule import Schedule
+from dmp_common.schedule import ALWAYS, Schedule
 from dmp_common.sites import Site, grid_cells
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Settings:
     """
 
     strength: float = 1.0
-    schedule: Schedule = Schedule()
+    schedule: Schedule = ALWAYS
     temperature: float = 1.0
     sites: frozenset[str] | None = None
 
@@ -126,18 +126,22 @@ class Context:
         spec = self.sites[site]
         size = self._grid_size(spec, x)
         field = self._batch(self._field(site, spec, size, x), x)
+        if isinstance(self.strength, Tensor):
+            strength = self.strength.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+            field, alpha = field * strength, 1.0
+        else:
+            alpha = self.strength
+        if field.shape[1:] == x.shape[1:]:
+            out = torch.add(x, field, alpha=alpha)
+            if out.stride() == x.stride():
+                return out
         out = x.clone()
         if self.tokens:
             tokens = size[0] * size[1]
             start = x.shape[1] - (self.image_tokens or tokens)
-            stream = out[:, start : start + tokens]
+            out[:, start : start + tokens].add_(field, alpha=alpha)
         else:
-            stream = out[:, : spec.width]
-        if isinstance(self.strength, float):
-            stream.add_(field, alpha=self.strength)
-        else:
-            strength = self.strength.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-            stream.add_(field * strength)
+            out[:, : spec.width].add_(field, alpha=alpha)
         return out
 
     def prepend(self, site: str, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dmp_common.bases import Base, Prediction, Probe, TimeSource
 from dmp_common.sites import Argument, Site
 
+_X = Argument("x", 0)
+
 
 def unet(
     name: str,
@@ -142,7 +144,7 @@ def _block_sites(
     *,
     diffusers: str,
     ldm: str,
-    ldm_argument: Argument = Argument("x", 0),
+    ldm_argument: Argument = _X,
 ) -> tuple[Site, ...]:
     return tuple(
         Site(

@@ -75,8 +75,8 @@ class Patch(nn.Module):
         Raises:
             PatchError: not a file of ours, or a damaged one.
         """
-        from dmp_common.hub import resolve  # noqa: PLC0415  # the hub client only where it is used
-        from dmp_common.patchfile import load_patch  # noqa: PLC0415  # it imports this module
+        from dmp_common.hub import resolve  # the hub client only where it is used
+        from dmp_common.patchfile import load_patch  # it imports this module
 
         return load_patch(resolve(source, **hub_options))
 
@@ -87,7 +87,7 @@ class Patch(nn.Module):
             path: ends in `.safetensors`.
             metadata: header entries besides ours, such as `ss_*` keys.
         """
-        from dmp_common.patchfile import save_patch  # noqa: PLC0415
+        from dmp_common.patchfile import save_patch
 
         return save_patch(self, path, metadata)
 
@@ -289,7 +289,7 @@ class Patch(nn.Module):
             other = Patch(self.variant)
         values = {name: value.detach().clone() for name, value in self.state_dict().items()}
         other.load_state_dict(values, assign=True)
-        for mine, theirs in zip(other.parameters(), self.parameters()):
+        for mine, theirs in zip(other.parameters(), self.parameters(), strict=True):
             mine.requires_grad_(theirs.requires_grad)
         other.learning_scale, other.metadata = self.learning_scale, dict(self.metadata)
         other.cache.limit = self.cache.limit

@@ -39,7 +39,7 @@ class PromptPool(nn.Module):
         prompts = self.prompts.float()  # (K, N, D)
         if prompts.shape[0] == 1:
             return weights.unsqueeze(-1) * prompts[0]  # (T, N, 1) * (N, D)
-        shaped = weights.unflatten(1, prompts.shape[:2])  # (T, K, N)
+        shaped = weights.reshape(-1, *prompts.shape[:2])  # (T, K, N)
         return torch.einsum("tkn,knd->tnd", shaped, prompts)
 
 

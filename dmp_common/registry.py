@@ -53,7 +53,7 @@ def _fill() -> None:
         families.dit(
             "digits",
             depth=6,
-            width=96,
+            width=64,
             patch_size=2,
             in_channels=1,
             frequency_shift=1.0,  # the bundled base was trained in diffusers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,9 +99,12 @@ class Schedule:
         """
         t = timesteps.double()
         factors = torch.full_like(t, self.curve[0][1] if self.curve else 1.0)
-        for (low, before), (high, after) in zip(self.curve, self.curve[1:]):
+        for (low, before), (high, after) in itertools.pairwise(self.curve):
             if high > low:
                 factors = factors + (after - before) * ((t - low) / (high - low)).clamp(0.0, 1.0)
             else:  # two points at one timestep are a step
                 factors = factors + (after - before) * (t >= high)
         return torch.where((t >= self.last) & (t <= self.first), factors, 0.0)
+
+
+ALWAYS = Schedule()  # everywhere, with factor 1

@@ -60,7 +60,8 @@ def embed_timesteps(
     embedder = find_module(model, f"{source.path}.class_embedder")
     if embedder is None:
         raise PatchError(f"base {base.name} has no class labels: use a patch with condition t.")
-    return e + embedder(labels.to(weight.device))
+    conditioning: Tensor = e + embedder(labels.to(weight.device))
+    return conditioning
 
 
 def frequency_shift(model: nn.Module, base: Base, naming: Naming) -> float:

@@ -140,10 +140,11 @@ class Variant:
                 and all(type(side) is int and side > 0 for side in grid)
                 and grid[0] * grid[1] == self.prompts
             )
-        if not shaped or not (1 <= self.prompts and 1 <= self.grids):
+        if not shaped or not (self.prompts >= 1 and self.grids >= 1):
             raise PatchError(
                 f"expected a grid of rows x columns prompts (none when prompts are prepended), "
-                f"found grid {self.grid}, {self.prompts} prompts, {self.grids} grids: make them agree."
+                f"found grid {self.grid}, {self.prompts} prompts, {self.grids} grids: make them "
+                "agree."
             )
         if self.prompts * self.grids > _LIMIT:
             raise PatchError(

@@ -264,7 +264,9 @@ def test_patch_of_another_base_is_refused_by_a_model(good: Path) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=8),
-    lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(max_size=8), child, max_size=3),
+    lambda child: (
+        st.lists(child, max_size=3) | st.dictionaries(st.text(max_size=8), child, max_size=3)
+    ),
     max_leaves=6,
 )
 

@@ -1,0 +1,119 @@
+"""The command itself, as a new user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dmp_common import Patch
+from training.config import parse_arguments
+from training.train_dmp import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = [
+    "--base", "digits", "--max_train_steps", "3", "--validate_every_n_steps", "3",
+    "--train_batch_size", "16",
+]  # fmt: skip
+
+
+def call(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_quickstart_leaves_everything_it_promises(tmp_path: Path) -> None:
+    """From another folder, so that nothing depends on where it is called."""
+    script = str(ROOT / "training" / "train_dmp.py")
+    done = call([script, *SHORT, "--output_dir", "out", "--report_samples", "400"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "digits-dmp.safetensors", "gate.png", "report.json", "report.md", "samples.png",
+    }  # fmt: skip
+    patch = Patch.load(out / "digits-dmp.safetensors")
+    assert patch.metadata["ss_seed"] == "0"
+    assert "ss_network_module" not in patch.metadata
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["base"]["loss_by_bin"]) == 10
+    assert report["base"]["frechet_distance"] > report["frechet_distance_of_training_images"] > 0
+    assert "Frechet distance" in (out / "report.md").read_text()
+    for name in ("samples.png", "gate.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("L").getcolors(1 << 16) or []) > 2
+    # The three lines it prints run as they are.
+    lines = [line[4:] for line in done.stdout.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    code = "\n".join(lines).replace('"training/', f'"{ROOT.as_posix()}/training/')
+    used = call(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"], tmp_path)
+    assert used.returncode == 0, used.stderr
+
+
+@pytest.mark.slow
+def test_under_accelerate_launch(tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = str(ROOT / "training" / "train_dmp.py")
+    done = call([*launch, script, *SHORT, "--output_dir", "out", "--report_samples", "0"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    Patch.load(tmp_path / "out" / "digits-dmp.safetensors")
+
+
+def test_script_hides_no_other_package(tmp_path: Path) -> None:
+    """Its folder holds `config` and `data`, which must not become top-level modules."""
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'training')!r}); "
+        f"runpy.run_path({str(ROOT / 'training' / 'train_dmp.py')!r}); "
+        f"assert {str(ROOT / 'training')!r} not in sys.path; import config"
+    )
+    done = call(["-c", code], tmp_path)
+    assert "No module named 'config'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "sd15"], "expected base digits, found sd15"),
+        (["--base", "sd99"], "known bases"),
+        (["--pretrained_model_name_or_path", "nowhere"], "--pretrained_model_name_or_path"),
+        (["--dmp_sites", "block.99"], "block.99"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--output_dir", str(tmp_path / "out"), *arguments]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_unwritable_folder_is_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main([*SHORT, "--output_dir", str(tmp_path / "file")]) == 1
+    assert "change --output_dir" in capsys.readouterr().err
+
+
+def test_bare_command_is_the_quickstart() -> None:
+    assert parse_arguments([]) == parse_arguments(["--base", "digits"])

@@ -1,0 +1,1 @@
+"""Training patches, and judging them. `python training/train_dmp.py --help` starts here."""

@@ -1,0 +1,38 @@
+"""Trains a patch: `python training/train_dmp.py --base digits`, also under `accelerate launch`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a script, Python puts this folder on the path, where `config` or `data` would hide other
+# packages of these names; what we need there is the repository.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
+sys.path.insert(0, str(_HERE.parent))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    from training.config import parse_arguments  # --help must not wait for torch
+
+    config = parse_arguments(arguments)
+    try:
+        from dmp_common import PatchError
+        from training.run import run
+    except ImportError as error:
+        print(
+            f'error: {error}: the trainer needs its extra, run: pip install -e ".[train]"',
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        run(config)
+    except PatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
