@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dmp_common.bases import Base
+from dmp_common.compat import is_compiling
 from dmp_common.context import Context, Settings
 from dmp_common.detect import find_denoiser, require_base
 from dmp_common.errors import PatchError
@@ -93,6 +94,9 @@ class Attachment:
         ]
         if not self._source.inside:
             self._handles.append(self._time.register_forward_hook(self._embedding))
+            if patch.variant.condition == "t+y":
+                labels = _module(denoiser, str(self._source.labels))
+                self._handles.append(labels.register_forward_hook(self._embedding))
         for site in patch.sites.values():
             self._add_site(site, _module(denoiser, site.paths[naming]), site.arguments[naming])
 
@@ -130,8 +134,8 @@ class Attachment:
         labels = _argument(self._base.labels, args, kwargs) if self._base.labels else None
         positions = _argument(self._base.positions, args, kwargs) if self._base.positions else None
         self._call = _Call(self, sample, timestep, labels, positions)
-        self.calls += 0 if torch.compiler.is_compiling() else 1
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        self.calls += 0 if is_compiling() else 1
+        if torch.is_grad_enabled() and not is_compiling():
             for part in self._checkpointing:
                 _bind(part, self)
 
@@ -140,7 +144,7 @@ class Attachment:
         self._call = None
 
     def _embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """The model has computed its time embedding."""
+        """The model has computed its time embedding, or that of its labels."""
         if self._active and self._call is not None:
             self._call.embedded(output)
 
@@ -189,10 +193,18 @@ class _Call:
         self.labels = labels
         self.positions = positions
         self.context: Context | None = None
+        # How many embeddings the gate sees the sum of, and the sum of those seen so far.
+        both = attachment.patch.variant.condition == "t+y" and not attachment._source.inside
+        self.missing = 2 if both else 1
+        self.sum: Tensor | None = None
 
     def embedded(self, e: Tensor) -> None:
-        """Makes the context from the time embedding e (B, E)."""
+        """Takes an embedding (B, E); the last one makes the context."""
         attachment = self.attachment
+        e = e if self.sum is None else self.sum + e
+        self.sum, self.missing = e, self.missing - 1
+        if self.missing:
+            return
         timesteps = None
         if not attachment.settings.schedule.always:
             timesteps = self._timesteps(e) * attachment._source.scale
@@ -252,7 +264,7 @@ class _BoundCheckpoint:
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         attachment, call = self.attachment, self.attachment._call
-        if call is None or torch.compiler.is_compiling():
+        if call is None or is_compiling():
             return self.inner(module, *args)
         if attachment._source.inside:
             call.context_for(args[0])  # now, or it would be computed during recomputation

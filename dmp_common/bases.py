@@ -29,8 +29,9 @@ class TimeSource:
             one; elsewhere the shift is the base's own.
         scale: the argument times this is the timestep on the scale 0..1000.
         inside: e is computed inside a block, after the block's input is needed, so we compute it
-            before the first site (diffusers' DiT). `path` then takes (timestep, labels) and holds
-            `class_embedder`.
+            before the first site (diffusers' DiT). `path` then takes (timestep, labels).
+        labels: the module that embeds class labels, where the base has them; its `embedding_table`
+            is the table.
     """
 
     path: str
@@ -39,6 +40,7 @@ class TimeSource:
     projection: str | None = None
     scale: float = 1.0
     inside: bool = False
+    labels: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
 from dmp_common.prompts import resize
 from dmp_common.schedule import ALWAYS, Schedule
@@ -61,7 +62,7 @@ class Settings:
                 "a schedule needs the timesteps of the call: pass `timesteps` to prepare()."
             )
         strengths = self.schedule.factors(timesteps) * self.strength  # (B,)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return strengths
         values = strengths.tolist()
         return float(values[0]) if len(set(values)) == 1 else strengths

@@ -194,8 +194,11 @@ def dit(
                 f"{emb}.timestep_embedder",
                 f"{emb}.time_proj",
                 inside=True,
+                labels=f"{emb}.class_embedder",
             ),
-            "ldm": TimeSource("t_embedder", Argument("t", 1), "t_embedder.mlp"),
+            "ldm": TimeSource(
+                "t_embedder", Argument("t", 1), "t_embedder.mlp", labels="y_embedder"
+            ),
         },
         probes={
             "diffusers": (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmp_common.bases import Base
 from dmp_common.cache import FieldCache
+from dmp_common.compat import is_compiling
 from dmp_common.context import Context, FieldKey, Settings
 from dmp_common.errors import PatchError
 from dmp_common.gating import Gate, kept_prompts
@@ -254,7 +255,7 @@ class Patch(nn.Module):
         return weights, rows, key
 
     def _may_remember(self, e: Tensor) -> bool:
-        if self.training or torch.compiler.is_compiling() or e.is_meta:
+        if self.training or is_compiling() or e.is_meta:
             return False
         if torch.is_grad_enabled() and (
             e.requires_grad or any(p.requires_grad for p in self.parameters())

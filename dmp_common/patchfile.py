@@ -12,12 +12,13 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -97,15 +98,16 @@ def save_patch(
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that it is never seen half-written, not even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    # Not tempfile: its files are closed to other users, such as the account a host runs under.
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with name.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
 
 
@@ -135,12 +137,8 @@ def load_patch(path: str | os.PathLike[str]) -> Patch:
 def read_header(path: str | os.PathLike[str]) -> PatchFile:
     """The checked header of a patch file, without reading its tensors."""
     path = Path(path)
-    size = _size(path)
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        data = start + file.read(min(length, _MAX_HEADER + 1))
-    return _check_header(path, data, size)[0]
+    with _opened(path) as (file, size):
+        return _check_header(path, _read_head(file), size)[0]
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -175,31 +173,37 @@ def _modelspec(patch: Patch, path: Path) -> dict[str, str]:
     return {**spec, "modelspec.prediction_type": prediction} if prediction else spec
 
 
-def _size(path: Path) -> int:
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A file for reading, and its size."""
+    if path.is_dir():
+        raise _bad(path, "expected a patch file", "a folder", "name the file in it")
     try:
-        if path.is_dir():
-            raise _bad(path, "expected a patch file", "a folder", "name the file in it")
-        return path.stat().st_size
+        with path.open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
     except OSError as error:
         found = error.strerror or type(error).__name__
         raise _bad(path, "expected a patch file", found, "check the path") from error
-    except ValueError as error:  # a path with a NUL character
-        raise _bad(path, "expected a patch file", str(error), "check the path") from error
+    except ValueError as error:
+        if isinstance(error, PatchError):
+            raise
+        # A path with a NUL character is no OSError.
+        raise _bad(path, "expected a path", str(error), "check the path") from error
 
 
 def _read(path: Path) -> bytes:
     """The whole file, unless its header already says that it is not ours."""
-    size = _size(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            head = start + file.read(min(length, _MAX_HEADER + 1))
-            _check_header(path, head, size)
-            return head + file.read()
-    except OSError as error:
-        found = error.strerror or type(error).__name__
-        raise _bad(path, "expected a readable file", found, "check its permissions") from error
+    with _opened(path) as (file, size):
+        head = _read_head(file)
+        _check_header(path, head, size)
+        return head + file.read()
+
+
+def _read_head(file: BinaryIO) -> bytes:
+    """The length of the header and the header, as far as it can be ours."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    return start + file.read(min(length, _MAX_HEADER + 1))
 
 
 def _check_header(path: Path, data: bytes, size: int) -> tuple[PatchFile, dict[str, Any]]:

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmp_common.compat import is_compiling
 from dmp_common.variant import Init
 
 
@@ -89,6 +90,6 @@ def resize_matrix(source: int, target: int, like: Tensor) -> Tensor:
                 align_corners=False,
                 antialias=True,
             )[0, 0]
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             _MATRICES[key] = matrix
     return matrix

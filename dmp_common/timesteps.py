@@ -57,10 +57,10 @@ def embed_timesteps(
     e: Tensor = mlp(features.to(weight.dtype))
     if labels is None:
         return e
-    embedder = find_module(model, f"{source.path}.class_embedder")
-    if embedder is None:
+    table = find_module(model, f"{source.labels}.embedding_table")
+    if table is None:
         raise PatchError(f"base {base.name} has no class labels: use a patch with condition t.")
-    conditioning: Tensor = e + embedder(labels.to(weight.device))
+    conditioning: Tensor = e + table(labels.to(weight.device))
     return conditioning
 
 

@@ -1,0 +1,256 @@
+"""The command line: `python -m dmp_common inspect | validate | heatmap | convert`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmp_common.errors import PatchError
+from dmp_common.version import __version__
+
+_PROGRAM = "python -m dmp_common"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the words after the program's name; None takes those it was started with.
+
+    Returns:
+        0, or 1 where something about a file or a model is wrong; the reason is on stderr. Wrong
+        usage ends the program with 2.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names a Windows console cannot show
+            stream.reconfigure(errors="backslashreplace")
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+    except (PatchError, OSError) as error:
+        return _complain(error)
+    return code
+
+
+def _complain(error: Exception) -> int:
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="Look at patch files of diffusion models, check them, make them.",
+        epilog=f"{_PROGRAM} COMMAND --help explains a command, with examples.\n"
+        "Exit code: 0 all is well, 1 a file or a model is not, 2 wrong usage.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dmp {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_inspect(commands)
+    _add_validate(commands)
+    _add_heatmap(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str
+) -> argparse.ArgumentParser:
+    indented = "".join(f"\n  {_PROGRAM} {line}" for line in examples.splitlines())
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text.split(".")[0],
+        description=text,
+        epilog=f"examples:{indented}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "inspect",
+        _inspect,
+        "Show what a patch is made of. Only the header is read; `validate` checks all values.",
+        "inspect my-patch.safetensors\ninspect --sites my-patch.safetensors\n"
+        "inspect --json *.safetensors",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="patch files")
+    group = parser.add_argument_group("output")
+    group.add_argument("--sites", action="store_true", help="list every site")
+    group.add_argument("--json", action="store_true", help="a JSON list with a record a file")
+
+
+def _add_validate(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "validate",
+        _validate,
+        "Check patch files completely. A bad file does not keep the others from being checked.",
+        "validate my-patch.safetensors\nvalidate models/dmp/*.safetensors",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="patch files")
+
+
+def _add_heatmap(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "heatmap",
+        _heatmap,
+        "Draw when which prompts speak. The picture shows the gate's weights by timestep and\n"
+        "prompt, and as maps over the picture, a row for each site.",
+        "heatmap my-patch.safetensors gate.png --model v1-5-pruned-emaonly.safetensors\n"
+        "heatmap my-patch.safetensors gate.png --model ./stable-diffusion-v1-5 --sites in.1,mid\n"
+        "heatmap my-dit-patch.safetensors gate.png --model ./DiT-XL-2-256 --label 207",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a patch file")
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="the picture to write")
+    group = parser.add_argument_group("base model")
+    group.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="the model the patch is for, whose time embedding the gate sees (only that is read): "
+        "a diffusers folder or a .safetensors checkpoint",
+    )
+    group.add_argument(
+        "--label", type=int, metavar="K", help="class, for patches whose gate sees the class"
+    )
+    group = parser.add_argument_group("what to draw")
+    group.add_argument(
+        "--sites",
+        metavar="LIST",
+        default="first,middle,last",
+        help="names with commas between, first, middle, last, all, or a set such as encoder "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--steps", type=int, default=50, help="timesteps (default: %(default)s)")
+    group.add_argument(
+        "--scale",
+        choices=("per-panel", "shared"),
+        default="per-panel",
+        help="colours of each site by themselves, or comparable (default: %(default)s)",
+    )
+    group.add_argument(
+        "--log",
+        action=argparse.BooleanOptionalAction,
+        help="logarithmic colours (default: where a weight exceeds ten times the mean)",
+    )
+    group.add_argument("--title", help="in place of the file's name")
+    _add_force(parser)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "convert",
+        _convert,
+        "Import a checkpoint of the official DMP code. Nothing in it is executed.",
+        "convert 0100000.pt my-patch.safetensors\n"
+        "convert prompts-only.pt my-patch.safetensors --base dit-b/2 --mix add",
+    )
+    parser.add_argument("source", type=Path, metavar="OFFICIAL.pt", help="the checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the patch to write")
+    group = parser.add_argument_group("where the checkpoint does not tell")
+    group.add_argument("--base", metavar="NAME", help="its base, such as dit-b/2")
+    group.add_argument("--mix", choices=("add", "prepend"), help="how its prompts were used")
+    _add_force(parser)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def _require_free(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise PatchError(
+            f"{path}: expected the name of a new file, found an existing one: choose another "
+            "name, or add --force to replace it."
+        )
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from dmp_common.patchfile import file_hash, load_patch
+
+    code = 0
+    for path in options.files:
+        try:
+            patch = load_patch(path)
+            print(f"OK {file_hash(path)} {path} ({patch.base.name})")
+        except (PatchError, OSError) as error:
+            code = _complain(error)
+    return code
+
+
+def _heatmap(options: argparse.Namespace) -> int:
+    from dmp_common.heatmap import (  # numpy and Pillow only where they are used
+        even_timesteps,
+        save_heatmap,
+        time_embedding_of,
+    )
+    from dmp_common.patchfile import load_patch
+
+    _require_free(options.out, options.force)
+    patch = load_patch(options.file)
+    steps = even_timesteps(options.steps)
+    e = time_embedding_of(options.model, patch, steps, options.label)
+    title = options.title or f"{options.file.name} ({patch.base.name})"
+    if options.title is None and options.label is not None:
+        title += f", class {options.label}"
+    save_heatmap(
+        options.out,
+        patch,
+        steps,
+        e,
+        sites=options.sites,
+        scale=options.scale,
+        log=options.log,
+        title=title,
+    )
+    print(f"Wrote {options.out}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from dmp_common.convert import convert_official
+    from dmp_common.patchfile import file_hash
+
+    _require_free(options.out, options.force)
+    patch = convert_official(options.source, options.out, base=options.base, mix=options.mix)
+    print(
+        f"Wrote {options.out} ({file_hash(options.out)}): {patch.base.name}, "
+        f"{len(patch.sites)} sites, {patch.saved_parameters:,} parameters"
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dmp_common.inspection import as_text, inspect_file
+
+    code, records = 0, []
+    for path in options.files:
+        try:
+            record = inspect_file(path)
+        except (PatchError, OSError) as error:
+            code = _complain(error)
+            continue
+        records.append(record)
+        if not options.json:
+            print(as_text(record, options.sites))
+    if options.json:
+        print(json.dumps(records, indent=2))
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

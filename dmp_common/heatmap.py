@@ -1,0 +1,254 @@
+"""Pictures of a gate: its weights by timestep and prompt, and as maps over the picture.
+
+numpy and Pillow draw them, because every host has these two and none need have a plotting library.
+Hosts import this module only when a picture is asked for.
+
+Source: Ham et al. 2025, Figure 4.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dmp_common import drawing
+from dmp_common.drawing import ColourScale, Layout, Values
+from dmp_common.errors import PatchError
+from dmp_common.patch import Patch
+from dmp_common.patchfile import write_atomically
+from dmp_common.timefile import even_timesteps, time_embedding_of
+
+__all__ = [
+    "choose_sites",
+    "even_timesteps",
+    "gate_heatmap",
+    "save_heatmap",
+    "time_embedding_of",
+]
+
+Scale = Literal["per-panel", "shared"]
+_STRONG, _WEAK = 10.0, 0.1  # times the mean: logarithmic colours from there on, and from where
+_FLAT = 1e-5  # a smaller spread, relative to the mean, is rounding
+
+
+def choose_sites(patch: Patch, choice: str | Sequence[str] | None = None) -> list[str]:
+    """Sites of a patch by name, in order of depth.
+
+    Args:
+        choice: names in a list or with commas between; besides the patch's own sites "first",
+            "middle", "last", "all" and the base's named sets. None means first, middle and last.
+
+    Raises:
+        PatchError: none of these.
+    """
+    own = list(patch.sites)
+    words = {
+        "first": own[:1],
+        "middle": [own[len(own) // 2]],
+        "last": own[-1:],
+        "all": own,
+        **{name: [site for site in own if site in s] for name, s in patch.base.site_sets.items()},
+        **{name: [name] for name in own},
+    }
+    asked = choice.split(",") if isinstance(choice, str) else choice
+    chosen: set[str] = set()
+    for word in ("first", "middle", "last") if asked is None else [w.strip() for w in asked]:
+        if not words.get(word):
+            raise PatchError(
+                f"expected sites of this patch ({', '.join(own)}), all, first, middle, last or a "
+                f"named set, found {word!r}: choose among these."
+            )
+        chosen.update(words[word])
+    if not chosen:
+        raise PatchError("expected one or more sites to draw, found none: name some, or say all.")
+    return [name for name in own if name in chosen]
+
+
+def save_heatmap(
+    path: str | os.PathLike[str],
+    patch: Patch,
+    timesteps: Tensor,
+    e: Tensor,
+    *,
+    sites: str | Sequence[str] | None = None,
+    scale: Scale = "per-panel",
+    title: str | None = None,
+    log: bool | None = None,
+) -> Path:
+    """Writes `gate_heatmap` as a PNG file; an existing file is replaced, never half-written.
+
+    Raises:
+        PatchError: another ending than `.png`, or see `gate_heatmap`.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise PatchError(f"expected a file name ending in .png, found {path}: rename it.")
+    image = gate_heatmap(patch, timesteps, e, sites=sites, scale=scale, title=title, log=log)
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    write_atomically(path, data.getvalue())
+    return path
+
+
+def gate_heatmap(
+    patch: Patch,
+    timesteps: Tensor,
+    e: Tensor,
+    *,
+    sites: str | Sequence[str] | None = None,
+    scale: Scale = "per-panel",
+    title: str | None = None,
+    log: bool | None = None,
+    maps: int = 5,
+) -> Image.Image:
+    """A row for each site: weights by timestep and prompt, and as maps over the picture.
+
+    Soft weights are shown times the number of prompts, so that their mean is 1. With K grids the
+    left panel shows all K*N prompts, and a map the sum over the K grids, times N.
+
+    Args:
+        timesteps: (T,), on the scale 0..1000, in any order.
+        e: their time embedding (T, E), see `time_embedding_of`.
+        sites: see `choose_sites`.
+        scale: whether each row of the picture has its own colour scale or all share one.
+        title: in place of the patch's own.
+        log: whether colours are logarithmic; None where a weight exceeds ten times the mean.
+        maps: how many timesteps to draw as maps, evenly chosen.
+
+    Raises:
+        PatchError: an unknown site or scale, or shapes that do not belong together.
+
+    Source: Ham et al. 2025, Figure 4.
+    """
+    if scale not in get_args(Scale):
+        raise PatchError(
+            f"expected scale {' or '.join(get_args(Scale))}, found {scale!r}: choose one."
+        )
+    steps, values = gate_values(patch, timesteps, e)
+    names = choose_sites(patch, sites)
+    columns = [list(patch.sites).index(name) for name in names]
+    layout = Layout.of(patch.variant.grid, len(names), len(steps), maps)
+    heading, notes = title or f"Gate of a patch for {patch.base.name}", _subtitle(patch)
+    width = max(drawing.text_width(heading, drawing.TITLE), drawing.text_width(notes))
+    size = max(layout.size[0], drawing.LEFT + width + drawing.GAP), layout.size[1]
+    image = Image.new("RGB", size, (255, 255, 255))
+    drawing.write(image, heading, (drawing.LEFT, 22), drawing.TITLE)
+    drawing.write(image, notes, (drawing.LEFT, 76), ink=drawing.GREY)
+    for row, column in enumerate(columns):
+        shown = values[:, column if scale == "per-panel" else columns]
+        colours = _colour_scale(shown, _is_soft(patch), log)
+        _draw_row(image, layout, row, patch, names[row], steps, values[:, column], colours)
+    drawing.write(
+        image,
+        "timestep, from noise to picture",
+        (drawing.LEFT + drawing.WIDTH // 2, layout.size[1] - 52),
+        align="centre",
+    )
+    return image
+
+
+def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Values]:
+    """What a heat map shows: timesteps (T,) from noise to picture, weights (T, S, K*N).
+
+    Soft weights are times K*N, so that their mean is 1.
+    """
+    timesteps = torch.as_tensor(timesteps).detach().float().cpu()
+    size = patch.base.embedding
+    if timesteps.dim() != 1 or not len(timesteps) or e.shape != (len(timesteps), size):
+        raise PatchError(
+            f"expected timesteps (T,) and their embedding (T, {size}), found "
+            f"{tuple(timesteps.shape)} and {tuple(e.shape)}: give the base's own time embedding."
+        )
+    order = timesteps.argsort(descending=True)
+    with torch.no_grad():
+        weights = patch.gate_weights(e.detach().to(next(patch.parameters()).device))
+    if not weights.isfinite().all():
+        raise PatchError("expected finite gate weights, found NaN: is the time embedding damaged?")
+    weights = weights.float().cpu()[order] * (patch.variant.count if _is_soft(patch) else 1)
+    return timesteps[order].numpy(), weights.numpy()
+
+
+def _draw_row(
+    image: Image.Image,
+    layout: Layout,
+    row: int,
+    patch: Patch,
+    name: str,
+    steps: Values,
+    values: Values,
+    scale: ColourScale,
+) -> None:
+    """One site: its weights (T, K*N) by timestep and prompt, its maps and its colour bar."""
+    site, box = patch.sites[name], layout.weights(row)
+    heading = f"{name}  (depth {patch.base.depths[name]}, {site.width} channels)"
+    drawing.write(image, heading, (box[0], box[1] - 56), drawing.TEXT + 2)
+    drawing.panel(image, box, values.T, scale)
+    count, pixel = values.shape[1], drawing.HEIGHT / values.shape[1]
+    every = patch.variant.prompts if 1 < patch.variant.grids < 9 else max(count // 4, 1)
+    marks = [((index + 0.5) * pixel, str(index)) for index in range(0, count, every)]
+    drawing.ticks_beside(image, box, marks, "left")
+    drawing.write(image, "prompt", (12, (box[1] + box[3]) // 2), upwards=True)
+    centres = (np.arange(len(steps)) + 0.5) * (drawing.WIDTH / len(steps))
+    last, first = float(steps[-1]), float(steps[0])
+    times = drawing.ticks(last, first + (first - last) / 500, 6)  # a tick at 1000, not only 999
+    marks = [(float(np.interp(t, steps[::-1], centres[::-1])), text) for t, text in times]
+    drawing.ticks_below(image, box, marks)
+    for index, column in enumerate(layout.columns):
+        grids = values[column].reshape(-1, *(patch.variant.grid or ()))  # (K, rows, columns)
+        at = layout.map(row, index)
+        drawing.panel(image, at, grids.mean(0), scale)
+        text = f"t = {steps[column]:.0f}"
+        drawing.write(image, text, ((at[0] + at[2]) // 2, box[1] - 42), align="centre")
+        _point_at(image, box[0] + round(centres[column]), box[1])
+    drawing.colour_bar(image, layout.bar(row), scale, _label(patch, scale))
+
+
+def _point_at(image: Image.Image, x: int, y: int) -> None:
+    """A small triangle above a panel, which marks the timestep of a map."""
+    ImageDraw.Draw(image).polygon([(x, y - 5), (x - 6, y - 15), (x + 6, y - 15)], fill=drawing.GREY)
+
+
+def _subtitle(patch: Patch) -> str:
+    """What must be known to read the picture."""
+    variant = patch.variant
+    kind = f"{variant.gate.capitalize()} gate"
+    if variant.gate == "none":
+        kind = "No gate: every weight is 1 at every timestep"
+    elif variant.selection == "hard":
+        kind += ", hard: the top 75 % have weight 1"
+    if variant.grid is None:
+        return f"{kind}. {variant.count} prompts in front of the image tokens."
+    place = "{} x {} prompts".format(*variant.grid)
+    if variant.grids > 1:
+        how = f"summed, x {variant.prompts}" if _is_soft(patch) else "averaged"
+        return f"{kind}. {variant.grids} grids of {place}. Right: as maps, the grids {how}."
+    return f"{kind}. {place}. Right: the same weights as maps over the picture."
+
+
+def _colour_scale(values: Values, soft: bool, log: bool | None) -> ColourScale:
+    """The colour scale of some values; one value where they differ by rounding only."""
+    low, high, mean = float(values.min()), float(values.max()), float(values.mean())
+    if high - low <= _FLAT * abs(mean):
+        return ColourScale(round(mean, 4), round(mean, 4))
+    if (soft and high > _STRONG) if log is None else log:
+        return ColourScale(max(low, _WEAK), high, log=True, clipped=low < _WEAK)
+    return ColourScale(low, high)
+
+
+def _label(patch: Patch, scale: ColourScale) -> str:
+    label = f"weight x {patch.variant.count} (mean 1)" if _is_soft(patch) else "weight"
+    if scale.low == scale.high:
+        return "constant " + label
+    return label + ", log" if scale.log else label
+
+
+def _is_soft(patch: Patch) -> bool:
+    return patch.variant.gate != "none" and patch.variant.selection == "soft"

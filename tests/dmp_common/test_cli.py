@@ -1,0 +1,239 @@
+"""The command line: every command's good and bad paths, exit codes and what is said."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dmp_common import Patch, families, register_base
+from dmp_common.__main__ import main
+from dmp_common.patchfile import file_hash
+
+BASE = register_base(
+    families.dit(
+        "six-blocks", depth=6, width=96, patch_size=2, in_channels=1, frequency_shift=1, grid=(4, 4)
+    )
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def patch_file(tmp_path) -> Path:
+    path = tmp_path / "my patch.safetensors"
+    Patch.create(BASE).save(path)
+    return path
+
+
+@pytest.fixture
+def bad_file(tmp_path) -> Path:
+    path = tmp_path / "bad.safetensors"
+    save_file({"lora_up.weight": torch.zeros(2, 2)}, path)
+    return path
+
+
+@pytest.fixture
+def model_file(tmp_path) -> Path:
+    """The parts of an original-format DiT that a heat map needs."""
+    path = tmp_path / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "x_embedder.proj.weight": torch.zeros(96, 1, 2, 2),
+        "y_embedder.embedding_table.weight": torch.randn(11, 96, generator=generator),
+        "blocks.5.mlp.fc1.bias": torch.zeros(1),
+        "t_embedder.mlp.0.weight": torch.randn(96, 256, generator=generator) / 16,
+        "t_embedder.mlp.0.bias": torch.zeros(96),
+        "t_embedder.mlp.2.weight": torch.randn(96, 96, generator=generator) / 9,
+        "t_embedder.mlp.2.bias": torch.zeros(96),
+    }
+    save_file(tensors, path)
+    return path
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error of a command that printed nothing else."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_help_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "dmp_common", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for command in ("inspect", "validate", "heatmap", "convert", "Exit code"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "validate", "heatmap", "convert"])
+def test_help_of_commands_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(command, "--help")
+    assert ended.value.code == 0
+    assert f"examples:\n  python -m dmp_common {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["paint"],
+        ["inspect"],
+        ["validate"],
+        ["heatmap", "a", "b.png"],
+        ["heatmap", "a", "b.png", "--model", "m", "--steps", "many"],
+        ["heatmap", "a", "b.png", "--model", "m", "--scale", "own"],
+        ["convert", "a"],
+        ["convert", "a", "b", "--mix", "stir"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "usage: python -m dmp_common" in err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("--version")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("dmp 0.")
+
+
+# validate
+
+
+def test_validate(patch_file, bad_file, tmp_path, capsys):
+    assert run("validate", patch_file) == 0
+    out, err = capsys.readouterr()
+    assert out == f"OK {file_hash(patch_file)} {patch_file} (six-blocks)\n"
+    assert err == ""
+    assert run("validate", bad_file, tmp_path / "nowhere", patch_file) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("OK ")
+    assert out.count("\n") == 1
+    first, second = err.splitlines()
+    assert first.startswith(f"error: {bad_file}: expected a DMP patch, found a LoRA")
+    assert second.startswith(f"error: {tmp_path / 'nowhere'}: expected a patch file")
+
+
+def test_validate_looks_at_values(patch_file, capsys):
+    data = bytearray(patch_file.read_bytes())
+    data[-4:] = b"\xff\xff\xff\xff"
+    patch_file.write_bytes(data)
+    assert run("validate", patch_file) == 1
+    assert "found NaN or infinity" in one_error(capsys)
+
+
+# heatmap
+
+
+def test_heatmap(patch_file, model_file, tmp_path, capsys):
+    out = tmp_path / "pictures" / "gate.png"
+    assert run("heatmap", patch_file, out, "--model", model_file, "--steps", 8) == 0
+    assert capsys.readouterr().out == f"Wrote {out}\n"
+    with Image.open(out) as image:
+        three = image.size
+    words = ["heatmap", patch_file, out, "--model", model_file, "--sites", "all"]
+    assert run(*words) == 1
+    error = one_error(capsys)
+    assert f"{out}: expected the name of a new file" in error
+    assert "--force" in error
+    assert run(*words, "--force", "--scale", "shared", "--log", "--title", "Mine") == 0
+    with Image.open(out) as image:
+        assert image.width == three[0]
+        assert image.height > 1.5 * three[1]
+
+
+def test_heatmap_of_a_gate_that_sees_the_class(tmp_path, model_file, capsys):
+    path, out = tmp_path / "p.safetensors", tmp_path / "a.png"
+    Patch.create(BASE, condition="t+y").save(path)
+    words = ["heatmap", path, out, "--model", model_file]
+    assert run(*words) == 1
+    assert "--label" in one_error(capsys)
+    assert run(*words, "--label", 11) == 1
+    assert "from 0 to 10, found 11" in one_error(capsys)
+    assert not out.exists()
+    assert run(*words, "--label", 10) == 0
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--label", "3"], "sees the timestep only"),
+        (["--sites", "in.1"], "found 'in.1'"),
+        (["--steps", "0"], "expected at least one step, found 0"),
+    ],
+)
+def test_heatmap_refuses(words, message, patch_file, model_file, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    assert run("heatmap", patch_file, out, "--model", model_file, *words) == 1
+    assert message in one_error(capsys)
+    assert not out.exists()
+
+
+def test_heatmap_refuses_files(patch_file, bad_file, model_file, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    assert run("heatmap", bad_file, out, "--model", model_file) == 1
+    assert "expected a DMP patch" in one_error(capsys)
+    assert run("heatmap", patch_file, out, "--model", bad_file) == 1
+    assert f"{bad_file}: expected the time embedding of base six-blocks" in one_error(capsys)
+    assert run("heatmap", patch_file, tmp_path / "a.gif", "--model", model_file) == 1
+    assert "ending in .png" in one_error(capsys)
+    assert run("heatmap", patch_file, patch_file, "--model", model_file, "--force") == 1
+    assert "ending in .png" in one_error(capsys)
+
+
+# convert
+
+
+@pytest.fixture
+def official_file(tmp_path) -> Path:
+    path = tmp_path / "official.pt"
+    tensors = {
+        "prompt_embeddings": torch.randn(1, 256, 384),
+        "gate.weight": torch.randn(256, 385),
+        "gate.bias": torch.randn(256),
+    }
+    torch.save({"model": tensors}, path)
+    return path
+
+
+def test_convert(official_file, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    words = ["convert", official_file, out, "--base", "dit-s/2", "--mix", "add"]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert said == f"Wrote {out} ({file_hash(out)}): dit-s/2, 1 sites, 197,120 parameters\n"
+    assert Patch.load(out).variant.condition == "t+y"
+    before = out.read_bytes()
+    assert run(*words) == 1
+    assert "expected the name of a new file" in one_error(capsys)
+    assert out.read_bytes() == before
+    assert run(*words, "--force") == 0
+
+
+def test_convert_refuses(patch_file, official_file, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert run("convert", patch_file, out) == 1
+    assert str(patch_file) in one_error(capsys)
+    assert run("convert", official_file, out, "--base", "dit-q/2") == 1
+    assert "dit-q/2" in one_error(capsys)
+    assert run("convert", tmp_path / "nowhere.pt", out) == 1
+    assert "nowhere.pt" in one_error(capsys)
+    assert not out.exists()
