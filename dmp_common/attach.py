@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -12,14 +12,20 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dmp_common.bases import Base
+from dmp_common.cache import FieldCache
+from dmp_common.checkpointing import bind, unbind
 from dmp_common.compat import is_compiling
 from dmp_common.context import Context, Settings
-from dmp_common.detect import find_denoiser, require_base
+from dmp_common.detect import (
+    find_denoiser,
+    require_base,
+    require_same_prediction,
+    require_same_timesteps,
+)
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
 from dmp_common.schedule import ALWAYS, Schedule
 from dmp_common.sites import Argument, Naming, Site, find_module
-from dmp_common.timesteps import frequency_shift
 
 
 def attach(
@@ -61,8 +67,8 @@ def attach(
         )
     denoiser = find_denoiser(model)
     naming = require_base(denoiser, patch.base)
-    _require_same_timesteps(denoiser, patch, naming)
-    _require_same_prediction(model, patch)
+    require_same_timesteps(denoiser, patch.variant, naming)
+    require_same_prediction(model, patch.variant)
     if patch.variant.mix == "prepend" and naming != "diffusers":
         raise PatchError(
             "this patch prepends its prompts, which hosts cannot do: use a patch that adds them."
@@ -85,6 +91,7 @@ class Attachment:
         self._time = _module(denoiser, self._source.path)
         self._active = True
         self._call: _Call | None = None
+        self._embeddings = FieldCache(limit=16 * 1024**2)
         self._checkpointing = [
             m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")
         ]
@@ -108,7 +115,7 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         for module in self._checkpointing:
-            _unbind(module, self)
+            unbind(module, self)
         self._checkpointing.clear()
         self._call = None
 
@@ -137,10 +144,13 @@ class Attachment:
         self.calls += 0 if is_compiling() else 1
         if torch.is_grad_enabled() and not is_compiling():
             for part in self._checkpointing:
-                _bind(part, self)
+                bind(part, self)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the model, also after an error: a site called outside of it must not see this."""
+        """After the model, also after an error: a site called outside of it must not see this.
+
+        torch does not come here after an interrupt (a BaseException); the next call overwrites.
+        """
         self._call = None
 
     def _embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -170,6 +180,26 @@ class Attachment:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if prepend:
             self._handles.append(module.register_forward_hook(after))
+
+    def _embed(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """e (B, E) where the model computes it inside its blocks, with the model's own modules.
+
+        Remembered between calls on the CPU, where it would cost as much as adding at four sites.
+        """
+        time: Any = self._time
+        parameters = list(time.timestep_embedder.parameters())
+        frozen = not torch.is_grad_enabled() and not any(p.is_inference() for p in parameters)
+        if is_compiling() or timesteps.device.type != "cpu" or not frozen:
+            e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(dtype))
+            return e
+        key = (*timesteps.tolist(), dtype, *((p.data_ptr(), p._version) for p in parameters))
+        known = self._embeddings.get(key)
+        if known is None:
+            with torch.inference_mode(False), torch.no_grad():
+                known = time.timestep_embedder(time.time_proj(timesteps.clone()).to(dtype))
+            self._embeddings.put(key, known)
+        remembered: Tensor = known
+        return remembered
 
     def _context(self, site: str, x: Tensor) -> Context:
         if self._call is None:
@@ -230,13 +260,12 @@ class _Call:
         return self.context
 
     def _embed(self, x: Tensor) -> Tensor:
-        time: Any = self.attachment._time
         timesteps = self._timesteps(x)
         if self.attachment.patch.variant.condition == "t+y":
+            time: Any = self.attachment._time
             conditioning: Tensor = time(timesteps, self.labels, hidden_dtype=x.dtype)
             return conditioning
-        e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(x.dtype))
-        return e
+        return self.attachment._embed(timesteps, x.dtype)
 
     def _timesteps(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self.timestep, device=like.device).reshape(-1)
@@ -251,56 +280,6 @@ class _Call:
         return 2 * rows, 2 * columns
 
 
-class _BoundCheckpoint:
-    """A gradient checkpointing function that recomputes with the context of its own forward.
-
-    Without it, recomputation during backward would meet whatever call came last, and gradients
-    would be silently wrong when a second forward came in between.
-    """
-
-    def __init__(self, attachment: Attachment, inner: Callable[..., Any]) -> None:
-        self.attachment = attachment
-        self.inner = inner
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        attachment, call = self.attachment, self.attachment._call
-        if call is None or is_compiling():
-            return self.inner(module, *args)
-        if attachment._source.inside:
-            call.context_for(args[0])  # now, or it would be computed during recomputation
-
-        def run(*inputs: Any) -> Any:
-            previous, attachment._call = attachment._call, call
-            try:
-                return module(*inputs)
-            finally:
-                attachment._call = previous
-
-        return self.inner(run, *args)
-
-
-def _bind(module: Any, attachment: Attachment) -> None:
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    if not module.gradient_checkpointing or function is None:
-        return
-    known = function
-    while isinstance(known, _BoundCheckpoint):
-        if known.attachment is attachment:
-            return
-        known = known.inner
-    module._gradient_checkpointing_func = _BoundCheckpoint(attachment, function)
-
-
-def _unbind(module: Any, attachment: Attachment) -> None:
-    owner, name = module, "_gradient_checkpointing_func"
-    function = getattr(owner, name, None)
-    while isinstance(function, _BoundCheckpoint):
-        if function.attachment is attachment:
-            setattr(owner, name, function.inner)
-            return
-        owner, name, function = function, "inner", function.inner
-
-
 def _argument(argument: Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[argument.index] if len(args) > argument.index else kwargs.get(argument.name)
 
@@ -310,30 +289,3 @@ def _module(denoiser: nn.Module, path: str) -> nn.Module:
     if module is None:
         raise PatchError(f"expected a module at {path}, found none: is this the whole model?")
     return module
-
-
-def _require_same_timesteps(denoiser: nn.Module, patch: Patch, naming: Naming) -> None:
-    found = frequency_shift(denoiser, patch.base, naming)
-    expected = patch.variant.frequency_shift
-    if found != expected:
-        raise PatchError(
-            f"the patch was trained with a time embedding of frequency shift {expected:g}, and the "
-            f"model has {found:g}: load the model from the original weights (shift 0), or with "
-            "the library it was trained with, or use a patch trained on it."
-        )
-
-
-def _require_same_prediction(model: Any, patch: Patch) -> None:
-    """Only a pipeline knows what its model predicts; a bare model is the caller's business."""
-    config = getattr(getattr(model, "scheduler", None), "config", None)
-    if config is None:
-        return
-    found = config.get("prediction_type", "flow")
-    if found == "flow_prediction":
-        found = "flow"
-    if found != patch.variant.prediction:
-        raise PatchError(
-            f"the patch was trained on a model with prediction type {patch.variant.prediction}, "
-            f"and this pipeline has {found}: use a patch trained for it, or attach to the model "
-            "instead of the pipeline if you know better."
-        )

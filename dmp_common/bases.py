@@ -1,6 +1,6 @@
 """What a base is: where a model family's sites lie and where its time embedding comes from.
 
-A base is data. `families.py` turns a family's few numbers into a `Base`, `registry.py` lists the
+A base is data. `families/` turns a family's few numbers into a `Base`, `registry.py` lists the
 numbers. CONTRIBUTING.md says how to add one.
 """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
+from dmp_common.field import Field
 from dmp_common.prompts import resize
 from dmp_common.schedule import ALWAYS, Schedule
 from dmp_common.sites import Site, grid_cells
@@ -117,33 +118,18 @@ class Context:
         Raises:
             PatchError: x cannot be the input of this site.
         """
-        if site not in self.columns or (isinstance(self.strength, float) and self.strength == 0.0):
+        if site not in self.columns:
             return x
-        if self.grid is None:
-            raise PatchError(
-                "this patch prepends its prompts, which only the trainer can do on DiT bases: "
-                "use a patch that adds them."
-            )
-        spec = self.sites[site]
-        size = self._grid_size(spec, x)
-        field = self._batch(self._field(site, spec, size, x), x)
-        if isinstance(self.strength, Tensor):
-            strength = self.strength.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-            field, alpha = field * strength, 1.0
-        else:
-            alpha = self.strength
-        if field.shape[1:] == x.shape[1:]:
-            out = torch.add(x, field, alpha=alpha)
-            if out.stride() == x.stride():
-                return out
-        out = x.clone()
-        if self.tokens:
-            tokens = size[0] * size[1]
-            start = x.shape[1] - (self.image_tokens or tokens)
-            out[:, start : start + tokens].add_(field, alpha=alpha)
-        else:
-            out[:, : spec.width].add_(field, alpha=alpha)
-        return out
+        if self.cache is None:
+            return self._field(site, x).added(x, self.strength, self.rows)
+        key = (self.key, site, x.shape, x.dtype, x.device, x.is_contiguous())
+        field: Field | None = self.cache.get(key)
+        if field is None:
+            # Outside inference mode, or the field could not serve a call that needs gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                field = self._field(site, x)
+            self.cache.put(key, field)
+        return field.added(x, self.strength, self.rows)
 
     def prepend(self, site: str, x: Tensor) -> Tensor:
         """Image tokens x (B, L, D) with the site's weighted prompts in front, (B, N + L, D).
@@ -153,7 +139,9 @@ class Context:
         if site not in self.columns:
             return x
         prompts = self.pools(site).mix(self.weights[:, self.columns[site]])  # (T, N, D)
-        prompts = self._batch(prompts.to(x.dtype), x).expand(x.shape[0], -1, -1)
+        if self.rows is not None:
+            prompts = prompts[self.rows]
+        prompts = prompts.to(x.dtype).expand(x.shape[0], -1, -1)
         strength = self.strength
         if isinstance(strength, Tensor):
             strength = strength.to(x.device, x.dtype).reshape(-1, 1, 1)
@@ -163,38 +151,31 @@ class Context:
         """Image tokens without the prompts that `prepend` put in front."""
         return x if site not in self.columns else x[:, self.pools(site).prompts.shape[1] :]
 
-    def _batch(self, field: Tensor, x: Tensor) -> Tensor:
-        """The field of each batch item, from those of the distinct timesteps."""
-        if self.rows is not None:
-            field = field[self.rows]
-        if field.shape[0] not in (1, x.shape[0]):
+    def _field(self, site: str, x: Tensor) -> Field:
+        """The field of a site for inputs like x."""
+        if self.grid is None:
             raise PatchError(
-                f"expected a batch of {field.shape[0]} items, as many as timesteps, found "
-                f"{x.shape[0]}: give one timestep for each item."
+                "this patch prepends its prompts, which only the trainer can do on DiT bases: "
+                "use a patch that adds them."
             )
-        return field
-
-    def _field(self, site: str, spec: Site, size: tuple[int, int], x: Tensor) -> Tensor:
-        """The field (T, D, H, W) or (T, H*W, D) in the type, place and layout of x."""
-        if self.cache is None or self.key is None:
-            return self._compute_field(site, size, x)
-        contiguous = x.is_contiguous()
-        key = (*self.key, site, size, x.dtype, x.device, contiguous)
-        field = self.cache.get(key)
-        if field is None:
-            # Outside inference mode, or the field could not serve a call that needs gradients.
-            with torch.inference_mode(False), torch.no_grad():
-                field = self._compute_field(site, size, x)
-                field = field.contiguous() if contiguous else field
-            self.cache.put(key, field)
-        return field
-
-    def _compute_field(self, site: str, size: tuple[int, int], x: Tensor) -> Tensor:
-        assert self.grid is not None
+        spec, pool = self.sites[site], self.pools(site)
+        size = self._grid_size(spec, x)
+        weights = self.weights[:, self.columns[site]]  # (T, K*N)
+        if self.tokens:
+            length = size[0] * size[1]
+            start = x.shape[1] - (self.image_tokens or length)
+            part = (0, None) if length == x.shape[1] else (start, length)
+            literal = part[1] is None and size == self.grid and len(pool.prompts) == 1
+            if literal and x.dtype == torch.float32:  # half precision would round both factors
+                return Field(pool.prompts[0].float(), weights[:, :, None])
+        else:
+            part = (0, None) if x.shape[1] == spec.width else (0, spec.width)
         with torch.autocast(x.device.type, enabled=False):
-            mixed = self.pools(site).mix(self.weights[:, self.columns[site]])  # (T, N, D)
-            field = resize(mixed, self.grid, size).to(x.dtype)  # (T, H, W, D)
-        return field.flatten(1, 2) if self.tokens else field.permute(0, 3, 1, 2)
+            grid = resize(pool.mix(weights), self.grid, size).to(x.dtype)  # (T, H, W, D)
+        values = grid.flatten(1, 2) if self.tokens else grid.permute(0, 3, 1, 2)
+        if self.cache is not None and x.is_contiguous():
+            values = values.contiguous()  # worth it when it is used again
+        return Field(values, None, *part)
 
     def _grid_size(self, spec: Site, x: Tensor) -> tuple[int, int]:
         """Rows and columns of the live grid at a site."""

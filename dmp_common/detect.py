@@ -10,6 +10,8 @@ from dmp_common.bases import Base, Probe
 from dmp_common.errors import PatchError
 from dmp_common.registry import known_bases
 from dmp_common.sites import NAMINGS, Naming, find_module
+from dmp_common.timesteps import frequency_shift
+from dmp_common.variant import Variant
 
 # Where pipelines and hosts keep the denoiser: diffusers, A1111 and ComfyUI, Forge.
 _DENOISERS = (
@@ -78,6 +80,44 @@ def require_base(denoiser: nn.Module, base: Base) -> Naming:
         f"the patch is for base {base.name}, and found {found}: load a {base.name} model, or a "
         "patch made for this one."
     )
+
+
+def require_same_timesteps(denoiser: nn.Module, variant: Variant, naming: Naming) -> None:
+    """Refuses a model whose time embedding is not the one a patch was trained with.
+
+    Raises:
+        PatchError: another frequency shift of the sinusoid.
+    """
+    found = frequency_shift(denoiser, variant.base_spec, naming)
+    expected = variant.frequency_shift
+    if found != expected:
+        raise PatchError(
+            f"the patch was trained with a time embedding of frequency shift {expected:g}, and the "
+            f"model has {found:g}: load the model from the original weights (shift 0), or with "
+            "the library it was trained with, or use a patch trained on it."
+        )
+
+
+def require_same_prediction(model: Any, variant: Variant) -> None:
+    """Refuses a pipeline whose model predicts something else than the patch was trained for.
+
+    Only a pipeline knows what its model predicts; a bare model is the caller's business.
+
+    Raises:
+        PatchError: another prediction type.
+    """
+    config = getattr(getattr(model, "scheduler", None), "config", None)
+    if config is None:
+        return
+    found = config.get("prediction_type", "flow")
+    if found == "flow_prediction":
+        found = "flow"
+    if found != variant.prediction:
+        raise PatchError(
+            f"the patch was trained on a model with prediction type {variant.prediction}, and "
+            f"this pipeline has {found}: use a patch trained for it, or attach to the model "
+            "instead of the pipeline if you know better."
+        )
 
 
 def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class Patch(nn.Module):
         self.learning_scale = 1.0
         self.cache = FieldCache()
         self._depths = [self.base.depths[name] for name in self.sites]
+        # A tuple, so that these modules are not registered a second time.
+        self._holders = (self.gate, *self.pools.values())
         self._columns = {name: column for column, name in enumerate(self.sites)}
         self._replicas: dict[torch.device, tuple[FieldKey, Patch]] = {}
 
@@ -142,6 +144,8 @@ class Patch(nn.Module):
             )
         strength = settings.strengths(timesteps)
         columns = self._active_columns(settings.sites)
+        if isinstance(strength, float) and strength == 0.0:
+            columns = {}  # exactly the base
         weights, rows, key = self._weights(e, settings.temperature)
         return Context(
             weights=weights,
@@ -155,8 +159,8 @@ class Patch(nn.Module):
             latent_hw=latent_hw,
             image_tokens=image_tokens,
             shared=self.base.positions is not None,
-            key=key,
-            cache=self.cache if key is not None else None,
+            key=(key, latent_hw, image_tokens),
+            cache=None if key is None else self.cache,
         )
 
     def pool(self, site: str) -> PromptPool:
@@ -257,18 +261,26 @@ class Patch(nn.Module):
     def _may_remember(self, e: Tensor) -> bool:
         if self.training or is_compiling() or e.is_meta:
             return False
+        parameters = list(self._fast_parameters())
         if torch.is_grad_enabled() and (
-            e.requires_grad or any(p.requires_grad for p in self.parameters())
+            e.requires_grad or any(p.requires_grad for p in parameters)
         ):
             return False
-        if any(p.is_inference() for p in self.parameters()):
+        if any(p.is_inference() for p in parameters):
             return False  # such tensors do not count their changes
         return not (e.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def _versions(self) -> FieldKey:
         """Changes whenever a parameter is changed in place or replaced."""
-        versions = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        versions = tuple((p.data_ptr(), p._version) for p in self._fast_parameters())
         return (self.learning_scale, *versions)
+
+    def _fast_parameters(self) -> Iterator[nn.Parameter]:
+        """`parameters()` without its recursion: this runs in every forward call."""
+        for holder in self._holders:
+            for parameter in holder._parameters.values():
+                assert parameter is not None
+                yield parameter
 
     def _replica(self, device: torch.device) -> Patch:
         """A copy on another device, made again when a parameter has changed."""
