@@ -1,0 +1,123 @@
+"""The model card of a patch."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping, Sequence
+
+from dmp_common.patch import Patch
+
+LIBRARY = "diffusion-model-patching"
+_CELL = 200  # characters of a metadata value in a table
+
+
+def model_card(
+    patch: Patch,
+    *,
+    repo_id: str,
+    filename: str,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    pictures: Mapping[str, str] | None = None,
+) -> str:
+    """The model card (README.md) of a patch: front matter for the hub, and how to use it.
+
+    Args:
+        patch: its metadata (`ss_*`, `modelspec.*`) becomes a table.
+        repo_id: "user/repo", for the examples.
+        filename: of the patch in the repository.
+        base_model: repository of the frozen base; None takes the usual one of the patch's base.
+        license: an identifier the hub knows, such as "apache-2.0".
+        tags: besides ours.
+        pictures: caption to path in the repository.
+
+    Returns:
+        Markdown.
+    """
+    base_model = base_model or patch.base.hub_id
+    front: dict[str, object] = {"library_name": LIBRARY}
+    if license is not None:
+        front["license"] = license
+    if base_model is not None:
+        front |= {"base_model": base_model, "base_model_relation": "adapter"}
+    front["tags"] = list(dict.fromkeys((LIBRARY, "dmp", patch.base.name, *tags)))
+    matter = [f"{key}: {json.dumps(value)}" for key, value in front.items()]  # JSON is YAML
+    parts = [
+        "\n".join(["---", *matter, "---"]),
+        f"# {repo_id.partition('/')[2]}",
+        _summary(patch, base_model),
+        *(f"![{_cell(c)}]({urllib.parse.quote(path)})" for c, path in (pictures or {}).items()),
+        "## Use",
+        _usage(patch, repo_id, filename),
+        "## Variant",
+        _table(("option", "value"), _options(patch)),
+    ]
+    if trained := _trained(patch):
+        parts += ["## Metadata", _table(("key", "value"), trained)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(patch: Patch, base_model: str | None) -> str:
+    on = f" on [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    return (
+        f"A diffusion model patch for the base **{patch.base.name}**{on}: learnable prompts at "
+        f"{len(patch.sites)} block inputs, gated by the noise level, {patch.saved_parameters:,} "
+        "parameters in all. The base model itself stays as it is. The method is "
+        "[Diffusion Model Patching](https://arxiv.org/abs/2405.17825) (Ham et al., AAAI 2025)."
+    )
+
+
+def _trained(patch: Patch) -> dict[str, str]:
+    """What the file says about its making."""
+    told = ("ss_", "modelspec.", "dmp.converted")
+    return {
+        key: value
+        for key, value in sorted(patch.metadata.items())
+        if key.startswith(told) and key != "modelspec.thumbnail"  # an image as text
+    }
+
+
+def _usage(patch: Patch, repo_id: str, filename: str) -> str:
+    if patch.variant.mix == "prepend":
+        return f"Prepended prompts work in the trainer of {LIBRARY} only; no host takes them."
+    return f"""With diffusers (`pip install {LIBRARY}`), `pipe` being a pipeline of the base:
+
+```python
+import dmp_common as dmp
+patch = dmp.Patch.load({json.dumps(repo_id)}, filename={json.dumps(filename)})
+with dmp.attach(pipe, patch): image = pipe(...).images[0]
+```
+
+- ComfyUI: put `{filename}` into `models/dmp`, then **Load DMP Patch** and **Apply DMP**.
+- AUTOMATIC1111, Forge: put `{filename}` into `models/DMP` and choose it under **DMP**."""
+
+
+def _options(patch: Patch) -> dict[str, str]:
+    variant = patch.variant
+    grid = f"{variant.grid[0]} x {variant.grid[1]}" if variant.grid else f"{variant.prompts}"
+    return {
+        "base": variant.base,
+        "sites": ", ".join(variant.sites),
+        "prompts of a site": grid if variant.grids == 1 else f"{variant.grids} grids of {grid}",
+        "gate": f"{variant.gate}, {variant.selection}, {variant.across_depth} across depth",
+        "mix": variant.mix,
+        "condition": variant.condition,
+        "prediction": variant.prediction,
+        "frequency shift": f"{variant.frequency_shift:g}",
+    }
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    lines = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
+    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
+
+
+def _cell(text: str) -> str:
+    """Text from a file, as one line that means nothing in Markdown or HTML."""
+    line = " ".join(text.split())
+    line = line if len(line) <= _CELL else line[:_CELL] + " ..."
+    return re.sub(r"([\\`*_|\[\]()!~])", r"\\\1", html.escape(line, quote=False))

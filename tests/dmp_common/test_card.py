@@ -1,0 +1,62 @@
+"""The model card: front matter the hub reads, and text from a file that stays text."""
+
+from __future__ import annotations
+
+from huggingface_hub import ModelCard
+
+from dmp_common import Patch, families, register_base
+from dmp_common.card import model_card
+
+BASE = register_base(
+    families.dit(
+        "card-dit/2", depth=2, width=8, patch_size=2, grid=(2, 2), hub_id="someone/card-dit"
+    )
+)
+
+
+def test_card_says_what_it_is_and_how_to_use_it() -> None:
+    patch = Patch.create(BASE)
+    patch.metadata = {"ss_steps": "100", "ss_note": "a|b\n<i>c", "modelspec.author": "Me"}
+    card = model_card(
+        patch,
+        repo_id="me/nice",
+        filename="nice.safetensors",
+        tags=["cats", "dmp"],
+        pictures={"A [cat]": "pictures/cat 1.png"},
+    )
+    data = ModelCard(card).data.to_dict()
+    assert data == {
+        "library_name": "diffusion-model-patching",
+        "base_model": "someone/card-dit",
+        "base_model_relation": "adapter",
+        "tags": ["diffusion-model-patching", "dmp", "card-dit/2", "cats"],
+    }
+    assert f"{patch.saved_parameters} parameters" in card
+    assert 'dmp.Patch.load("me/nice", filename="nice.safetensors")' in card
+    for words in ("`models/dmp`", "`models/DMP`", "| gate | linear, soft, distinct across depth |"):
+        assert words in card
+    assert "| prompts of a site | 2 x 2 |" in card
+    assert r"| ss\_steps | 100 |" in card
+    assert r"| ss\_note | a\|b &lt;i&gt;c |" in card  # a file's text cannot leave its cell
+    assert "| modelspec.author | Me |" in card
+    assert r"![A \[cat\]](pictures/cat%201.png)" in card
+
+
+def test_card_of_other_variants_and_metadata() -> None:
+    patch = Patch.create(BASE, mix="prepend", sites=1)
+    patch.metadata = {"ss_long": "x" * 10_000, "modelspec.thumbnail": "data:", "format": "pt"}
+    card = model_card(patch, repo_id="me/x", filename="x.safetensors", base_model="a/b: c\n#")
+    assert ModelCard(card).data.to_dict()["base_model"] == "a/b: c\n#"  # quoted, so no YAML
+    assert "no host takes them" in card
+    assert "models/dmp" not in card
+    assert "| prompts of a site | 50 |" in card
+    assert len(card) < 3000
+    assert "thumbnail" not in card
+    patch.metadata = {}
+    assert "## Metadata" not in model_card(patch, repo_id="me/x", filename="x.safetensors")
+
+
+def test_card_of_a_base_without_repository() -> None:
+    card = model_card(Patch.create("dit-b/2"), repo_id="me/x", filename="x.safetensors")
+    assert "base_model" not in ModelCard(card).data.to_dict()
+    assert "2,556,416 parameters" in card
