@@ -84,7 +84,7 @@ def _trained(patch: Patch) -> dict[str, str]:
 def _usage(patch: Patch, repo_id: str, filename: str) -> str:
     if patch.variant.mix == "prepend":
         return f"Prepended prompts work in the trainer of {LIBRARY} only; no host takes them."
-    return f"""With diffusers (`pip install {LIBRARY}`), `pipe` being a pipeline of the base:
+    return f"""With diffusers and {LIBRARY} installed, `pipe` being a pipeline of the base:
 
 ```python
 import dmp_common as dmp

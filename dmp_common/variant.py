@@ -86,13 +86,11 @@ class Variant:
                 sites or a list of names; `grid` may be one number for a square grid.
         """
         spec = get_base(base) if isinstance(base, str) else base
-        unknown = sorted(
-            set(options) - {f.name for f in dataclasses.fields(cls)} | {"base"} & set(options)
-        )
+        fields = [f.name for f in dataclasses.fields(cls) if f.name != "base"]
+        unknown = sorted(set(options) - set(fields))
         if unknown:
             raise PatchError(
-                f"unknown option {', '.join(unknown)} of a patch: choose from "
-                f"{', '.join(f.name for f in dataclasses.fields(cls) if f.name != 'base')}."
+                f"unknown option {', '.join(unknown)} of a patch: choose from {', '.join(fields)}."
             )
         chosen = options.pop("sites", None)
         sites = spec.select(spec.default_sites if chosen is None else chosen)

@@ -1,0 +1,83 @@
+"""Schedules: where along the timesteps a patch acts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dmp_common import PatchError, Schedule, Settings
+
+
+def factors(schedule: Schedule, *timesteps: float) -> list[float]:
+    return schedule.factors(torch.tensor(timesteps)).tolist()
+
+
+def test_default_acts_everywhere() -> None:
+    assert Schedule().always
+    assert Schedule.from_percent().always
+    assert factors(Schedule(), 0.0, 500.0, 1000.0, 1e6) == [1.0] * 4
+
+
+def test_range_is_inclusive() -> None:
+    schedule = Schedule(first=800.0, last=200.0)
+    assert factors(schedule, 801.0, 800.0, 500.0, 200.0, 199.0) == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_percent_runs_from_noise_to_picture() -> None:
+    first_half = Schedule.from_percent(0.0, 0.5)
+    assert factors(first_half, 1000.0, 999.9, 500.0, 499.9, 0.0) == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert (first_half.first, first_half.last) == (math.inf, 500.0)
+
+
+def test_ends_stay_open_whatever_the_rule_gives() -> None:
+    """A host's last timestep may lie below what its rule gives for 100 %."""
+    schedule = Schedule.from_percent(0.0, 1.0, [(0.0, 1.0), (1.0, 2.0)], lambda p: 900 - 800 * p)
+    assert factors(schedule, 1000.0, 900.0, 500.0, 100.0, 0.0) == [1.0, 1.0, 1.5, 2.0, 2.0]
+
+
+def test_curve_is_interpolated_and_held() -> None:
+    schedule = Schedule(curve=((250.0, 2.0), (750.0, 0.0), (500.0, 1.0)))  # any order
+    assert factors(schedule, 1000.0, 750.0, 625.0, 500.0, 375.0, 250.0, 0.0) == [
+        0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0,
+    ]  # fmt: skip
+
+
+def test_two_points_at_one_timestep_are_a_step() -> None:
+    schedule = Schedule(curve=((0.0, 1.0), (500.0, 1.0), (500.0, 3.0), (1000.0, 3.0)))
+    assert factors(schedule, 499.0, 500.0, 501.0) == [1.0, 3.0, 3.0]
+
+
+def test_single_point_is_a_constant() -> None:
+    assert factors(Schedule(curve=((500.0, 0.3),)), 0.0, 1000.0) == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule(first=100.0, last=200.0), "upside|starts before it ends"),
+        (lambda: Schedule(first=math.nan), "starts before it ends"),
+        (lambda: Schedule(curve=((0.0, math.inf),)), "finite"),
+        (lambda: Schedule.from_percent(0.7, 0.3), "swap"),
+        (lambda: Schedule.from_percent(-0.1, 1.0), "0 to 1, found -0.1"),
+        (lambda: Schedule.from_percent(0.0, 1.0, [(1.5, 1.0)]), "0 to 1, found 1.5"),
+        (lambda: Settings(strength=math.nan), "finite strength"),
+        (lambda: Settings(temperature=0.0), "temperature"),
+    ],
+)
+def test_nonsense_is_refused(make: object, message: str) -> None:
+    with pytest.raises(PatchError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_strengths_of_a_batch() -> None:
+    half = Settings(strength=2.0, schedule=Schedule(last=500.0))
+    mixed = half.strengths(torch.tensor([900.0, 100.0]))
+    assert isinstance(mixed, torch.Tensor)
+    assert mixed.tolist() == [2.0, 0.0]
+    assert half.strengths(torch.tensor([900.0, 800.0])) == 2.0
+    assert half.strengths(torch.tensor([100.0, 200.0])) == 0.0
+    assert Settings(strength=0.5).strengths(None) == 0.5
+    with pytest.raises(PatchError, match="needs the timesteps"):
+        half.strengths(None)

@@ -1,0 +1,61 @@
+"""What the README and the packaging promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dmp_common import Patch, get_base
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_has_exactly_two_commands_to_set_up() -> None:
+    blocks = re.findall(r"<!-- command: (\w+) -->\n```\n(.*?)\n```", README, flags=re.DOTALL)
+    assert [name for name, _ in blocks] == ["quickstart", "test"]
+    assert all("\n" not in command for _, command in blocks)
+    assert "python training/train_dmp.py --base digits" in blocks[0][1]
+    assert (ROOT / ".ci" / "run").read_text().count("README.md") >= 1
+
+
+def test_parameter_counts_of_the_readme() -> None:
+    rows = re.findall(r"^\| (`.*?)\|.*?\| ([\d,]+)(?: for (\S+ ?\S*))? \|$", README, re.MULTILINE)
+    counted = 0
+    for bases, count, _ in rows:
+        for name in re.findall(r"`([a-z][\w/-]+)`", bases):
+            if name in ("dit-s/2", "dit-l/2", "dit-xl/2", "sd35-medium", "sd35-large"):
+                continue  # the row gives the count of one of its bases
+            assert Patch.create(get_base(name)).saved_parameters == int(count.replace(",", ""))
+            counted += 1
+    assert counted >= 8
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])  # fmt: skip
+def test_links_and_pictures_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_versions_agree() -> None:
+    import dmp_common
+
+    assert dmp_common.__version__ == "0.1.0"
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_root_package_is_harmless_without_comfyui() -> None:
+    import importlib.util
+    import sys
+
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("dmp_root", ROOT / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert sys.path == before
