@@ -1,0 +1,91 @@
+"""Runs ComfyUI's real models: single calls as its sampler makes them, and whole samplings."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import comfy.patcher_extension
+import comfy.sample
+import torch
+from torch import Tensor
+
+from comfyui_dmp.record import LoadedPatch, PatchRecord
+from dmp_common import Patch
+
+
+def record(patch: Patch, **settings: Any) -> PatchRecord:
+    """A patch as it travels along a wire."""
+    return PatchRecord(LoadedPatch(patch, Path("test.safetensors")), **settings)
+
+
+def call(
+    patcher: Any,
+    family: Any,
+    sigmas: Tensor,
+    size: tuple[int, int] | None = None,
+    **conds: Any,
+) -> Tensor:
+    """One call of the model, with the wrappers of its patcher; the denoised latent."""
+    x, text, pooled = family.inputs(len(sigmas), size)
+    model = patcher.model
+    options = copy.deepcopy(patcher.model_options["transformer_options"])
+    extension = comfy.patcher_extension
+    extension.merge_nested_dicts(
+        options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False
+    )
+    options["sigmas"] = sigmas
+    if family.adm:
+        conds["y"] = model.encode_adm(
+            pooled_output=pooled, height=8 * x.shape[2], width=8 * x.shape[3]
+        )
+    elif "adm_in_channels" in family.unet or family.name == "flux":
+        if family.channels == 16:
+            conds["y"] = pooled
+    object_patches = patcher.object_patches.get("model_sampling")
+    before = model.model_sampling
+    try:
+        model.model_sampling = object_patches or before
+        with torch.inference_mode():
+            return model.apply_model(
+                x * sigmas.reshape(-1, 1, 1, 1).clamp(max=15),
+                sigmas,
+                c_crossattn=text,
+                transformer_options=options,
+                **conds,
+            )
+    finally:
+        model.model_sampling = before
+
+
+def sample(
+    patcher: Any,
+    family: Any,
+    *,
+    steps: int = 2,
+    cfg: float = 5.0,
+    count: int = 1,
+    size: tuple[int, int] | None = None,
+    negative_tokens: int | None = None,
+    **extra: Any,
+) -> Tensor:
+    """A whole sampling through ComfyUI's own code, as the KSampler node does it."""
+    x, text, pooled = family.inputs(1, size)
+    latent = torch.zeros(count, *x.shape[1:])
+    start = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
+    positive = [[text, {"pooled_output": pooled, **extra}]]
+    negative = [[-text[:, :negative_tokens], {"pooled_output": -pooled}]]
+    return comfy.sample.sample(
+        patcher,
+        start,
+        steps,
+        cfg,
+        "euler",
+        "normal",
+        positive,
+        negative,
+        latent,
+        disable_pbar=True,
+        seed=5,
+    )

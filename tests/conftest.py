@@ -1,0 +1,22 @@
+"""What all tests share: quiet logs of third parties, and named exceptions from strict warnings."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+THIRD_PARTY_WARNINGS = (
+    # torch.compile's default backend imports a module of torch that uses what torch deprecates.
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    assert torch.__version__  # its import is what makes this logger stop propagating
+    # pytest listens to every logger that does not propagate, and torch.compile then writes
+    # thousands of structured records, half of its time, to this one.
+    logging.getLogger("torch.__trace").propagate = True
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
