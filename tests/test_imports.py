@@ -23,7 +23,6 @@ HOST_FILES = {
     *("comfyui_dmp/nodes.py", "comfyui_dmp/host.py"),
     *("a1111_dmp/script.py", "a1111_dmp/host.py"),
 }
-FILES = {"comfyui_dmp/nodes.py", "comfyui_dmp/host.py", "a1111_dmp/script.py", "a1111_dmp/host.py"}  # fmt: skip
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
