@@ -14,14 +14,14 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-# What suits a base better than the general default; measured, see docs/QUICKSTART.md.
+# What suits a base better than the general default; measured, see training/digits/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
-        "learning_rate": 3e-3,
-        "max_train_steps": 1500,
+        "learning_rate": 3e-2,
+        "max_train_steps": 1000,
         "train_batch_size": 128,
         "lr_warmup_steps": 50,
-        "validate_every_n_steps": 250,
+        "validate_every_n_steps": 200,
     },
 }
 

@@ -13,6 +13,8 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from torch import nn
 
+from training.objective import prediction_target
+
 
 def denoising_loss_by_bin(
     model: nn.Module,
@@ -135,27 +137,6 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
     traces = covariance_a.trace() + covariance_b.trace()
     distance = (mean_a - mean_b).square().sum() + traces - 2 * overlap
     return max(float(distance), 0.0)
-
-
-def prediction_target(
-    scheduler: SchedulerMixin, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
-) -> torch.Tensor:
-    """What the model is to predict for clean images and noise (B, C, H, W) at timesteps t (B,).
-
-    Raises:
-        ValueError: the scheduler's prediction type is unknown.
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(images, noise, t)
-    if kind == "sample":
-        return images
-    raise ValueError(
-        f"expected prediction type epsilon, v_prediction or sample, found {kind!r} in the "
-        "scheduler's config"
-    )
 
 
 @contextmanager

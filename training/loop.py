@@ -142,8 +142,10 @@ def _keep_best(
 ) -> dict[str, Tensor]:
     """Validates the averaged patch; returns the tensors of the best one so far."""
     with _holding(patch, average):
-        history.validation[step] = validate()
-        if best is not None and history.validation[step] >= history.validation[history.best_step]:
+        history.validation[step] = step_loss = validate()
+        # Step 0 is the base, to compare with; a run that never beats it still leaves its best.
+        beaten = history.best_step and step_loss >= history.validation[history.best_step]
+        if best is not None and beaten:
             return best
         history.best_step = step
         return {name: tensor.clone() for name, tensor in patch.tensors().items()}

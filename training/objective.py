@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -12,8 +14,26 @@ from dmp_common.balancing import GateNoise, stratified_timesteps
 from dmp_common.gating import kept_prompts
 from dmp_common.timesteps import embed_timesteps
 from training.config import TrainConfig
-from training.evaluate import prediction_target
 from training.frozen import FrozenBase
+
+
+def prediction_target(scheduler: Any, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the model is to predict for clean images and noise (B, C, H, W) at timesteps t (B,).
+
+    Raises:
+        ValueError: the scheduler's prediction type is unknown.
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(images, noise, t)
+    if kind == "sample":
+        return images
+    raise ValueError(
+        f"expected prediction type epsilon, v_prediction or sample, found {kind!r} in the "
+        "scheduler's config"
+    )
 
 
 class Student(nn.Module):

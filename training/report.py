@@ -119,6 +119,11 @@ def _sample_grid(labels: Tensor, before: Tensor, after: Tensor, columns: int = 8
     return image.resize((image.width * 5, image.height * 5), Image.Resampling.NEAREST)
 
 
+def _against_base(history: History) -> str:
+    change = history.validation[history.best_step] / history.validation[0] - 1
+    return f"validation loss {change:+.2%} against the base"
+
+
 def _text(
     config: TrainConfig,
     history: History,
@@ -137,8 +142,9 @@ def _text(
             f"# {config.output_name}: what the patch did",
             "",
             f"Trained for {config.max_train_steps} steps on the training split; validation kept "
-            f"step {history.best_step}; everything below is on the test split, which chose "
-            f"nothing. One run with seed {config.seed}: differences between runs are not shown.",
+            f"step {history.best_step} ({_against_base(history)}). Everything below is on the test "
+            f"split, which chose nothing. One run with seed {config.seed}: a small difference may "
+            "be chance.",
             "",
             "| | base | patched | change |",
             "|---|---|---|---|",
@@ -148,8 +154,9 @@ def _text(
             f"| {base.frechet_distance:.2f} | {patched.frechet_distance:.2f} "
             f"| {patched.frechet_distance / base.frechet_distance - 1:+.2%} |",
             "",
-            f"The training images themselves have Frechet distance {floor:.2f} to the test images: "
-            "what a perfect model would reach. Features are those of the bundled classifier.",
+            f"The training images themselves have Frechet distance {floor:.2f} to the test images, "
+            "so there is nothing to gain below that. Features are those of the bundled "
+            "classifier.",
             "",
             "![samples](samples.png)",
             "",
