@@ -187,9 +187,13 @@ class Attachment:
         Remembered between calls on the CPU, where it would cost as much as adding at four sites.
         """
         time: Any = self._time
-        parameters = list(time.timestep_embedder.parameters())
-        frozen = not torch.is_grad_enabled() and not any(p.is_inference() for p in parameters)
-        if is_compiling() or timesteps.device.type != "cpu" or not frozen:
+        parameters: list[Tensor] = list(time.timestep_embedder.parameters())
+        if (
+            is_compiling()
+            or torch.is_grad_enabled()
+            or timesteps.device.type != "cpu"
+            or any(p.is_inference() for p in parameters)
+        ):
             e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(dtype))
             return e
         key = (*timesteps.tolist(), dtype, *((p.data_ptr(), p._version) for p in parameters))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dmp_common.compat import is_compiling
+from dmp_common.compat import is_compiling, without_autocast
 from dmp_common.errors import PatchError
 from dmp_common.field import Field
 from dmp_common.prompts import resize
@@ -170,7 +170,7 @@ class Context:
                 return Field(pool.prompts[0].float(), weights[:, :, None])
         else:
             part = (0, None) if x.shape[1] == spec.width else (0, spec.width)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             grid = resize(pool.mix(weights), self.grid, size).to(x.dtype)  # (T, H, W, D)
         values = grid.flatten(1, 2) if self.tokens else grid.permute(0, 3, 1, 2)
         if self.cache is not None and x.is_contiguous():
@@ -188,11 +188,16 @@ class Context:
         height, width = self.latent_hw
         if x.dim() == 3 and x.shape[2] == spec.width:
             # Hosts differ in whether an incomplete token at the edge is dropped or padded.
-            for pad in (0, spec.stride - 1):
-                size = grid_cells(height + pad, spec.stride), grid_cells(width + pad, spec.stride)
-                tokens = max(size[0] * size[1], self.image_tokens or 0)
-                if tokens == x.shape[1] or (self.shared and tokens < x.shape[1]):
-                    return size
+            dropped, padded = (
+                (grid_cells(height + pad, spec.stride), grid_cells(width + pad, spec.stride))
+                for pad in (0, spec.stride - 1)
+            )
+            own = self.image_tokens or x.shape[1]
+            size = padded if own == padded[0] * padded[1] else dropped
+            tokens = self.image_tokens or size[0] * size[1]
+            fits = tokens == x.shape[1] or (self.shared and tokens < x.shape[1])
+            if fits and size[0] * size[1] <= tokens:
+                return size
         raise _shape_error(spec, x, f"(B, tokens of a {height} x {width} latent, {spec.width})")
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dmp_common.compat import without_autocast
 from dmp_common.variant import Variant
 
 HARD_SHARE = 0.75  # of the prompts that a hard gate keeps (paper, Table 4)
@@ -54,7 +55,7 @@ class Gate(nn.Module):
         Returns:
             (T, S, K*N), float32.
         """
-        with torch.autocast(e.device.type, enabled=False):
+        with without_autocast(e.device.type):
             e, depths = e.float(), depths.float()
             if self.variant.gate == "linear":
                 return _affine(e, depths, self.weight.float()) + self.bias.float()

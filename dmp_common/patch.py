@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
+from operator import is_not
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class Patch(nn.Module):
         # A tuple, so that these modules are not registered a second time.
         self._holders = (self.gate, *self.pools.values())
         self._columns = {name: column for column, name in enumerate(self.sites)}
+        self._seen: tuple[nn.Parameter, ...] = ()
+        self._generation = 0
         self._replicas: dict[torch.device, tuple[FieldKey, Patch]] = {}
 
     @classmethod
@@ -272,8 +275,20 @@ class Patch(nn.Module):
 
     def _versions(self) -> FieldKey:
         """Changes whenever a parameter is changed in place or replaced."""
-        versions = tuple((p.data_ptr(), p._version) for p in self._fast_parameters())
-        return (self.learning_scale, *versions)
+        parameters = tuple(self._fast_parameters())
+        if len(parameters) != len(self._seen) or any(map(is_not, parameters, self._seen)):
+            # Addresses do not tell: a new tensor may get that of one that was freed.
+            self._seen, self._generation = parameters, self._generation + 1
+        # Inference tensors count no changes; they are never remembered, only copied.
+        versions = tuple((p.data_ptr(), p.is_inference() or p._version) for p in parameters)
+        return (self._generation, self.learning_scale, *versions)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Patch:
+        """Moves or converts; values may change without any version telling."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._generation += 1
+        self.cache.clear()
+        return self
 
     def _fast_parameters(self) -> Iterator[nn.Parameter]:
         """`parameters()` without its recursion: this runs in every forward call."""

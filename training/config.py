@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 # What suits a base better than the general default; measured, see training/digits/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
-        "learning_rate": 3e-2,
+        "learning_rate": 3e-3,
         "max_train_steps": 1000,
         "train_batch_size": 128,
         "lr_warmup_steps": 50,

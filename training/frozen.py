@@ -69,11 +69,18 @@ def load_frozen(config: TrainConfig) -> FrozenBase:
 def _load_dit(folder: Path) -> tuple[Any, Any]:
     from diffusers import DDIMScheduler, DiTTransformer2DModel  # slow to import
 
+    missing = [name for name in ("transformer", "scheduler") if not (folder / name).is_dir()]
+    if missing:
+        raise PatchError(
+            f"expected a diffusers folder with transformer/ and scheduler/ at {folder}, found no "
+            f"{' and no '.join(missing)} there: check --pretrained_model_name_or_path."
+        )
     try:
         model = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
         return model, DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        found = " ".join(str(error).split())
         raise PatchError(
-            f"expected a diffusers folder with transformer/ and scheduler/ at {folder}, found "
-            f"none that loads ({error}): check --pretrained_model_name_or_path."
+            f"expected weights of a DiT at {folder}, found a folder that does not load ({found}): "
+            "check --pretrained_model_name_or_path."
         ) from error

@@ -1113,15 +1113,6 @@ def test_compile_after_attach(tiny, dynamo):
     check_compiled(tiny, "aot_eager", fullgraph=tiny is not FLUX, size=(8, 8))
 
 
-@some(FLUX)
-def test_compile_of_flux_in_one_graph(tiny, dynamo):
-    model, patch = tiny.model(), make(tiny)
-    with attach(model, patch), torch.no_grad():
-        expected = tiny.run(model)
-        compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="eager")
-        assert close(tiny.run(compiled), expected)
-
-
 def _shallow_dit() -> Tiny:
     base = dmp.register_base(
         dmp.families.dit("tiny-inductor", depth=1, width=32, patch_size=2, frequency_shift=1.0)
