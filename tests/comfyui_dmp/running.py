@@ -40,9 +40,8 @@ def call(
         conds["y"] = model.encode_adm(
             pooled_output=pooled, height=8 * x.shape[2], width=8 * x.shape[3]
         )
-    elif "adm_in_channels" in family.unet or family.name == "flux":
-        if family.channels == 16:
-            conds["y"] = pooled
+    elif family.channels == 16:  # SD3 and Flux
+        conds["y"] = pooled
     object_patches = patcher.object_patches.get("model_sampling")
     before = model.model_sampling
     try:

@@ -1,0 +1,84 @@
+"""Facts about a ComfyUI model that adding a patch needs: its parts, timesteps and sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from comfyui_dmp.slots import slot_of
+from dmp_common import Base, PatchError
+from dmp_common.sites import grid_cells
+from dmp_common.timesteps import sinusoid
+
+SUPPORTED = (
+    "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
+    "PixArt, SD 3, SD 3.5, Flux.1"
+)
+# What the wrappers of compile nodes are called: comfy_api.torch_helpers and, like it, KJNodes.
+_APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
+
+
+def denoiser_of(model: Any) -> nn.Module:
+    """The UNet or transformer of a `BaseModel`, also while a compiled one stands in for it."""
+    denoiser = getattr(model, "diffusion_model", None)
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    if not isinstance(denoiser, nn.Module):
+        raise PatchError(
+            f"expected a diffusion model, found {type(model).__name__}: connect the MODEL output "
+            f"of a loader (supported: {SUPPORTED})."
+        )
+    return denoiser
+
+
+def time_embedding(model: Any, base: Base, timesteps: Tensor) -> Tensor:
+    """The pure time embedding of a ComfyUI model, in the precision it computes in.
+
+    The same as the model's own: in v0.8.0 SD3 (`mmdit.py`, TimestepEmbedder) and Flux
+    (`flux/model.py`, `time_in`) cast the same float32 sinusoid to the model's type.
+
+    Args:
+        model: ComfyUI's `BaseModel`.
+        base: its base.
+        timesteps: (T,), on the scale 0..1000.
+
+    Returns:
+        e (T, E), on the device of the timesteps.
+    """
+    mlp = denoiser_of(model).get_submodule(base.times["ldm"].mlp)
+    dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
+    e: Tensor = mlp(sinusoid(timesteps, base.sinusoid).to(dtype))
+    return e
+
+
+def is_compiled(model: Any, options: dict[str, Any]) -> bool:
+    """Whether (part of) a model runs compiled in a call with these options."""
+    wrappers = options.get("wrappers", {}).get(_APPLY_MODEL, {})
+    return bool(wrappers.get(_COMPILE_KEY)) or hasattr(model.diffusion_model, "_orig_mod")
+
+
+def timesteps_of(model_sampling: Any, base: Base, sigmas: Tensor) -> Tensor:
+    """Timesteps (B,) on the scale 0..1000 of sigmas (B,)."""
+    timesteps: Tensor = model_sampling.timestep(sigmas).float() * base.times["ldm"].scale
+    return timesteps
+
+
+def latent_hw(x: Tensor, base: Base) -> tuple[int, int]:
+    """Height and width of the latent as the model sees it: transformers pad it to whole tokens."""
+    height, width = x.shape[-2:]
+    stride = base.sites[0].stride
+    if slot_of(base) != "dit":
+        return height, width
+    return -(-height // stride) * stride, -(-width // stride) * stride
+
+
+def image_tokens(x: Tensor, base: Base, references: list[Tensor] | None) -> int | None:
+    """Image tokens of a stream that may carry reference pictures after its own (Flux Kontext)."""
+    if base.positions is None:
+        return None
+    stride = base.sites[0].stride
+    return sum(
+        grid_cells(height, stride) * grid_cells(width, stride)
+        for height, width in (latent_hw(picture, base) for picture in (x, *(references or ())))
+    )

@@ -1,0 +1,297 @@
+"""The nodes: what users see of the pack. Thin; `host.py` does the work.
+
+Node ids are permanent: workflows refer to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import comfy.samplers
+import numpy as np
+import torch
+from comfy_api.latest import ComfyExtension, io
+
+from comfyui_dmp import host
+from comfyui_dmp.record import PatchRecord
+from dmp_common.heatmap import choose_sites, gate_heatmap
+from dmp_common.inspection import as_text, inspect_file
+
+CATEGORY = "DMP"
+DmpPatch = io.Custom("DMP_PATCH")
+_LABEL = "Only for patches whose gate sees the class (condition t+y)."
+
+
+def _model_input() -> io.Model.Input:
+    tooltip = "The model to patch. It must be of the base the patch was trained for."
+    return io.Model.Input("model", tooltip=tooltip)
+
+
+def _model_output() -> io.Model.Output:
+    return io.Model.Output(display_name="model", tooltip="The patched model.")
+
+
+def _patch_input() -> Any:
+    tooltip = "A patch from Load DMP Patch, or its settings from DMP Gate Strength."
+    return DmpPatch.Input("dmp_patch", tooltip=tooltip)
+
+
+def _file_input() -> io.Combo.Input:
+    tooltip = "A .safetensors file of models/dmp. Press R after adding a file."
+    return io.Combo.Input("patch_name", options=host.patch_files(), tooltip=tooltip)
+
+
+def _strength_input() -> io.Float.Input:
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.01,
+        tooltip="Multiplies what the patch adds. 0 is exactly the plain model, 1 as trained.",
+    )
+
+
+def _temperature_input() -> io.Float.Input:
+    tooltip = "Of the gate: above 1 all prompts speak more evenly, below 1 fewer."
+    limits = {"default": 1.0, "min": 0.05, "max": 20.0, "step": 0.05}
+    return io.Float.Input("temperature", **limits, tooltip=tooltip)
+
+
+def _percent(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+
+
+def _factor(name: str, when: str) -> io.Float.Input:
+    tooltip = f"Multiplies the strength {when}; linear in between. 1, 1, 1 is no curve."
+    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
+
+
+class LoadPatch(io.ComfyNode):
+    """A patch file of models/dmp."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMP_Load",
+            display_name="Load DMP Patch",
+            category=CATEGORY,
+            description="Loads a DMP patch file. Connect it to Apply DMP.",
+            inputs=[_file_input()],
+            outputs=[DmpPatch.Output(display_name="dmp_patch", tooltip="The patch, as trained.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, patch_name: str) -> str:
+        return host.fingerprint(patch_name)
+
+    @classmethod
+    def execute(cls, patch_name: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load(patch_name))
+
+
+class Apply(io.ComfyNode):
+    """A patch on a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMP_Apply",
+            display_name="Apply DMP",
+            category=CATEGORY,
+            description=(
+                "Puts a patch on a model: at every noise level it adds the prompts that its gate "
+                "chooses to the inputs of the model's blocks. Chain several; they add. The model "
+                "itself stays as it is, so other branches of the workflow are not affected."
+            ),
+            inputs=[
+                _model_input(),
+                _patch_input(),
+            ],
+            outputs=[_model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, dmp_patch: PatchRecord) -> io.NodeOutput:
+        return io.NodeOutput(host.attach(model, dmp_patch))
+
+
+class LoadApply(io.ComfyNode):
+    """Both in one, as the LoRA loader does it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMP_LoadApply",
+            display_name="Load & Apply DMP",
+            category=CATEGORY,
+            description="Loads a patch file and puts it on a model, in one node.",
+            inputs=[
+                _model_input(),
+                _file_input(),
+                _strength_input(),
+            ],
+            outputs=[_model_output()],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: Any, patch_name: str, strength: float) -> str:
+        return host.fingerprint(patch_name)
+
+    @classmethod
+    def execute(cls, model: Any, patch_name: str, strength: float) -> io.NodeOutput:
+        record = dataclasses.replace(host.load(patch_name), strength=strength)
+        return io.NodeOutput(host.attach(model, record))
+
+
+class GateStrength(io.ComfyNode):
+    """How a patch is to be used."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMP_GateStrength",
+            display_name="DMP Gate Strength",
+            category=CATEGORY,
+            description=(
+                "How strongly, when and where a patch acts. The curve multiplies the strength: "
+                "early at the start of denoising, middle half-way, late at its end, and in "
+                "between by interpolation. It replaces settings made before it."
+            ),
+            inputs=[
+                _patch_input(),
+                _strength_input(),
+                _percent("start_percent", 0.0, "When the patch begins to act: 0 is pure noise."),
+                _percent("end_percent", 1.0, "When it stops: 1 is the finished picture."),
+                _factor("early", "at the start of denoising, where the composition forms"),
+                _factor("middle", "half-way"),
+                _factor("late", "at the end of denoising, where details form"),
+                _temperature_input(),
+                io.String.Input(
+                    "sites",
+                    default="all",
+                    tooltip=(
+                        "Which block inputs the patch acts on: all, a named set (encoder, "
+                        "decoder, blocks), or names with commas (in.1, mid). DMP Patch Info "
+                        "lists them."
+                    ),
+                ),
+            ],
+            outputs=[DmpPatch.Output(display_name="dmp_patch", tooltip="The patch, used so.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        dmp_patch: PatchRecord,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        early: float,
+        middle: float,
+        late: float,
+        temperature: float,
+        sites: str,
+    ) -> io.NodeOutput:
+        patch, chosen = dmp_patch.loaded.patch, choose_sites(dmp_patch.loaded.patch, sites)
+        record = PatchRecord(
+            dmp_patch.loaded,
+            strength=strength,
+            start=start_percent,
+            end=end_percent,
+            curve=(early, middle, late),
+            temperature=temperature,
+            sites=None if len(chosen) == len(patch.sites) else frozenset(chosen),
+        )
+        return io.NodeOutput(record)
+
+
+class GateHeatmap(io.ComfyNode):
+    """The paper's Figure 4 for a patch and a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMP_GateHeatmap",
+            display_name="DMP Gate Heatmap",
+            category=CATEGORY,
+            description=(
+                "Draws which prompts the gate of a patch lets speak at each step of a scheduler: a "
+                "row for each site, by prompt and as maps over the picture."
+            ),
+            inputs=[
+                _patch_input(),
+                io.Model.Input(
+                    "model", tooltip="The model whose time embedding the gate sees; not changed."
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.SCHEDULER_NAMES,
+                    default="normal",
+                    tooltip="Its noise levels are drawn, as in the KSampler.",
+                ),
+                io.Int.Input(
+                    "steps", default=30, min=2, max=1000, tooltip="How many noise levels to draw."
+                ),
+                io.String.Input(
+                    "sites",
+                    default="first, middle, last",
+                    tooltip="Which sites to draw: first, middle, last, all, or names with commas.",
+                ),
+                io.Combo.Input(
+                    "scale",
+                    options=["per-panel", "shared"],
+                    tooltip="Whether each row has its own colours, or all share one scale.",
+                ),
+                io.Int.Input("class_label", default=0, min=0, optional=True, tooltip=_LABEL),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The heat map.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        dmp_patch: PatchRecord,
+        model: Any,
+        scheduler: str,
+        steps: int,
+        sites: str,
+        scale: Any,
+        class_label: int = 0,
+    ) -> io.NodeOutput:
+        e, timesteps = host.gate_embedding(model, dmp_patch, scheduler, steps, class_label)
+        loaded, title = dmp_patch.loaded, f"Gate of {dmp_patch.loaded.name}"
+        image = gate_heatmap(loaded.patch, timesteps, e, sites=sites, scale=scale, title=title)
+        pixels = np.asarray(image, dtype=np.float32) / 255.0
+        return io.NodeOutput(torch.from_numpy(pixels)[None])  # (1, H, W, 3)
+
+
+class PatchInfo(io.ComfyNode):
+    """What a patch file says about itself."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMP_PatchInfo",
+            display_name="DMP Patch Info",
+            category=CATEGORY,
+            description="What a patch is made of, as text: base, hash, sites, data and steps.",
+            inputs=[_patch_input()],
+            outputs=[io.String.Output(display_name="text", tooltip="Connect Preview as Text.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, dmp_patch: PatchRecord) -> io.NodeOutput:
+        record = {**inspect_file(dmp_patch.loaded.path), "file": dmp_patch.loaded.name}
+        text = as_text(record, list_sites=True)
+        return io.NodeOutput(text, ui={"text": (text,)})
+
+
+class Extension(ComfyExtension):
+    """The pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        host.register_folder()
+        return [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo]

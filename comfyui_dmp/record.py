@@ -1,0 +1,99 @@
+"""What travels along a DMP_PATCH wire: a patch and how it is to be used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmp_common import Patch, PatchError, Schedule, Settings
+
+
+class LoadedPatch:
+    """A patch from a file, with a copy on each device a model runs on.
+
+    ComfyUI copies what hangs on a model again and again; this is never copied.
+
+    Args:
+        patch: in evaluation mode, on the CPU.
+        path: of its file.
+    """
+
+    def __init__(self, patch: Patch, path: Path) -> None:
+        self.patch = patch.eval().requires_grad_(False)
+        self.path = path
+        self._copies: dict[torch.device, Patch] = {}
+
+    @property
+    def name(self) -> str:
+        """The file's name, for messages."""
+        return self.path.name
+
+    def on(self, device: torch.device) -> Patch:
+        """The patch on a device; copied there once."""
+        if device == torch.device("cpu"):
+            return self.patch
+        if device not in self._copies:
+            with torch.inference_mode(False), torch.no_grad():
+                moved = copy.deepcopy(self.patch).to(device).requires_grad_(False)
+            self._copies[device] = moved.eval()
+        return self._copies[device]
+
+    def release(self) -> None:
+        """Gives back the memory on other devices; the next call copies again."""
+        self._copies.clear()
+        self.patch.cache.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedPatch:
+        return self
+
+
+@dataclass(frozen=True)
+class PatchRecord:
+    """A loaded patch and how it is to be used. Immutable; `dataclasses.replace` makes others.
+
+    Args:
+        loaded: the patch.
+        strength: multiplies the added field; 0 is exactly the base.
+        start, end: progress between which the patch acts, 0 at the noise and 1 at the picture, in
+            ComfyUI's own convention of percent.
+        curve: what the strength is multiplied by at progress 0, 0.5 and 1, linear in between.
+        temperature: of the gate.
+        sites: names of the sites that act, None for all of the patch's.
+
+    Raises:
+        PatchError: a value out of range.
+    """
+
+    loaded: LoadedPatch
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    curve: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    temperature: float = 1.0
+    sites: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self.settings(lambda percent: (1.0 - percent) * 1000.0)
+        except PatchError as error:
+            raise PatchError(f"{self.loaded.name}: {error}") from error
+
+    def settings(self, to_timestep: Callable[[float], float]) -> Settings:
+        """The core's settings, with the host's own rule from progress to a timestep."""
+        early, middle, late = self.curve
+        points = [(0.0, early), (0.5, middle), (1.0, late)]
+        schedule = Schedule.from_percent(
+            self.start,
+            self.end,
+            [] if self.curve == (1.0, 1.0, 1.0) else points,
+            to_timestep,
+        )
+        return Settings(self.strength, schedule, self.temperature, self.sites)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchRecord:
+        return self

@@ -1,0 +1,189 @@
+"""Where ComfyUI's models take a patch in: three kinds of slots, filled for one call of a model.
+
+Nothing here outlives the call, so that nothing can leak into another branch of a workflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common import Base, Context, PatchError, Site
+from dmp_common.sites import find_module
+
+Slot = Literal["unet", "dit", "hooks"]
+Prepare = Callable[[Tensor], Context]  # from the time embedding (B, E)
+
+_SLOTS: dict[str, Slot] = {
+    "input_blocks": "unet",
+    "middle_block": "unet",
+    "output_blocks": "unet",
+    "joint_blocks": "dit",
+    "double_blocks": "dit",
+    "single_blocks": "dit",
+    "blocks": "hooks",
+}
+# ComfyUI calls both the joint blocks of SD3 and the double blocks of Flux "double_block".
+_BLOCKS = {"joint_blocks": "double_block", "double_blocks": "double_block"}
+_BLOCKS["single_blocks"] = "single_block"
+_AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block_patch", "emb_patch"
+
+
+def slot_of(base: Base) -> Slot:
+    """The kind of slot ComfyUI has for the models of a base."""
+    return _SLOTS[base.sites[0].paths["ldm"].split(".")[0]]
+
+
+def block_keys(base: Base) -> dict[tuple[str, int], str]:
+    """ComfyUI's name of the slot of each site: the block before it, or the block itself.
+
+    A UNet's encoder patch runs after a block, so what it changes is the input of the next one;
+    `transformer_options["block"]` then names the block before the site.
+
+    >>> from dmp_common import get_base
+    >>> keys = block_keys(get_base("sd15"))
+    >>> keys["input", 0], keys["input", 11], keys["output", 0]
+    ('in.1', 'mid', 'out.0')
+    """
+    encoder = [site for site in base.sites if site.paths["ldm"].startswith("input_blocks")]
+    keys: dict[tuple[str, int], str] = {}
+    for site in base.sites:
+        kind, *rest = site.paths["ldm"].split(".")
+        if kind == "input_blocks":
+            keys["input", int(rest[0]) - 1] = site.name
+        elif kind == "middle_block":
+            keys["input", len(encoder)] = site.name
+        elif kind == "output_blocks":
+            keys["output", int(rest[0])] = site.name
+        else:
+            keys[_BLOCKS.get(kind, kind), int(rest[0])] = site.name
+    return keys
+
+
+def unet_options(
+    options: Mapping[str, Any], sites: Mapping[tuple[str, int], str], prepare: Prepare
+) -> dict[str, Any]:
+    """A copy of a call's options in which a patch acts on a UNet.
+
+    Our embedding patch comes first, so that it sees the pure time embedding; our block patches
+    come last, after FreeU and deep shrink, whatever the order of the nodes.
+
+    Args:
+        options: `transformer_options` of the call; not changed.
+        sites: see `block_keys`.
+        prepare: makes the call's context.
+    """
+    context: Context | None = None
+
+    def embedded(emb: Tensor, channels: int, options: dict[str, Any]) -> Tensor:
+        nonlocal context
+        context = prepare(emb)
+        return emb
+
+    def add(h: Tensor, options: dict[str, Any]) -> Tensor:
+        site = sites.get(options["block"])
+        if site is None:
+            return h
+        if context is None:
+            raise PatchError(
+                "expected the UNet to embed its timestep before its first block, and it did not: "
+                "another extension replaces its forward; switch that off, or the patch."
+            )
+        return context.add(site, h)
+
+    def add_beside_skip(h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return add(h, options), skip
+
+    patches = dict(options.get("patches", {}))
+    patches[_EMBEDDING] = [embedded, *patches.get(_EMBEDDING, ())]
+    patches[_AFTER_SKIP] = [*patches.get(_AFTER_SKIP, ()), add]
+    patches[_OUTPUT] = [*patches.get(_OUTPUT, ()), add_beside_skip]
+    return {**options, "patches": patches}
+
+
+def dit_options(
+    options: Mapping[str, Any], sites: Mapping[tuple[str, int], str], context: Context
+) -> dict[str, Any]:
+    """A copy of a call's options in which a patch acts on a transformer's block inputs.
+
+    Replacements of others stay: ours goes between them and the block, so that a block which is
+    skipped gets no prompts, and what others make of the input comes before.
+    """
+    replace = dict(options.get("patches_replace", {}))
+    blocks = dict(replace.get("dit", {}))
+    for key, site in sites.items():
+        blocks[key] = _adding(context, site, blocks.get(key))
+    replace["dit"] = blocks
+    return {**options, "patches_replace": replace}
+
+
+def _adding(
+    context: Context, site: str, previous: Callable[..., Any] | None
+) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+    def replace(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        def block(args: dict[str, Any]) -> Any:
+            return extra["original_block"]({**args, "img": context.add(site, args["img"])})
+
+        return (
+            block(args) if previous is None else previous(args, {**extra, "original_block": block})
+        )
+
+    return replace
+
+
+@contextmanager
+def hooked(
+    denoiser: nn.Module, sites: Mapping[str, Site], prepare: Prepare, labels: bool
+) -> Iterator[None]:
+    """Torch hooks for one call, for models without a slot; always removed afterwards.
+
+    Args:
+        denoiser: the transformer itself.
+        sites: those that act, by name.
+        prepare: makes the call's context.
+        labels: whether the gate sees the class embedding too (condition t+y).
+    """
+    context: Context | None = None
+    embedding: Tensor | None = None
+
+    def embedded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal context, embedding
+        embedding = output if embedding is None else embedding + output
+        if module is last:
+            context, embedding = prepare(embedding), None
+
+    def adding(site: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if context is None:
+                raise PatchError(
+                    f"expected the model to embed its timestep before its first block, and a "
+                    f"{type(denoiser).__name__} did not: use ComfyUI's own loader, or update."
+                )
+            return context.add(site, args[0]), *args[1:]
+
+        return before
+
+    embedders = [_module(denoiser, "t_embedder")]
+    embedders += [_module(denoiser, "y_embedder")] if labels else []
+    last = embedders[-1]
+    with ExitStack() as stack:
+        for module in embedders:
+            stack.callback(module.register_forward_hook(embedded).remove)
+        for name, site in sites.items():
+            block = _module(denoiser, site.paths["ldm"])
+            stack.callback(block.register_forward_pre_hook(adding(name)).remove)
+        yield
+
+
+def _module(denoiser: nn.Module, path: str) -> nn.Module:
+    module = find_module(denoiser, path)
+    if module is None:
+        raise PatchError(
+            f"expected a module {path} in a {type(denoiser).__name__}, found none: use ComfyUI's "
+            "own loader of this model, or update."
+        )
+    return module

@@ -1,0 +1,238 @@
+"""What travels along a wire, and the slots of ComfyUI's models, without ComfyUI."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import doctest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+
+from comfyui_dmp import slots
+from comfyui_dmp.checks import require_same_prediction, require_supported, require_usable
+from comfyui_dmp.model import image_tokens, latent_hw
+from comfyui_dmp.record import LoadedPatch, PatchRecord
+from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
+from dmp_common import Patch, PatchError, get_base
+from tests.tiny import FAMILIES
+
+
+def record(patch: Patch | None = None, **settings: Any) -> PatchRecord:
+    patch = patch or FAMILIES["sd15"].patch()
+    return PatchRecord(LoadedPatch(patch, Path("models/dmp/p.safetensors")), **settings)
+
+
+def linear(percent: float) -> float:
+    return (1.0 - percent) * 1000.0
+
+
+def test_record_is_never_copied():
+    one = record()
+    assert copy.deepcopy({"a": [one]})["a"][0] is one
+    assert copy.copy(one.loaded) is not None
+    changed = dataclasses.replace(one, strength=0.5)
+    assert changed.loaded is one.loaded
+    assert one.strength == 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.strength = 2.0  # type: ignore[misc]
+
+
+def test_loaded_patch_learns_nothing():
+    patch = FAMILIES["sd15"].patch().train().requires_grad_(True)
+    loaded = LoadedPatch(patch, Path("p.safetensors"))
+    assert not loaded.patch.training
+    assert not any(p.requires_grad for p in loaded.patch.parameters())
+    assert loaded.on(torch.device("cpu")) is loaded.patch
+
+
+def test_copies_on_other_devices_are_made_once_and_released():
+    loaded = record().loaded
+    there = loaded.on(torch.device("meta"))
+    assert loaded.on(torch.device("meta")) is there
+    assert there is not loaded.patch
+    loaded.release()
+    assert loaded.on(torch.device("meta")) is not there
+
+
+def test_settings_by_progress():
+    settings = record(start=0.1, end=0.6, curve=(1.0, 0.5, 0.0)).settings(linear)
+    factors = settings.schedule.factors(torch.tensor([950.0, 900.0, 750.0, 500.0, 400.0, 300.0]))
+    expected = torch.tensor([0.0, 0.9, 0.75, 0.5, 0.4, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(factors, expected)
+    assert record().settings(linear).schedule.always
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"start": 0.5, "end": 0.2},
+        {"end": 1.5},
+        {"strength": float("nan")},
+        {"temperature": 0.0},
+        {"curve": (1.0, float("inf"), 1.0)},
+    ],
+    ids=str,
+)
+def test_impossible_settings_name_the_file(settings):
+    with pytest.raises(PatchError, match=r"^p\.safetensors: expected"):
+        record(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "slot"),
+    [("sd15", "unet"), ("sdxl", "unet"), ("sd3", "dit"), ("flux", "dit"), ("pixart", "hooks")],
+)
+def test_slots(name, slot):
+    base = get_base(name)
+    assert slot_of(base) == slot
+    keys = block_keys(base)
+    assert sorted(keys.values()) == sorted(site.name for site in base.sites)
+
+
+def test_examples_run():
+    assert doctest.testmod(slots) == doctest.TestResults(failed=0, attempted=3)
+
+
+def test_slots_of_the_table_in_the_design():
+    keys = block_keys(get_base("sdxl"))
+    assert keys["input", 0] == "in.1"
+    assert keys["input", 8] == "mid"
+    assert keys["output", 8] == "out.8"
+    flux = block_keys(get_base("flux"))
+    assert flux["double_block", 18] == "double.18"
+    assert flux["single_block", 37] == "single.37"
+    assert block_keys(get_base("sd3"))["double_block", 23] == "joint.23"
+
+
+def context_adding(amount: float) -> Any:
+    return SimpleNamespace(add=lambda site, x: x + amount)
+
+
+def test_unet_options_do_not_change_the_callers():
+    other = {"emb_patch": ["theirs"], "output_block_patch": ["theirs"]}
+    options = {"patches": other, "sigmas": 1}
+    ours = unet_options(options, {("input", 0): "in.1"}, lambda e: context_adding(1.0))
+    assert options == {"patches": other, "sigmas": 1}
+    assert other == {"emb_patch": ["theirs"], "output_block_patch": ["theirs"]}
+    embedded, theirs = ours["patches"]["emb_patch"]
+    assert theirs == "theirs"  # after ours, which must see the pure embedding
+    assert ours["patches"]["output_block_patch"][0] == "theirs"  # before ours
+    (add,) = ours["patches"]["input_block_patch_after_skip"]
+    h = torch.zeros(1)
+    with pytest.raises(PatchError, match="expected the UNet to embed its timestep"):
+        add(h, {"block": ("input", 0)})
+    assert add(h, {"block": ("input", 5)}) is h
+    emb = torch.zeros(1, 2)
+    assert embedded(emb, 320, ours) is emb
+    assert add(h, {"block": ("input", 0)}) == 1.0
+    assert h == 0.0
+
+
+def test_dit_options_keep_the_replacements_of_others():
+    key = ("double_block", 0)
+
+    def theirs(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        return extra["original_block"]({**args, "img": args["img"] * 10})
+
+    options = {"patches_replace": {"dit": {key: theirs}, "attn1": {}}}
+    ours = dit_options(options, {key: "joint.0"}, context_adding(1.0))
+    again = dit_options(ours, {key: "joint.0"}, context_adding(2.0))
+    assert options["patches_replace"]["dit"] == {key: theirs}
+    block = {"original_block": lambda args: args["img"]}
+    replace = again["patches_replace"]["dit"][key]
+    assert replace({"img": torch.ones(1)}, block) == 13.0  # theirs first, then both of ours
+    assert again["patches_replace"]["attn1"] == {}
+
+
+class Blocks(nn.Module):
+    """As few modules as the hooks need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t_embedder, self.y_embedder = nn.Identity(), nn.Identity()
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.t_embedder(t)
+        self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(("labels", "seen"), [(False, 3.0), (True, 8.0)])
+def test_hooks_see_the_embedding_and_are_removed(labels, seen):
+    model, embeddings = Blocks(), []
+    sites = {site.name: site for site in FAMILIES["dit"].base.sites[:2]}
+
+    def prepare(e: torch.Tensor) -> Any:
+        embeddings.append(float(e))
+        return context_adding(1.0)
+
+    x, t, y = torch.zeros(1), torch.tensor([3.0]), torch.tensor([5.0])
+    with hooked(model, sites, prepare, labels):
+        assert model(x, t, y) == 2.0
+        assert model(x, t, y) == 2.0
+    assert embeddings == [seen, seen]
+    assert model(x, t, y) == 0.0
+    modules = list(model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def test_hooks_are_removed_when_attaching_them_fails():
+    model = Blocks()
+    with (
+        pytest.raises(PatchError, match=r"expected a module blocks\.2 in a Blocks"),
+        hooked(
+            model, {s.name: s for s in FAMILIES["dit"].base.sites}, context_adding, labels=False
+        ),
+    ):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_sizes_are_padded_for_transformers_with_slots():
+    x, flux = torch.zeros(1, 16, 9, 14), get_base("flux")
+    assert latent_hw(x, flux) == (10, 14)
+    assert latent_hw(x, get_base("sd15")) == (9, 14)
+    assert image_tokens(x, flux, None) == 5 * 7
+    assert image_tokens(x, flux, [torch.zeros(1, 16, 3, 4)]) == 5 * 7 + 2 * 2
+    assert image_tokens(x, get_base("sd3"), None) is None
+
+
+def sampling(*bases: str, first: float = 999.0) -> Any:
+    kinds = {name: type(name, (), {}) for name in ("EPS", "V_PREDICTION", "CONST")}
+    cls = type("ModelSampling", tuple(kinds[name] for name in bases), {})
+    model = cls()
+    model.percent_to_sigma = lambda percent: 1.0
+    model.timestep = lambda sigma: torch.full_like(sigma, first)
+    return model
+
+
+def test_prediction_types_and_timesteps_must_be_the_patchs():
+    eps = record()
+    require_same_prediction(sampling("EPS"), eps)
+    with pytest.raises(PatchError, match="type epsilon, found v_prediction"):
+        require_same_prediction(sampling("V_PREDICTION"), eps)
+    with pytest.raises(PatchError, match="type epsilon, found ModelSampling"):
+        require_same_prediction(sampling(), eps)
+    with pytest.raises(PatchError, match="starts at 1.2"):
+        require_same_prediction(sampling("EPS", first=1.2), eps)
+
+
+def test_what_a_host_cannot_use_is_refused():
+    model = SimpleNamespace(diffusion_model=nn.Identity())
+    with pytest.raises(PatchError, match=r"SimpleNamespace \(Identity\).*Supported are SD 1"):
+        require_supported(model, record())
+    with pytest.raises(PatchError, match="expected a diffusion model, found SimpleNamespace"):
+        require_supported(SimpleNamespace(), record())
+    dit = FAMILIES["dit"]
+    with pytest.raises(PatchError, match="expected a patch that adds its prompts"):
+        require_usable(model, record(dit.patch(mix="prepend")))
+    with pytest.raises(PatchError, match="frequency shift 1, found 0"):
+        require_usable(model, record(dit.patch()))
