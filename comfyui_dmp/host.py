@@ -35,7 +35,7 @@ from comfyui_dmp.model import (
     timesteps_of,
 )
 from comfyui_dmp.record import LoadedPatch, PatchRecord
-from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
+from comfyui_dmp.slots import Prepare, block_keys, dit_options, hooked, slot_of, unet_options
 from dmp_common import Context, Patch, PatchError, Settings
 
 KEY = "dmp"  # of our wrappers on a model
@@ -115,17 +115,7 @@ class Wrapper:
         if isinstance(strength, float) and strength == 0.0:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
-        patch = self.record.loaded.on(x.device)
-
-        def prepare(e: Tensor) -> Context:
-            return patch.prepare(
-                e,
-                latent_hw(x, self._base),
-                settings,
-                timesteps=timesteps,
-                image_tokens=image_tokens(x, self._base, conds.get("ref_latents")),
-            )
-
+        prepare = self._prepare(x, settings, timesteps, conds)
         with ExitStack() as stack:
             if self._slot == "unet":
                 mark = self._mark(model, options, settings, conds)
@@ -166,6 +156,23 @@ class Wrapper:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wrapper:
         return self
+
+    def _prepare(
+        self, x: Tensor, settings: Settings, timesteps: Tensor | None, conds: dict[str, Any]
+    ) -> Prepare:
+        """What makes the context of a call, once its time embedding is known."""
+        patch = self.record.loaded.on(x.device)
+
+        def prepare(e: Tensor) -> Context:
+            return patch.prepare(
+                e,
+                latent_hw(x, self._base),
+                settings,
+                timesteps=timesteps,
+                image_tokens=image_tokens(x, self._base, conds.get("ref_latents")),
+            )
+
+        return prepare
 
     def _mark(
         self, model: Any, options: dict[str, Any], facts: object, conds: dict[str, Any]

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-collect_ignore = ["real.py", "running.py", "checkpoints.py"]  # they import ComfyUI
+collect_ignore = ["family.py", "real.py", "running.py", "checkpoints.py"]  # they import ComfyUI
 
 
 @pytest.fixture(scope="session")
