@@ -1076,7 +1076,7 @@ def _small_unet() -> Tiny:
     return dataclasses.replace(SD15, name="unet", base=base, build=build)
 
 
-COMPILED = [_small_unet(), *(FAMILIES[n] for n in ("dit", "pixart", "sd3", "sd35", "flux"))]
+COMPILED = [_small_unet(), *(FAMILIES[n] for n in ("dit", "sd3", "flux"))]
 
 
 def check_compiled(tiny: Tiny, backend: str, fullgraph: bool, size: tuple[int, int]) -> None:
