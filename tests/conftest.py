@@ -14,7 +14,8 @@ THIRD_PARTY_WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    assert torch.__version__  # its import is what makes this logger stop propagating
+    torch.set_num_threads(1)  # the models are tiny: waking a second thread costs more than it does
+    # Importing torch stops this logger from propagating.
     # pytest listens to every logger that does not propagate, and torch.compile then writes
     # thousands of structured records, half of its time, to this one.
     logging.getLogger("torch.__trace").propagate = True
