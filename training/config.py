@@ -11,8 +11,10 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
+
+from training.options import option
 
 # What suits a base better than the general default; measured, see training/digits/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -26,80 +28,76 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _option(section: str, default: Any, text: str, **limits: Any) -> Any:
-    return Field(default, description=text, json_schema_extra={"section": section}, **limits)
-
-
 class TrainConfig(BaseModel):
     """Everything one run depends on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str = _option("model", "digits", "the base to train for; today: digits")
-    pretrained_model_name_or_path: str | None = _option(
+    base: str = option("model", "digits", "the base to train for; today: digits")
+    pretrained_model_name_or_path: str | None = option(
         "model", None, "folder of the base's weights (default: the base's own)"
     )
 
-    dmp_sites: str | None = _option(
+    dmp_sites: str | None = option(
         "patch", None, "all, a named set (encoder, decoder, blocks) or names joined by commas"
     )
-    dmp_depth: int | None = _option("patch", None, "use the first k sites only", ge=1)
-    grid: int | None = _option("patch", None, "rows and columns of the prompt grid", ge=1, le=256)
-    gate: Literal["linear", "attention", "none"] = _option(
+    dmp_depth: int | None = option("patch", None, "use the first k sites only", ge=1)
+    grid: int | None = option("patch", None, "rows and columns of the prompt grid", ge=1, le=256)
+    gate: Literal["linear", "attention", "none"] = option(
         "patch", "linear", "what weights the prompts; none is naive prompt tuning"
     )
-    selection: Literal["soft", "hard"] = _option("patch", "soft", "soft weights, or the top 75 %%")
-    across_depth: Literal["distinct", "uniform"] = _option(
+    selection: Literal["soft", "hard"] = option("patch", "soft", "soft weights, or the top 75 %%")
+    across_depth: Literal["distinct", "uniform"] = option(
         "patch", "distinct", "whether the gate sees the depth of a site"
     )
-    mix: Literal["add", "prepend"] = _option("patch", "add", "how prompts join the input")
-    condition: Literal["t", "t+y"] = _option("patch", "t", "what the gate sees")
-    prompt_init: Literal["zero", "random"] = _option("patch", "zero", "how prompts begin")
-    gate_init: Literal["zero", "random"] = _option("patch", "zero", "how the gate begins")
+    mix: Literal["add", "prepend"] = option("patch", "add", "how prompts join the input")
+    condition: Literal["t", "t+y"] = option("patch", "t", "what the gate sees")
+    prompt_init: Literal["zero", "random"] = option("patch", "zero", "how prompts begin")
+    gate_init: Literal["zero", "random"] = option("patch", "zero", "how the gate begins")
 
-    train_batch_size: int = _option("data", 64, "images of one step and process", ge=1)
-    max_data_loader_n_workers: int = _option("data", 0, "processes that load data", ge=0)
-    caption_dropout_rate: float = _option(
+    train_batch_size: int = option("data", 64, "images of one step and process", ge=1)
+    max_data_loader_n_workers: int = option("data", 0, "processes that load data", ge=0)
+    caption_dropout_rate: float = option(
         "data", 0.1, "share of images trained without their label or caption", ge=0, le=1
     )
 
-    learning_rate: float = _option(
+    learning_rate: float = option(
         "optimisation", 1e-3, "of the prompts at mean weight 1 (DESIGN: p / N is learned)", gt=0
     )
-    gate_lr_factor: float = _option(
+    gate_lr_factor: float = option(
         "optimisation", 1.0, "learning rate of the gate over that of the prompts", gt=0
     )
-    weight_decay: float = _option("optimisation", 0.0, "of AdamW", ge=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = _option(
+    weight_decay: float = option("optimisation", 0.0, "of AdamW", ge=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
         "optimisation", "cosine", "how the learning rate changes"
     )
-    lr_warmup_steps: int = _option("optimisation", 0, "steps of rising learning rate", ge=0)
-    max_train_steps: int = _option("optimisation", 1600, "optimiser steps", ge=1)
-    gradient_accumulation_steps: int = _option("optimisation", 1, "batches of a step", ge=1)
-    gradient_checkpointing: bool = _option("optimisation", False, "less memory, more time")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option(
+    lr_warmup_steps: int = option("optimisation", 0, "steps of rising learning rate", ge=0)
+    max_train_steps: int = option("optimisation", 1600, "optimiser steps", ge=1)
+    gradient_accumulation_steps: int = option("optimisation", 1, "batches of a step", ge=1)
+    gradient_checkpointing: bool = option("optimisation", False, "less memory, more time")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
         "optimisation", "no", "arithmetic of the frozen base; the patch stays float32"
     )
-    max_grad_norm: float = _option("optimisation", 1.0, "longest gradient, 0 for any", ge=0)
-    ema_decay: float = _option(
+    max_grad_norm: float = option("optimisation", 1.0, "longest gradient, 0 for any", ge=0)
+    ema_decay: float = option(
         "optimisation", 0.99, "of the averaged patch that is saved, 0 for none", ge=0, lt=1
     )
-    importance_weight: float = _option("optimisation", 0.0, "of the importance loss", ge=0)
-    load_weight: float = _option("optimisation", 0.0, "of the load loss", ge=0)
-    balancing_timesteps: int = _option(
+    importance_weight: float = option("optimisation", 0.0, "of the importance loss", ge=0)
+    load_weight: float = option("optimisation", 0.0, "of the load loss", ge=0)
+    balancing_timesteps: int = option(
         "optimisation", 16, "timesteps the balancing losses are evaluated on", ge=16
     )
 
-    output_dir: str = _option("output", "output/{base}", "folder of everything a run leaves")
-    output_name: str = _option("output", "{base}-dmp", "name of the patch, without ending")
-    save_precision: Literal["float", "fp16", "bf16"] = _option("output", "float", "of the file")
-    validate_every_n_steps: int = _option(
+    output_dir: str = option("output", "output/{base}", "folder of everything a run leaves")
+    output_name: str = option("output", "{base}-dmp", "name of the patch, without ending")
+    save_precision: Literal["float", "fp16", "bf16"] = option("output", "float", "of the file")
+    validate_every_n_steps: int = option(
         "output", 200, "steps between validations; the best patch is kept", ge=1
     )
-    report_samples: int = _option(
+    report_samples: int = option(
         "output", 2000, "generated images to judge by (rounded up), 0 for no report", ge=0
     )
-    seed: int = _option("output", 0, "of data order, noise and initial values", ge=0)
+    seed: int = option("output", 0, "of data order, noise and initial values", ge=0)
 
     @property
     def variant(self) -> dict[str, Any]:
@@ -156,11 +154,11 @@ def _parser() -> argparse.ArgumentParser:
         section = info.json_schema_extra["section"]  # type: ignore[index, call-overload]
         if section not in groups:
             groups[section] = parser.add_argument_group(str(section))
-        _add_option(groups[str(section)], name, info)
+        _addoption(groups[str(section)], name, info)
     return parser
 
 
-def _add_option(group: Any, name: str, info: FieldInfo) -> None:
+def _addoption(group: Any, name: str, info: FieldInfo) -> None:
     options: dict[str, Any] = {"help": f"{info.description} (default: {info.default})"}
     if info.annotation is bool:
         options["action"] = "store_true"
