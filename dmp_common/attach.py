@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_not
 from types import TracebackType
 from typing import Any
 
@@ -92,6 +93,7 @@ class Attachment:
         self._active = True
         self._call: _Call | None = None
         self._embeddings = FieldCache(limit=16 * 1024**2)
+        self._seen: list[Tensor] = []  # the parameters they were computed with
         self._checkpointing = [
             m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")
         ]
@@ -196,6 +198,10 @@ class Attachment:
         ):
             e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(dtype))
             return e
+        if len(parameters) != len(self._seen) or any(map(is_not, parameters, self._seen)):
+            # Addresses do not tell: a new tensor may get that of one that was freed.
+            self._seen = parameters
+            self._embeddings.clear()
         key = (*timesteps.tolist(), dtype, *((p.data_ptr(), p._version) for p in parameters))
         known = self._embeddings.get(key)
         if known is None:

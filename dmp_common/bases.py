@@ -125,9 +125,14 @@ class Base:
                     f"be chosen, give a number from 1 to {len(self.sites)}."
                 )
             names = list(known)[:choice]
-        else:
+        elif isinstance(choice, Sequence):
             names = list(choice)
-        unknown = [name for name in names if name not in known]
+        else:
+            raise PatchError(
+                f"base {self.name}: expected a site set, a number of first sites or a list of "
+                f"site names, found {choice!r}: give one of these."
+            )
+        unknown = [name for name in names if not isinstance(name, str) or name not in known]
         if unknown or not names or len(set(names)) != len(names):
             found = ", ".join(map(str, unknown)) or ("repeated names" if names else "none")
             raise PatchError(

@@ -193,7 +193,8 @@ class Context:
                 for pad in (0, spec.stride - 1)
             )
             own = self.image_tokens or x.shape[1]
-            size = padded if own == padded[0] * padded[1] else dropped
+            # A sequence shared with text: diffusers packs even latents only, ComfyUI pads.
+            size = padded if self.shared or own == padded[0] * padded[1] else dropped
             tokens = self.image_tokens or size[0] * size[1]
             fits = tokens == x.shape[1] or (self.shared and tokens < x.shape[1])
             if fits and size[0] * size[1] <= tokens:

@@ -28,7 +28,8 @@ class Schedule:
         first: the timestep at which the patch begins to act (high, noisy).
         last: the timestep at which it stops (low); both ends are included.
         curve: (timestep, factor) points, interpolated linearly and held beyond the ends; empty
-            means 1 everywhere.
+            means 1 everywhere. Two points at one timestep are a step, from the first to the second
+            as timesteps rise.
 
     Raises:
         PatchError: a range upside down, or points that are not finite numbers.
@@ -46,7 +47,9 @@ class Schedule:
             )
         if not all(math.isfinite(value) for point in self.curve for value in point):
             raise PatchError(f"expected finite points of a curve, found {self.curve}: correct it.")
-        object.__setattr__(self, "curve", tuple(sorted(self.curve)))
+        # Stable: of two points at one timestep, the first is that of the lower side.
+        curve = sorted(self.curve, key=lambda point: point[0])
+        object.__setattr__(self, "curve", tuple(curve))
 
     @classmethod
     def from_percent(
@@ -71,10 +74,12 @@ class Schedule:
             raise PatchError(
                 f"expected start <= end of a schedule, found {start} and {end}: swap them."
             )
+        # From the picture's end, as timesteps rise; of two equal ones the last is the noisier side.
+        points = sorted(curve, key=lambda point: point[0])[::-1]
         return cls(
             first=math.inf if start <= 0.0 else to_timestep(start),
             last=-math.inf if end >= 1.0 else to_timestep(end),
-            curve=tuple((to_timestep(percent), factor) for percent, factor in curve),
+            curve=tuple((to_timestep(percent), factor) for percent, factor in points),
         )
 
     @property

@@ -216,9 +216,12 @@ class Variant:
 
 
 def _pair(grid: object) -> tuple[int, int]:
-    if not isinstance(grid, Sequence) or len(grid) != 2:
-        raise PatchError(f"expected a grid as rows and columns, found {_short(grid)}: give two.")
-    return grid[0], grid[1]
+    whole = isinstance(grid, Sequence) and [side for side in grid if type(side) is int]
+    if not whole or len(whole) != 2 or len(grid) != 2:  # type: ignore[arg-type]
+        raise PatchError(
+            f"expected a grid as rows and columns, found {_short(grid)}: give two whole numbers."
+        )
+    return whole[0], whole[1]
 
 
 def _short(value: object) -> str:

@@ -56,6 +56,24 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not top & HEAVY
 
 
+def test_every_module_can_be_imported_first() -> None:
+    """No circle of imports that only works from one end."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "dmp_common").rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    ]
+    code = (
+        "import importlib, sys, torch, safetensors.torch\n"
+        f"for name in {sorted(modules)!r}:\n"
+        "    for known in [m for m in sys.modules if m.split('.')[0] == 'dmp_common']:\n"
+        "        del sys.modules[known]\n"
+        "    importlib.import_module(name)\n"
+    )
+    assert len(modules) > 20
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_importing_the_core_loads_nothing_heavy() -> None:
     code = (
         "import sys, dmp_common, dmp_common.heatmap, dmp_common.timefile; "

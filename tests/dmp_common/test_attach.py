@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import io
 import itertools
 import pickle
@@ -62,6 +63,21 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     """Equal up to `tolerance` of the largest value."""
     scale = expected.abs().max().item()
     return (found - expected).abs().max().item() <= tolerance * max(scale, 1e-3)
+
+
+def base_output(tiny: Tiny, model: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The model's output, where this release of torch can compute it on a CPU at all."""
+    try:
+        return tiny.run(model, dtype=dtype)
+    except RuntimeError as error:
+        pytest.skip(f"the model itself cannot: {error}")
+
+
+def checkpoint(model: nn.Module) -> None:
+    """Enables gradient checkpointing, where diffusers has it in the form that can be bound."""
+    model.enable_gradient_checkpointing()
+    if not any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
+        pytest.skip("diffusers before 0.33 checkpoints otherwise, which is refused (see below)")
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, object]]:
@@ -317,6 +333,21 @@ def test_changed_time_embedding_of_the_model_is_seen(kind):
         assert torch.equal(found, kind.run(model))
 
 
+def test_replaced_time_embedding_of_the_model_is_seen():
+    """New weights may get the addresses of the old ones."""
+    model, twin, patch = DIT.model(), DIT.model(), make(DIT)
+    layer, other = (m.transformer_blocks[0].norm1.emb.timestep_embedder for m in (model, twin))
+    memory = layer.linear_2.weight.detach().clone().numpy()
+    with attach(model, patch), torch.no_grad():
+        for turn in range(3):
+            memory *= -1.2
+            layer.linear_2.weight = nn.Parameter(torch.from_numpy(memory))
+            other.linear_2.weight.copy_(layer.linear_2.weight)
+            found = DIT.run(model)
+            with attach(twin, copy.deepcopy(patch)):
+                assert torch.equal(found, DIT.run(twin)), turn
+
+
 def test_sites_none_means_all_of_them(kind):
     model, patch = kind.model(), make(kind)
     with attach(model, patch):
@@ -508,7 +539,7 @@ def test_half_precision_model_with_float32_patch(tiny, dtype):
     half = tiny.model(dtype=dtype)
     full = tiny.model(dtype=dtype).float()
     patch = make(tiny, sites="all")
-    base, reference = tiny.run(half, dtype=dtype), tiny.run(full)
+    base, reference = base_output(tiny, half, dtype), tiny.run(full)
     assert base.dtype == dtype
     with attach(half, tiny.patch(None, sites="all")):
         assert torch.equal(tiny.run(half, dtype=dtype), base)
@@ -530,6 +561,7 @@ def test_half_precision_model_with_float32_patch(tiny, dtype):
 def test_gradients_of_a_half_precision_model_arrive_in_float32(tiny, dtype):
     model, patch = tiny.model(dtype=dtype), make(tiny)
     full = tiny.model(dtype=dtype).float()
+    base_output(tiny, model, dtype)
     found = gradients(tiny, model, patch, dtype=dtype)
     expected = gradients(tiny, full, patch)
     for name, gradient in found.items():
@@ -553,6 +585,8 @@ def test_patch_of_another_type(tiny, patch_dtype):
 @some(*REPRESENTATIVES)
 def test_autocast(tiny):
     model, patch = tiny.model(), make(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        base = base_output(tiny, model, torch.float32)
     with attach(model, patch):
         expected = tiny.run(model)
         with torch.autocast("cpu", torch.bfloat16):
@@ -561,8 +595,7 @@ def test_autocast(tiny):
             tiny.run(model).float().square().mean().backward()
     with attach(model, tiny.patch(None)), torch.autocast("cpu", torch.bfloat16):
         zero = tiny.run(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(zero, tiny.run(model))
+    assert torch.equal(zero, base)
     assert close(found.float(), expected, 0.1)
     assert all(p.grad is not None and p.grad.any() for p in patch.parameters())
 
@@ -975,10 +1008,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, when):
         patches.append(make(tiny, 2))
     expected = gradients(tiny, model, *patches)
     if when == "before":
-        model.enable_gradient_checkpointing()
+        checkpoint(model)
     attachments = [attach(model, patches[0])]
     if when != "before":
-        model.enable_gradient_checkpointing()
+        checkpoint(model)
     attachments += [attach(model, patch) for patch in patches[1:]]
     with counted(tiny, model) as calls:
         found = gradients(tiny, model, *patches, attached=True, between=True)
@@ -1004,7 +1037,7 @@ def test_checkpointing_of_a_schedule_and_of_prompt_tuning(tiny):
         for checkpointing in (False, True):
             model = tiny.model()
             if checkpointing:
-                model.enable_gradient_checkpointing()
+                checkpoint(model)
             with attach(model, patch, schedule=schedule):
                 found.append(gradients(tiny, model, patch, attached=True, between=checkpointing))
         same_gradients(*found)
@@ -1015,7 +1048,7 @@ def test_backward_after_remove_is_right_or_refused(tiny):
     """Recomputation without the patch would give other activations than the forward had."""
     model, patch = tiny.model(), make(tiny, sites="all")
     expected = gradients(tiny, model, patch)
-    model.enable_gradient_checkpointing()
+    checkpoint(model)
     patch.zero_grad(set_to_none=True)
     with attach(model, patch):
         loss = tiny.run(model).square().mean()
@@ -1027,6 +1060,22 @@ def test_backward_after_remove_is_right_or_refused(tiny):
         assert close(parameter.grad, expected[f"0.{name}"], 1e-6), name
 
 
+@some(FAMILIES["pixart"], FLUX)
+def test_checkpointing_by_any_diffusers_is_right_or_refused(tiny):
+    """Before 0.33 the recomputation cannot be told its timestep: an error, never a wrong gradient.
+
+    Old releases checkpoint in training mode only.
+    """
+    model, patch = tiny.model().train(), make(tiny, sites="all")
+    expected = gradients(tiny, model, patch)
+    model.enable_gradient_checkpointing()
+    if any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
+        same_gradients(gradients(tiny, model, patch, between=True), expected)
+    else:
+        with pytest.raises(PatchError, match="outside of a forward call"):
+            gradients(tiny, model, patch, between=True)
+
+
 def test_checkpointing_function_of_the_user_is_given_back(kind):
     model, patch = kind.model(), make(kind)
     calls = []
@@ -1036,6 +1085,7 @@ def test_checkpointing_function_of_the_user_is_given_back(kind):
         return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False)
 
     expected = gradients(kind, model, patch)
+    checkpoint(model)
     model.enable_gradient_checkpointing(gradient_checkpointing_func=own)
     same_gradients(gradients(kind, model, patch, between=True), expected)
     assert calls
@@ -1076,6 +1126,8 @@ def _small_unet() -> Tiny:
     return dataclasses.replace(SD15, name="unet", base=base, build=build)
 
 
+# Older compilers do not know all that hooks do; they fall back to several graphs.
+ONE_GRAPH = torch.__version__ >= (2, 4)
 COMPILED = [_small_unet(), *(FAMILIES[n] for n in ("dit", "sd3", "flux"))]
 
 
@@ -1110,7 +1162,7 @@ def _eager(tiny: Tiny, patch: Patch, run: dict, schedule: Schedule) -> Tensor:
 @pytest.mark.slow
 @some(*COMPILED)
 def test_compile_after_attach(tiny, dynamo):
-    check_compiled(tiny, "aot_eager", fullgraph=tiny is not FLUX, size=(8, 8))
+    check_compiled(tiny, "aot_eager", fullgraph=ONE_GRAPH and tiny is not FLUX, size=(8, 8))
 
 
 def _shallow_dit() -> Tiny:
@@ -1139,7 +1191,7 @@ def test_compile_with_the_default_backend(dynamo):
     model, patch = tiny.model(), make(tiny)
     with attach(model, patch), torch.no_grad():
         expected = tiny.run(model)
-        compiled = torch.compile(model, dynamic=False, fullgraph=True)
+        compiled = torch.compile(model, dynamic=False, fullgraph=ONE_GRAPH)
         assert close(tiny.run(compiled), expected)
 
 
@@ -1149,7 +1201,7 @@ def test_gradients_of_a_compiled_model(tiny, dynamo):
     model, patch = tiny.model(), make(tiny, sites="all").train()
     expected = gradients(tiny, model, patch)
     with attach(model, patch):
-        compiled = torch.compile(model, dynamic=False, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, dynamic=False, backend="aot_eager", fullgraph=ONE_GRAPH)
         same_gradients(gradients(tiny, compiled, patch, attached=True), expected)
 
 
@@ -1292,10 +1344,11 @@ def test_pipeline_with_another_prediction_type():
         return SimpleNamespace(transformer=FLUX.model(), scheduler=scheduler)
 
     attach(transformer(flow), make(FLUX))
-    solver = diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True
-    )
-    attach(transformer(solver), make(FLUX))
+    if "use_flow_sigmas" in inspect.signature(diffusers.DPMSolverMultistepScheduler).parameters:
+        solver = diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        )
+        attach(transformer(solver), make(FLUX))
     with pytest.raises(PatchError, match="type flow, and this pipeline has epsilon"):
         attach(transformer(epsilon), make(FLUX))
 
@@ -1466,11 +1519,13 @@ def test_incomplete_tokens_at_the_edge_of_flux(text):
     """ComfyUI pads an odd latent: 9 x 8 gives 5 x 4 tokens."""
     patch = make(FLUX)
     e = torch.randn(1, FLUX.base.embedding)
-    x = torch.zeros(1, text + 20, 32)
-    added = patch.prepare(e, (9, 8), image_tokens=20).add("single.0", x)
     expected = plain_field(patch, "single.0", e, (5, 4)).flatten(2).transpose(1, 2)
-    assert not added[:, :text].any()
-    assert (added[:, text:] - expected).abs().max() < 2e-5
+    for image_tokens, references in ((20, 0), (None, 0), (29, 9)):
+        x = torch.zeros(1, text + 20 + references, 32)
+        added = patch.prepare(e, (9, 8), image_tokens=image_tokens).add("single.0", x)
+        assert not added[:, :text].any()
+        assert (added[:, text : text + 20] - expected).abs().max() < 2e-5
+        assert not added[:, text + 20 :].any()
 
 
 # ------------------------------------------------------------------ prepended prompts
@@ -1500,7 +1555,7 @@ def test_prepended_prompts_act_on_dit():
         assert not torch.equal(tiny.run(model), base)
     assert torch.equal(tiny.run(model), base)
     found = gradients(tiny, model, patch, between=True)
-    model.enable_gradient_checkpointing()
+    checkpoint(model)
     same_gradients(gradients(tiny, model, patch, between=True), found)
 
 
@@ -1621,6 +1676,15 @@ def test_patch_of_inference_tensors_on_another_device():
     with torch.inference_mode():
         patch = make(DIT)
         patch.prepare(torch.randn(2, 32, device="meta"), (8, 8))
+
+
+def test_change_of_inference_tensors_is_seen_on_another_device():
+    """They do not count their changes."""
+    with torch.inference_mode():
+        patch = make(DIT)
+        first = patch._replica(torch.device("cpu")).gate.weight.clone()
+        patch.gate.weight.mul_(2.0)
+        assert torch.equal(patch._replica(torch.device("cpu")).gate.weight, 2.0 * first)
 
 
 @pytest.mark.gpu

@@ -96,6 +96,26 @@ def test_equation_3(family: str, size: tuple[int, int]) -> None:
     assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())
 
 
+def test_equation_3_with_the_class_embedding() -> None:
+    """Condition t+y: the gate sees the sum of both embeddings, as in the official code."""
+    tiny = FAMILIES["dit"]
+    model, patch = tiny.model(dtype=torch.float64), tiny.patch(condition="t+y")
+    emb = model.transformer_blocks[0].norm1.emb
+    time = restated_embedding(model, emb.timestep_embedder, 256, shift=1)
+    labels = tiny.inputs(T, (8, 8), torch.float64, 1)["class_labels"]
+    both = time + emb.class_embedder.embedding_table.weight[labels]
+    outputs = []
+    for e in (both, time):
+        with adding_by_hand(model, patch, e, tokens=True):
+            outputs.append(tiny.run(model, T, (8, 8), torch.float64))
+    expected, without = outputs
+    for _ in range(2):  # the second time from what is remembered
+        with torch.no_grad(), attach(model, patch):
+            found = tiny.run(model, T, (8, 8), torch.float64)
+        assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())
+    assert float((without - expected).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("half", [64, 128, 160])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sinusoid_is_that_of_the_models(half: int, shift: int) -> None:

@@ -49,6 +49,13 @@ def test_two_points_at_one_timestep_are_a_step() -> None:
     assert factors(schedule, 499.0, 500.0, 501.0) == [1.0, 3.0, 3.0]
 
 
+@pytest.mark.parametrize("points", [((0.5, 1.0), (0.5, 0.0)), ((0.5, 0.0), (0.5, 1.0))])
+def test_a_step_keeps_the_order_of_progress(points: tuple[tuple[float, float], ...]) -> None:
+    """Switched off half-way, and switched on half-way: the first point is the noisier side."""
+    schedule = Schedule.from_percent(curve=points)
+    assert factors(schedule, 600.0, 400.0) == [points[0][1], points[1][1]]
+
+
 def test_single_point_is_a_constant() -> None:
     assert factors(Schedule(curve=((500.0, 0.3),)), 0.0, 1000.0) == [0.3, 0.3]
 
