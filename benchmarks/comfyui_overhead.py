@@ -137,7 +137,7 @@ def clocked(host: Any, now: Callable[[], float]) -> HookClock:
 
 
 def _load(host: Any, patcher: Any, file: Path) -> Any:
-    record = importlib.import_module("comfyui_dmp.record")
+    record = importlib.import_module("dmp_common.record")
     loaded = record.LoadedPatch(Patch.load(file), file)
     return host.attach(patcher, record.PatchRecord(loaded))
 

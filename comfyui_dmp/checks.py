@@ -7,21 +7,10 @@ from typing import Any
 import torch
 
 from comfyui_dmp.model import SUPPORTED, denoiser_of, is_compiled, timesteps_of
-from comfyui_dmp.record import PatchRecord
 from dmp_common import PatchError, known_bases
-from dmp_common.detect import naming_of
+from dmp_common.detect import naming_of, prediction_of
+from dmp_common.record import PatchRecord
 from dmp_common.timesteps import frequency_shift
-
-# How ComfyUI's sampling classes name what a model predicts; the first found in the class's MRO.
-_PREDICTIONS = {
-    "CONST": "flow",
-    "EDM": "edm",
-    "V_PREDICTION": "v_prediction",
-    "X0": "sample",
-    "IMG_TO_IMG": "img_to_img",
-    "COSMOS_RFLOW": "cosmos_rflow",
-    "EPS": "epsilon",
-}
 
 
 def require_supported(model: Any, record: PatchRecord) -> None:
@@ -75,10 +64,7 @@ def require_same_prediction(model_sampling: Any, record: PatchRecord) -> None:
         PatchError: it predicts something else, or counts its timesteps differently.
     """
     name, patch = record.loaded.name, record.loaded.patch
-    kinds = [
-        _PREDICTIONS[k.__name__] for k in type(model_sampling).__mro__ if k.__name__ in _PREDICTIONS
-    ]
-    found = kinds[0] if kinds else type(model_sampling).__name__
+    found = prediction_of(model_sampling)
     if found != patch.variant.prediction:
         raise PatchError(
             f"{name}: expected a model with prediction type {patch.variant.prediction}, found "

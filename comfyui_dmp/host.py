@@ -34,9 +34,9 @@ from comfyui_dmp.model import (
     time_embedding,
     timesteps_of,
 )
-from comfyui_dmp.record import LoadedPatch, PatchRecord
 from comfyui_dmp.slots import Prepare, block_keys, dit_options, hooked, slot_of, unet_options
 from dmp_common import Context, Patch, PatchError, Settings
+from dmp_common.record import LoadedPatch, PatchRecord
 
 KEY = "dmp"  # of our wrappers on a model
 FOLDER = "dmp"  # in models/

@@ -22,6 +22,17 @@ _DENOISERS = (
     "forge_objects.unet.model.diffusion_model",
 )
 
+# How ComfyUI, and hosts made from its code, name the classes of what a model predicts.
+_PREDICTIONS = {
+    "CONST": "flow",
+    "EDM": "edm",
+    "V_PREDICTION": "v_prediction",
+    "X0": "sample",
+    "IMG_TO_IMG": "img_to_img",
+    "COSMOS_RFLOW": "cosmos_rflow",
+    "EPS": "epsilon",
+}
+
 
 def find_denoiser(model: Any) -> nn.Module:
     """The UNet or transformer itself, from a pipeline, a host's model or itself.
@@ -118,6 +129,16 @@ def require_same_prediction(model: Any, variant: Variant) -> None:
             f"this pipeline has {found}: use a patch trained for it, or attach to the model "
             "instead of the pipeline if you know better."
         )
+
+
+def prediction_of(model_sampling: object) -> str:
+    """What a model predicts, by the classes of its `model_sampling` (ComfyUI, reForge).
+
+    The first known one in the order of inheritance; the class's own name where none is known.
+    """
+    own = type(model_sampling)
+    names = [kind.__name__ for kind in own.__mro__ if kind.__name__ in _PREDICTIONS]
+    return _PREDICTIONS[names[0]] if names else own.__name__
 
 
 def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:

@@ -11,8 +11,8 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from comfyui_dmp.record import LoadedPatch, PatchRecord
 from dmp_common import Patch
+from dmp_common.record import LoadedPatch, PatchRecord
 
 
 def record(patch: Patch, **settings: Any) -> PatchRecord:

@@ -16,9 +16,9 @@ import torch.nn as nn
 from comfyui_dmp import slots
 from comfyui_dmp.checks import require_same_prediction, require_supported, require_usable
 from comfyui_dmp.model import image_tokens, latent_hw
-from comfyui_dmp.record import LoadedPatch, PatchRecord
 from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
 from dmp_common import Patch, PatchError, get_base
+from dmp_common.record import LoadedPatch, PatchRecord
 from tests.tiny import FAMILIES
 
 

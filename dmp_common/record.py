@@ -1,4 +1,4 @@
-"""What travels along a DMP_PATCH wire: a patch and how it is to be used."""
+"""What hosts keep of a patch that a user chose: where it comes from and how it is to be used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from dmp_common import Patch, PatchError, Schedule, Settings
+from dmp_common.context import Settings
+from dmp_common.errors import PatchError
+from dmp_common.patch import Patch
+from dmp_common.schedule import Schedule
 
 
 class LoadedPatch:
     """A patch from a file, with a copy on each device a model runs on.
 
-    ComfyUI copies what hangs on a model again and again; this is never copied.
+    Hosts copy what hangs on a model again and again; this is never copied.
 
     Args:
         patch: in evaluation mode, on the CPU.
@@ -59,8 +62,7 @@ class PatchRecord:
     Args:
         loaded: the patch.
         strength: multiplies the added field; 0 is exactly the base.
-        start, end: progress between which the patch acts, 0 at the noise and 1 at the picture, in
-            ComfyUI's own convention of percent.
+        start, end: progress between which the patch acts, 0 at the noise and 1 at the picture.
         curve: what the strength is multiplied by at progress 0, 0.5 and 1, linear in between.
         temperature: of the gate.
         sites: names of the sites that act, None for all of the patch's.
