@@ -1,4 +1,13 @@
-"""ComfyUI's source, found by COMFYUI_PATH; tests that need it skip without."""
+"""ComfyUI's source, found by COMFYUI_PATH, and a real server; tests that need them skip without.
+
+COMFYUI_PATH=...   ComfyUI's folder. The tests start a server from it, and make the checkpoints
+                   it needs, with random weights (13 gigabytes in all).
+COMFYUI_TEST_CHECKPOINTS=...  where these are kept, the temporary folder unless set.
+COMFYUI_ARGS=...   of the server, "--cpu" unless set.
+COMFYUI_EXTRAMODELS_PATH=...  ComfyUI_ExtraModels' folder, for the paper's DiT.
+COMFYUI_URL=...    a running server instead; with COMFYUI_MODELS, its models folder, and
+                   COMFYUI_CHECKPOINT, the name of an SD 1.5 checkpoint it has.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +15,23 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-collect_ignore = ["family.py", "real.py", "running.py", "checkpoints.py"]  # they import ComfyUI
+from dmp_common import Patch
+from tests.comfyui_dmp.server import Server, made, save_random, started
+
+collect_ignore = [
+    "family.py",
+    "real.py",
+    "running.py",
+    "checkpoints.py",
+    "pack",
+]  # they import ComfyUI
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +71,36 @@ def host(comfyui_path: Path) -> ModuleType:
 def run(real: ModuleType) -> ModuleType:
     """`running.py`: calls of these models, and whole samplings."""
     return importlib.import_module("tests.comfyui_dmp.running")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server with patches to load."""
+    if url := os.environ.get("COMFYUI_URL"):
+        try:
+            models, name = Path(os.environ["COMFYUI_MODELS"]), os.environ["COMFYUI_CHECKPOINT"]
+        except KeyError as error:
+            pytest.skip(f"needs {error} besides COMFYUI_URL")
+        _fill(models / "dmp")
+        yield Server(url, models, name)
+        return
+    comfyui = Path(os.environ.get("COMFYUI_PATH", ""))
+    if not (comfyui / "main.py").is_file():
+        pytest.skip("needs a server: set COMFYUI_URL, or COMFYUI_PATH to ComfyUI's folder")
+    with started(comfyui, tmp_path_factory.mktemp("comfyui"), made("sd15")) as running:
+        _fill(running.models / "dmp")
+        yield running
+
+
+def _fill(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_random(folder / "test-a.safetensors", Patch.create("sd15"), 1)
+    save_random(folder / "deep" / "test-b.safetensors", Patch.create("sd15", sites="all"), 2)
+    Patch.create("sd15").save(folder / "test-zero.safetensors")
+    Patch.create("sd15").save(folder / "test-gone.safetensors")
+    Patch.create("sdxl").save(folder / "test-sdxl.safetensors")
+    Patch.create("sd15", prediction="v_prediction").save(folder / "test-v.safetensors")
+    Patch.create("dit-b/2", mix="prepend").save(folder / "test-prepend.safetensors")
+    good = (folder / "test-a.safetensors").read_bytes()
+    (folder / "test-cut.safetensors").write_bytes(good[:-1000])
+    (folder / "test-text.safetensors").write_text("not a patch")

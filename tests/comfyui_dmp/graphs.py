@@ -9,13 +9,17 @@ class Graph:
     """A workflow; nodes are added in order and refer to each other by name.
 
     Args:
-        checkpoint: name of an SD 1.5 checkpoint.
+        checkpoint: name of a checkpoint; None for a graph that brings its own model.
         size: width and height of the picture in pixels.
         sampling: inputs of the KSampler that differ.
     """
 
     def __init__(
-        self, checkpoint: str, size: tuple[int, int] = (64, 64), batch: int = 1, **sampling: Any
+        self,
+        checkpoint: str | None,
+        size: tuple[int, int] = (64, 64),
+        batch: int = 1,
+        **sampling: Any,
     ) -> None:
         self.sampling = {
             "seed": 1,
@@ -24,20 +28,45 @@ class Graph:
             "sampler_name": "euler",
             "scheduler": "normal",
             "denoise": 1.0,
+            "latent_image": ["latent", 0],
+            "positive": ["positive", 0],
+            "negative": ["negative", 0],
             **sampling,
         }
-        width, height = size
         self.nodes: dict[str, Any] = {}
+        self.vae: list[Any] | None = None
+        self.plain: list[Any] = ["checkpoint", 0]
+        if checkpoint is None:
+            return
+        self.vae = ["checkpoint", 2]
+        width, height = size
         self.add("checkpoint", "CheckpointLoaderSimple", ckpt_name=checkpoint)
-        self.add("positive", "CLIPTextEncode", text="a cat in the garden", clip=["checkpoint", 1])
-        self.add("negative", "CLIPTextEncode", text="", clip=["checkpoint", 1])
+        self.text("positive", "a cat in the garden")
+        self.text("negative", "")
         self.add("latent", "EmptyLatentImage", width=width, height=height, batch_size=batch)
-        self.plain = ["checkpoint", 0]
+
+    @classmethod
+    def of_transformer(
+        cls, file: str, *, channels: int, pooled: int, dtype: str = "default", **sampling: Any
+    ) -> Graph:
+        """A workflow with a transformer alone; it gives latents."""
+        graph = cls(None, scheduler="simple", **sampling)
+        graph.plain = graph.add("model", "UNETLoader", unet_name=file, weight_dtype=dtype)
+        latent = "EmptySD3LatentImage" if channels == 16 else "EmptyLatentImage"
+        graph.add("latent", latent, width=64, height=96, batch_size=1)
+        sizes = {"width": 4096, "pooled": pooled}
+        graph.add("positive", "DMPTest_RandomConditioning", seed=1, tokens=9, **sizes)
+        graph.add("negative", "DMPTest_RandomConditioning", seed=2, tokens=5, **sizes)
+        return graph
 
     def add(self, name: str, kind: str, **inputs: Any) -> list[Any]:
         """A node; its first output."""
         self.nodes[name] = {"class_type": kind, "inputs": inputs}
         return [name, 0]
+
+    def text(self, name: str, text: str) -> list[Any]:
+        """A caption."""
+        return self.add(name, "CLIPTextEncode", text=text, clip=["checkpoint", 1])
 
     def load(self, file: str) -> list[Any]:
         """A patch file."""
@@ -64,14 +93,11 @@ class Graph:
         return self.add(name, "DMP_GateStrength", dmp_patch=patch, **{**defaults, **settings})
 
     def picture(self, name: str, model: list[Any], **sampling: Any) -> None:
-        """Samples a model and saves the picture under a name."""
-        inputs: dict[str, Any] = {
-            "latent_image": ["latent", 0],
-            "positive": ["positive", 0],
-            "negative": ["negative", 0],
-            **self.sampling,
-            **sampling,
-        }
+        """Samples a model and saves the picture, or without a VAE the latent, under a name."""
+        inputs = {**self.sampling, **sampling}
         latent = self.add(f"{name} sampler", "KSampler", model=model, **inputs)
-        pixels = self.add(f"{name} vae", "VAEDecode", samples=latent, vae=["checkpoint", 2])
+        if self.vae is None:
+            self.add(name, "SaveLatent", samples=latent, filename_prefix=f"dmp/{name}")
+            return
+        pixels = self.add(f"{name} vae", "VAEDecode", samples=latent, vae=self.vae)
         self.add(name, "SaveImage", images=pixels, filename_prefix=f"dmp/{name}")

@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -18,9 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import safetensors.numpy
+import torch
 from PIL import Image
 
+from dmp_common import Patch
+
 ROOT = Path(__file__).resolve().parents[2]
+A, ZERO = "test-a.safetensors", "test-zero.safetensors"  # patches `conftest.py` makes
 WAIT = 1800.0  # seconds for one workflow; a CPU is slow
 
 
@@ -31,10 +39,18 @@ class Server:
         url: of the server.
         models: its folder of models.
         checkpoint: name of an SD 1.5 checkpoint it has.
+        own: whether the tests started it, and may put checkpoints of other kinds into it.
     """
 
-    def __init__(self, url: str, models: Path, checkpoint: str) -> None:
+    def __init__(self, url: str, models: Path, checkpoint: str, own: bool = False) -> None:
         self.url, self.models, self.checkpoint = url.rstrip("/"), models, checkpoint
+        self.own = own
+
+    def checkpoint_of(self, kind: str, folder: str) -> str:
+        """Name of a checkpoint with random weights in a folder of models; made once."""
+        if not self.own:
+            pytest.skip("needs a server that the tests start: set COMFYUI_PATH only")
+        return linked(made(kind), self.models / folder)
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
@@ -72,23 +88,48 @@ class Server:
         entry = self.wait(self.start(graph))
         if entry["status"]["status_str"] != "success":
             raise RuntimeError(message_of(entry))
-        return {
-            node: [self.picture(image) for image in output["images"]]
-            for node, output in entry["outputs"].items()
-            if "images" in output
-        }
+        found = {}
+        for node, output in entry["outputs"].items():
+            if "images" in output:
+                found[node] = [self.picture(image) for image in output["images"]]
+            elif "latents" in output:
+                found[node] = [self.latent(file) for file in output["latents"]]
+        return found
 
     def picture(self, image: dict[str, str]) -> np.ndarray:
         """Pixels (H, W, 3) of a saved picture."""
+        return np.asarray(Image.open(io.BytesIO(self._file(image))).convert("RGB"))
+
+    def latent(self, file: dict[str, str]) -> np.ndarray:
+        """Numbers (B, C, H, W) of a saved latent."""
+        return safetensors.numpy.load(self._file(file))["latent_tensor"]
+
+    def _file(self, file: dict[str, str]) -> bytes:
         with urllib.request.urlopen(
-            f"{self.url}/view?{urllib.parse.urlencode(image)}", timeout=60
+            f"{self.url}/view?{urllib.parse.urlencode(file)}", timeout=60
         ) as answer:
-            return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"))
+            return bytes(answer.read())
 
     def free(self) -> None:
         """Unloads the models and forgets all results."""
         self.post("/free", {"unload_models": True, "free_memory": True})
         time.sleep(2)
+
+
+def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:
+    """Whether two lists of pictures or latents are identical."""
+    return len(one) == len(two) and all(map(np.array_equal, one, two))
+
+
+def save_random(path: Path, patch: Patch, seed: int) -> None:
+    """Saves a patch with random values that make a difference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in patch.named_parameters():
+            scale = 0.5 * patch.variant.prompts if name.startswith("pools") else 0.5
+            parameter.normal_(0.0, scale, generator=generator)
+    path.parent.mkdir(exist_ok=True)
+    patch.save(path)
 
 
 def message_of(entry: dict[str, Any]) -> str:
@@ -101,23 +142,52 @@ def message_of(entry: dict[str, Any]) -> str:
     return "no message"
 
 
+def made(kind: str) -> Path:
+    """A checkpoint with random weights of a kind of `checkpoints.py`, kept for the next run."""
+    folder = Path(os.environ.get("COMFYUI_TEST_CHECKPOINTS") or tempfile.gettempdir())
+    path = folder / f"dmp-{kind}.safetensors"
+    if not path.is_file():
+        maker = Path(__file__).parent / "checkpoints.py"
+        subprocess.run([sys.executable, str(maker), kind, str(path)], check=True)
+    return path
+
+
+def linked(path: Path, folder: Path) -> str:
+    """Puts a file into a folder without copying it, where the system can; its name there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / path.name
+    if not place.exists():
+        try:
+            place.symlink_to(path)
+        except OSError:  # Windows lets administrators only
+            shutil.copy(path, place)
+    return path.name
+
+
 @contextlib.contextmanager
 def started(comfyui: Path, folder: Path, checkpoint: Path) -> Iterator[Server]:
     """A server of its own, with this repository as a custom node, in a folder of its own."""
-    models = folder / "models"
-    for path in (models / "checkpoints", models / "dmp", folder / "custom_nodes", folder / "user"):
+    models, nodes = folder / "models", folder / "custom_nodes"
+    for path in (models / "checkpoints", models / "dmp", nodes, folder / "user"):
         path.mkdir(parents=True, exist_ok=True)
-    (folder / "custom_nodes" / "dmp").symlink_to(ROOT)
-    (models / "checkpoints" / checkpoint.name).symlink_to(checkpoint)
+    (nodes / "dmp").symlink_to(ROOT)
+    (nodes / "dmp_test_pack").symlink_to(Path(__file__).parent / "pack")
+    extra = os.environ.get("COMFYUI_EXTRAMODELS_PATH")
+    if extra:
+        (nodes / "ComfyUI_ExtraModels").symlink_to(extra)
+    linked(checkpoint, models / "checkpoints")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "main.py", "--port", str(port), "--base-directory", str(folder)]
     command += ["--disable-api-nodes", *os.environ.get("COMFYUI_ARGS", "--cpu").split()]
+    environment = os.environ | {"DMP_ROOT": str(ROOT)}
     with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
         try:
-            server = Server(f"http://127.0.0.1:{port}", models, checkpoint.name)
+            server = Server(f"http://127.0.0.1:{port}", models, checkpoint.name, own=True)
             for _ in range(600):
                 with contextlib.suppress(urllib.error.URLError, ConnectionError):
                     server.get("/system_stats")

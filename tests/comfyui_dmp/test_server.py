@@ -1,87 +1,20 @@
-"""The nodes in a real server: COMFYUI_URL's, or one started from COMFYUI_PATH.
-
-COMFYUI_PATH=...   ComfyUI's folder; with COMFYUI_CHECKPOINT, an SD 1.5 file, else one with
-                   random weights is made (two gigabytes, kept in the temporary folder).
-COMFYUI_ARGS=...   of the server, "--cpu" unless set.
-COMFYUI_URL=...    a running server; with COMFYUI_MODELS, its models folder, and
-                   COMFYUI_CHECKPOINT, the name of an SD 1.5 checkpoint it has.
-"""
+"""The nodes in a real server, on SD 1.5; see `conftest.py` for how it is found."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 
-from dmp_common import Patch
 from tests.comfyui_dmp.graphs import Graph
-from tests.comfyui_dmp.server import Server, message_of, started
+from tests.comfyui_dmp.server import ZERO, A, message_of, same
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def save_random(path: Path, seed: int, **variant: object) -> None:
-    patch = Patch.create("sd15", **variant)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in patch.named_parameters():
-            scale = 0.5 * 256 if name.startswith("pools") else 0.5
-            parameter.normal_(0.0, scale, generator=generator)
-    patch.save(path)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("comfyui")
-    if url := os.environ.get("COMFYUI_URL"):
-        try:
-            models, name = Path(os.environ["COMFYUI_MODELS"]), os.environ["COMFYUI_CHECKPOINT"]
-        except KeyError as error:
-            pytest.skip(f"needs {error} besides COMFYUI_URL")
-        fill(models / "dmp")
-        yield Server(url, models, name)
-        return
-    comfyui = Path(os.environ.get("COMFYUI_PATH", ""))
-    if not (comfyui / "main.py").is_file():
-        pytest.skip("needs a server: set COMFYUI_URL, or COMFYUI_PATH to ComfyUI's folder")
-    checkpoint = Path(
-        os.environ.get("COMFYUI_CHECKPOINT")
-        or Path(tempfile.gettempdir()) / "dmp-sd15-random.safetensors"
-    )
-    if not checkpoint.is_file():
-        maker = Path(__file__).parent / "checkpoints.py"
-        subprocess.run([sys.executable, str(maker), str(checkpoint)], check=True)
-    with started(comfyui, folder, checkpoint) as running:
-        fill(running.models / "dmp")
-        yield running
-
-
-def fill(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_random(folder / "test-a.safetensors", 1)
-    save_random(folder / "deep" / "test-b.safetensors", 2, sites="all")
-    Patch.create("sd15").save(folder / "test-zero.safetensors")
-    Patch.create("sdxl").save(folder / "test-sdxl.safetensors")
-    Patch.create("sd15", prediction="v_prediction").save(folder / "test-v.safetensors")
-    good = (folder / "test-a.safetensors").read_bytes()
-    (folder / "test-cut.safetensors").write_bytes(good[:-1000])
-    (folder / "test-text.safetensors").write_text("not a patch")
-
-
-A, B = "test-a.safetensors", os.path.join("deep", "test-b.safetensors")
-
-
-def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:
-    return len(one) == len(two) and all(map(np.array_equal, one, two))
+B = os.path.join("deep", "test-b.safetensors")
 
 
 def test_nodes_and_help_are_there(server):
@@ -96,7 +29,7 @@ def branches(server) -> dict[str, list[np.ndarray]]:
     graph = Graph(server.checkpoint, (64, 96))
     graph.picture("plain", graph.plain)
     graph.picture("a", graph.patched(graph.plain, A))
-    graph.picture("zero", graph.patched(graph.plain, "test-zero.safetensors"))
+    graph.picture("zero", graph.patched(graph.plain, ZERO))
     off = graph.strength(graph.load(A), strength=0.0)
     graph.picture("off", graph.add("off apply", "DMP_Apply", model=graph.plain, dmp_patch=off))
     graph.picture("b", graph.patched(graph.plain, B))
@@ -132,7 +65,7 @@ def test_plain_and_patched_pictures_stay_after_unloading(server, branches):
 def test_samplings(server, options):
     graph = Graph(server.checkpoint, **options)
     graph.picture("plain", graph.plain)
-    graph.picture("zero", graph.patched(graph.plain, "test-zero.safetensors"))
+    graph.picture("zero", graph.patched(graph.plain, ZERO))
     graph.picture("a", graph.patched(graph.plain, A))
     pictures = server.run(graph.nodes)
     assert same(pictures["zero"], pictures["plain"])
@@ -145,6 +78,7 @@ def test_samplings(server, options):
         ("test-cut.safetensors", "test-cut.safetensors: expected .* found "),
         ("test-text.safetensors", "test-text.safetensors: expected .* found "),
         ("test-sdxl.safetensors", "test-sdxl.safetensors: expected a model of base sdxl, found"),
+        ("test-prepend.safetensors", "expected a model of base dit-b/2, found SD15|BaseModel"),
         ("test-v.safetensors", "prediction type v_prediction, found epsilon"),
     ],
 )
@@ -153,6 +87,28 @@ def test_errors_have_one_message_and_the_server_survives(server, branches, file,
     graph.picture("bad", graph.patched(graph.plain, file))
     with pytest.raises(RuntimeError, match=message):
         server.run(graph.nodes)
+
+
+def test_missing_file_is_named_before_anything_runs(server):
+    graph = Graph(server.checkpoint, (64, 96))
+    graph.picture("gone", graph.patched(graph.plain, "test-gone.safetensors"))
+    (server.models / "dmp" / "test-gone.safetensors").unlink()
+    with pytest.raises(ValueError, match="test-gone.safetensors"):
+        server.run(graph.nodes)
+
+
+def test_plain_pictures_stay_between_patched_ones(server, branches):
+    """With the models still loaded, but no result remembered."""
+    order = (("plain", None), ("a", A), ("plain", None), ("b", B), ("a", A), ("plain", None))
+    latent = ["latent", 0]
+    for turn, (name, file) in enumerate(order):
+        graph = Graph(server.checkpoint, (64, 96))
+        for number in range(turn + 1):  # copies of the empty latent: equal, and new to the cache
+            latent = graph.add(f"copy {number}", "RepeatLatentBatch", samples=latent, amount=1)
+        model = graph.plain if file is None else graph.patched(graph.plain, file)
+        graph.picture(name, model, latent_image=latent)
+        assert same(server.run(graph.nodes)[name], branches[name])
+        latent = ["latent", 0]
 
 
 def test_good_run_after_errors_and_an_interrupt(server, branches):
@@ -185,50 +141,11 @@ def test_heat_map_and_info(server):
     assert server.picture(entry["outputs"]["picture"]["images"][0]).std() > 10
 
 
-def test_beside_other_nodes_in_either_order(server):
-    """LoRA, FreeU and deep shrink."""
-    width, rank = 320, 4
-    block = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
-    generator = torch.Generator().manual_seed(0)
-    lora = {
-        f"{block}.lora_up.weight": torch.randn(width, rank, generator=generator),
-        f"{block}.lora_down.weight": torch.randn(rank, width, generator=generator),
-    }
-    (server.models / "loras").mkdir(exist_ok=True)
-    safetensors.torch.save_file(lora, server.models / "loras" / "test.safetensors")
-    shrink = {
-        "block_number": 3,
-        "downscale_factor": 2.0,
-        "start_percent": 0.0,
-        "end_percent": 1.0,
-        "downscale_after_skip": True,
-        "downscale_method": "bicubic",
-        "upscale_method": "bicubic",
-    }
-    others = {
-        "LoraLoaderModelOnly": {"lora_name": "test.safetensors", "strength_model": 1.0},
-        "FreeU_V2": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2},
-        "PatchModelAddDownscale": shrink,
-    }
-    # FreeU_V2 makes NaN of maps of one pixel, as 64 pixels would give.
-    graph = Graph(server.checkpoint, (128, 128), steps=1)
-    for kind, inputs in others.items():
-        other = graph.add(f"{kind} first", kind, model=graph.plain, **inputs)
-        graph.picture(f"{kind} alone", other)
-        graph.picture(f"{kind} before", graph.patched(other, A))
-        patched = graph.patched(graph.plain, A)
-        graph.picture(f"{kind} after", graph.add(f"{kind} last", kind, model=patched, **inputs))
-    pictures = server.run(graph.nodes)
-    for kind in others:
-        assert same(pictures[f"{kind} before"], pictures[f"{kind} after"])
-        assert not same(pictures[f"{kind} before"], pictures[f"{kind} alone"])
-
-
 def test_hires_fix(server):
     graph = Graph(server.checkpoint, (64, 64), steps=1)
     for name, model in (
         ("plain", graph.plain),
-        ("zero", graph.patched(graph.plain, "test-zero.safetensors")),
+        ("zero", graph.patched(graph.plain, ZERO)),
         ("a", graph.patched(graph.plain, A)),
     ):
         graph.picture(f"{name} low", model)
