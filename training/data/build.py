@@ -1,0 +1,99 @@
+"""From options to data: `open_data` is where the trainer begins."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from dmp_common import PatchError
+from training.data import draws
+from training.data.batch import Batch, Data, DataSummary, Position
+from training.data.digits_data import DIGITS, find_digits
+from training.data.encoders import Encoders
+from training.data.folders import find_folder, require_captions
+from training.data.indexed import Found, IndexedData
+from training.data.kind import DataKind
+from training.data.loading import Recipe
+from training.data.samples import Sample
+
+__all__ = ["Batch", "Data", "DataKind", "DataSummary", "Encoders", "Position", "open_data"]
+
+Split = Literal["train", "validation"]
+SOURCES = ("train_data_dir", "dataset_config", "webdataset", "dataset_name")
+
+
+def open_data(
+    options: Any, kind: DataKind, encoders: Encoders | None, *, seed: int, split: Split
+) -> Data:
+    """One split of the data that options ask for. Every image's header is checked here.
+
+    Args:
+        options: has the fields of `DataOptions`.
+        encoders: needed by `prepare_caches` only.
+        seed: of order, augmentation and dropout; the split does not depend on it.
+        split: "train" without the validation images, or these alone: not shuffled, mirrored or
+            dropped.
+
+    Raises:
+        PatchError: no data, several sources of data, broken images, missing captions or classes,
+            or options that contradict each other; nothing is written then.
+    """
+    source = _source(options)
+    if options.validation_split == 0 and split == "validation" and not _is_digits(options):
+        raise PatchError(
+            "expected images for validation, found validation_split 0: give --validation_split, "
+            "for example 0.05."
+        )
+    found = _find(source, options, kind, split)
+    if kind.conditioning == "label" and options.caption_dropout_rate and kind.null_label is None:
+        raise PatchError(
+            "expected --caption_dropout_rate 0 for a base without a label that means none, found "
+            f"{options.caption_dropout_rate}: set it to 0."
+        )
+    found.notes += require_captions(found.samples, kind, options)
+    if not _is_digits(options):
+        found.samples = _split(found.samples, options.validation_split, split)
+    recipe = Recipe(kind, found.store, seed, augment=split == "train")
+    return IndexedData(found, recipe)
+
+
+def _source(options: Any) -> str:
+    given = [name for name in SOURCES if getattr(options, name)]
+    if len(given) == 1:
+        return given[0]
+    if given:
+        both = " and ".join(f"--{name}" for name in given)
+        raise PatchError(f"expected one source of data, found {both}: give one of them.")
+    raise PatchError(
+        "expected data to train on, found none. Give one of:\n"
+        "  --train_data_dir photos   (a folder of images, photo.txt beside photo.jpg)\n"
+        "  --dataset_config dataset.toml   (kohya's file of subsets)\n"
+        '  --webdataset "shards/{00000..00099}.tar"   (paths or URLs)\n'
+        "  --dataset_name user/dataset   (Hugging Face)\n"
+        "docs/DATA.md shows how each is laid out."
+    )
+
+
+def _find(source: str, options: Any, kind: DataKind, split: Split) -> Found:
+    if _is_digits(options):
+        return find_digits(options, kind, split)
+    return find_folder(options, kind)
+
+
+def _is_digits(options: Any) -> bool:
+    return bool(options.dataset_name == DIGITS)
+
+
+def _split(samples: list[Sample], share: float, split: Split) -> list[Sample]:
+    """Training or validation images: by a hash of the key, so that no other image matters.
+
+    A split that would leave no image to one side gives it the one nearest to the border.
+    """
+    if not share:
+        return samples
+    ranks = [draws.uniform("validation", sample.origin or sample.key) for sample in samples]
+    ordered = sorted(set(ranks))
+    if len(ordered) < 2:
+        raise PatchError("expected two images to split, found one: leave out --validation_split.")
+    border = min(max(share, ordered[1]), ordered[-1])
+    chosen = [(rank < border) == (split == "validation") for rank in ranks]
+    return [sample for sample, keep in zip(samples, chosen, strict=True) if keep]

@@ -1,0 +1,189 @@
+"""From a list of items to a batch: what a data worker does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dmp_common import PatchError
+from training.data import draws
+from training.data.augment import vary_color
+from training.data.batch import Batch, Position
+from training.data.captions import caption_text, is_dropped
+from training.data.images import open_image, to_tensor
+from training.data.kind import DataKind
+from training.data.samples import Sample, Store, TensorStore
+from training.data.sizes import crop_and_resize, fit
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image in one epoch; `repeat` counts its repeats from 0."""
+
+    sample: Sample
+    epoch: int
+    repeat: int = 0
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What random draws hang on: each repeat of an image has its own."""
+        return f"{self.sample.key}#{self.repeat}" if self.repeat else self.sample.key
+
+
+@dataclass(frozen=True)
+class Request:
+    """The items of a batch and the position after it."""
+
+    items: list[Item]
+    next: Position
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How items become tensors.
+
+    Args:
+        kind: what the base eats.
+        seed: of all draws.
+        augment: training; validation mirrors, drops and shuffles nothing.
+        latents, texts: caches that are ready, or None.
+    """
+
+    kind: DataKind
+    store: Store | TensorStore
+    seed: int
+    augment: bool
+    latents: Any = None
+    texts: Any = None
+
+    def batch(self, request: Request) -> Batch:
+        """Loads and stacks items of one size.
+
+        Raises:
+            PatchError: an image does not decode, or its cache file is damaged.
+        """
+        images, sizes = zip(*(self.image(item) for item in request.items), strict=True)
+        stacked = torch.stack(images)
+        captions, labels, text = None, None, None
+        if self.kind.conditioning == "label":
+            labels = torch.tensor([self._label(item) for item in request.items])
+        elif self.kind.conditioning == "caption":
+            captions = [self._caption(item) for item in request.items]
+            if self.texts is not None:
+                text, captions = self.texts.stacked(captions), None
+        weights = torch.tensor([item.weight for item in request.items])
+        return Batch(
+            keys=[item.sample.key for item in request.items],
+            sizes=torch.tensor(sizes),
+            next=request.next,
+            pixels=stacked if self.latents is None else None,
+            moments=stacked if self.latents is not None else None,
+            captions=captions,
+            text=text,
+            labels=labels,
+            weights=None if bool((weights == 1).all()) else weights,
+        )
+
+    def image(self, item: Item) -> tuple[Tensor, tuple[int, ...]]:
+        """Pixels (C, H, W) or moments (2C, h, w), and the row of `Batch.sizes`."""
+        sample, rules = item.sample, item.sample.subset.sizes
+        draw = (self.seed, item.epoch, item.name)
+        flipped = self.augment and rules.flip and draws.uniform(*draw, "flip") < 0.5
+        at = None
+        if self.augment and rules.random_crop:
+            at = draws.uniform(*draw, "crop x"), draws.uniform(*draw, "crop y")
+        how = fit(sample.size, rules, sample.bucket)
+        left, top = how.crop(at)
+        # SDXL's crop is that of the picture as it is shown: mirrored, it starts at the other side.
+        shown = how.resized[0] - how.target[0] - left if flipped else left
+        row = (*reversed(sample.size), top, shown, *reversed(how.target))
+        if self.latents is not None:
+            return self.latents.moments(sample, flipped), row
+        pixels = self.pixels(sample, left, top)
+        if self.augment and rules.color:
+            pixels = vary_color(pixels, *draw)
+        return pixels.flip(-1) if flipped else pixels, row
+
+    def pixels(self, sample: Sample, left: int, top: int) -> Tensor:
+        """Pixels (C, H, W) of a sample, cropped at `left` and `top` of the resized image."""
+        if isinstance(self.store, TensorStore):
+            return self.store.images[sample.place]
+        name = self.store.name(sample.place)
+        with self.store.open(sample.place) as file:
+            image = open_image(file, name, self.kind.channels)
+        if image.size != sample.size:
+            raise PatchError(
+                f"expected {name} with {sample.size[0]} x {sample.size[1]} pixels, as it had at "
+                f"the start, found {image.width} x {image.height}: start again with data that "
+                "does not change."
+            )
+        how = fit(sample.size, sample.subset.sizes, sample.bucket)
+        return to_tensor(crop_and_resize(image, how, left, top))
+
+    def _label(self, item: Item) -> int:
+        rules = item.sample.subset.captions
+        if self.augment and is_dropped(rules, self.seed, item.epoch, item.name):
+            assert self.kind.null_label is not None, "open_data checked it"
+            return self.kind.null_label
+        assert item.sample.label is not None, "open_data checked it"
+        return item.sample.label
+
+    def _caption(self, item: Item) -> str:
+        rules = item.sample.subset.captions
+        epoch = item.epoch if self.augment else 0
+        if self.augment and is_dropped(rules, self.seed, epoch, item.name):
+            return ""
+        return caption_text(item.sample.captions, rules, self.seed, epoch, item.name)
+
+
+class _Loading(Dataset[Any]):
+    """Batches for requests, in whichever process. An error travels as a value.
+
+    Raised in a worker, it would reach the user inside a traceback of the worker.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __getitem__(self, request: Request) -> Batch | PatchError:
+        try:
+            return self.recipe.batch(request)
+        except PatchError as error:
+            return error
+
+
+def load(requests: Iterable[Request], recipe: Recipe, workers: int) -> Iterator[Batch]:
+    """Batches of requests in their order, loaded ahead by `workers` processes."""
+    loader: DataLoader[Any] = DataLoader(
+        _Loading(recipe), sampler=_Once(requests), batch_size=None, num_workers=workers,
+        collate_fn=_as_it_is,
+    )  # fmt: skip
+    yield from unpacked(loader)
+
+
+def unpacked(batches: Iterable[Batch | PatchError]) -> Iterator[Batch]:
+    """The batches of a loader; raises the error a worker returned."""
+    for batch in batches:
+        if isinstance(batch, PatchError):
+            raise batch
+        yield batch
+
+
+class _Once:
+    """An iterable as a sampler: torch asks a sampler for its length, where it has one."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value

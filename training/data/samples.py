@@ -1,0 +1,105 @@
+"""What is known of an image before it is opened, and the rules of the subset it is in."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from torch import Tensor
+
+from training.data.captions import CaptionRules
+from training.data.sizes import Size, SizeRules
+
+_BLOCK = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Images with common rules.
+
+    Args:
+        name: for the summary.
+        repeats: how often each image is seen in an epoch.
+    """
+
+    name: str
+    repeats: int
+    sizes: SizeRules
+    captions: CaptionRules
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image.
+
+    Args:
+        key: unique and readable; random draws and the validation split hang on it.
+        place: where its store finds it.
+        size: width and height, upright.
+        captions: its own captions, one of which is drawn; empty without any.
+        label: class id.
+        bucket: the size it is trained at, where its metadata says so.
+        origin: key of the image itself, where it is in several subsets; the split hangs on it.
+    """
+
+    key: str
+    place: Any
+    size: Size
+    subset: Subset
+    captions: tuple[str, ...] = ()
+    label: int | None = None
+    bucket: Size | None = None
+    origin: str = ""
+
+
+class Store(Protocol):
+    """Where the bytes of images are. Goes to worker processes, so it must be picklable."""
+
+    def open(self, place: Any) -> BinaryIO:
+        """The encoded image."""
+        ...
+
+    def name(self, place: Any) -> str:
+        """How an error names it."""
+        ...
+
+    def fingerprint(self, place: Any) -> str:
+        """Changes when the image changes: the key of its cache."""
+        ...
+
+
+class FileStore:
+    """Images that are files: a place is a path."""
+
+    def open(self, place: Path) -> BinaryIO:
+        """The file."""
+        return place.open("rb")
+
+    def name(self, place: Path) -> str:
+        """The path."""
+        return str(place)
+
+    def fingerprint(self, place: Path) -> str:
+        """Hash of the size and of three blocks of 64 KiB: first, middle, last.
+
+        Not the time of change: copying a data set renews it, and tools that keep it let a replaced
+        image pass for the old one. Not the whole content: every start would read all of it. An
+        image that was edited and saved again differs in every block after the first edited one,
+        because it is compressed.
+        """
+        size = place.stat().st_size
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        with place.open("rb") as file:
+            for start in sorted({0, max(0, size // 2 - _BLOCK // 2), max(0, size - _BLOCK)}):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TensorStore:
+    """Images that are tensors already, (N, C, H, W) in [-1, 1]: a place is a row."""
+
+    images: Tensor
