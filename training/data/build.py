@@ -7,6 +7,7 @@ from typing import Any, Literal
 from dmp_common import PatchError
 from training.data import draws
 from training.data.batch import Batch, Data, DataSummary, Position
+from training.data.caches import plan_caches
 from training.data.digits_data import DIGITS, find_digits
 from training.data.encoders import Encoders
 from training.data.folders import find_folder, require_captions
@@ -53,7 +54,8 @@ def open_data(
     if not _is_digits(options):
         found.samples = _split(found.samples, options.validation_split, split)
     recipe = Recipe(kind, found.store, seed, augment=split == "train")
-    return IndexedData(found, recipe)
+    subsets = {sample.subset for sample in found.samples}
+    return IndexedData(found, recipe, plan_caches(options, kind, encoders, subsets, found.folder))
 
 
 def _source(options: Any) -> str:

@@ -21,6 +21,7 @@ from training.data.rules import make_subset, values_of
 from training.data.samples import FileStore, Sample, Subset
 from training.data.scan import list_images, sizes_of
 
+CACHE = ".dmp_cache"  # hidden, so that it is never searched for images
 _REPEATS = re.compile(r"(\d+)_(.*)")
 
 
@@ -45,7 +46,7 @@ def find_folder(options: Any, kind: DataKind) -> Found:
         samples, notes = samples_of(
             images, folder, folder, make_subset(values, kind, folder.name), kind, options
         )
-        return Found(str(folder), samples, FileStore(), notes)
+        return Found(str(folder), samples, FileStore(), folder / CACHE, notes)
     return _repeated(folder, images, parts, options, kind)
 
 
@@ -88,7 +89,7 @@ def _repeated(
         )
     if not samples:
         raise PatchError(f"expected images in the folders of {folder}, found none to use.")
-    return Found(str(folder), samples, FileStore(), notes)
+    return Found(str(folder), samples, FileStore(), folder / CACHE, notes)
 
 
 def samples_of(
@@ -218,7 +219,7 @@ def _class_folders(folder: Path, images: list[Path], options: Any, kind: DataKin
                label=ids[path.relative_to(folder).parts[0]])
         for path, size in zip(images, sizes_of(store, images), strict=True)
     ]  # fmt: skip
-    return Found(str(folder), samples, store, classes=classes)
+    return Found(str(folder), samples, store, folder / CACHE, classes=classes)
 
 
 def class_ids(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from training.data.batch import (
     Progress,
     SubsetRow,
 )
+from training.data.caches import Caches
 from training.data.loading import Item, Recipe, Request, load
 from training.data.order import Order, share
 from training.data.samples import Sample, Subset
@@ -27,11 +29,19 @@ from training.data.sizes import fit
 
 @dataclass
 class Found:
-    """What a source found: its images, and what it has to say about them."""
+    """What a source found: its images, and what it has to say about them.
+
+    Args:
+        source: in words.
+        folder: where cache files go by default; None where there is no such place.
+        notes: for the summary.
+        classes: names of the class ids.
+    """
 
     source: str
     samples: list[Sample]
     store: Any
+    folder: Path | None = None
     notes: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
 
@@ -45,7 +55,7 @@ class IndexedData(Data):
         caches: of latents and texts, made by `prepare_caches`.
     """
 
-    def __init__(self, found: Found, recipe: Recipe, caches: Any = None) -> None:
+    def __init__(self, found: Found, recipe: Recipe, caches: Caches | None = None) -> None:
         self._found, self._recipe, self._caches = found, recipe, caches
         self.samples = found.samples
         repeats = [s.subset.repeats if recipe.augment else 1 for s in self.samples]
@@ -93,7 +103,9 @@ class IndexedData(Data):
     ) -> None:
         """See `Data.prepare_caches`."""
         if self._caches is not None:
-            self._recipe = self._caches.prepared(self.samples, self._recipe, rank, world, progress)
+            self.samples, self._recipe = self._caches.prepared(
+                self.samples, self._recipe, rank, world, progress
+            )
 
     def batches(
         self,
@@ -111,11 +123,13 @@ class IndexedData(Data):
         places = share(global_batch, rank, world)
         fills = None if self._recipe.augment else self._order.fills(global_batch)
 
-        requests = self._requests(start, global_batch, places, fills)
+        requests, make = self._requests(start, global_batch, places, fills), self._recipe.batch
+        if self._caches is not None and self._caches.in_memory:
+            workers = 0  # each would get a copy of the cache, to look things up in it
         if persistent or not workers:
-            return load(requests, self._recipe, workers)
+            return load(requests, make, workers)
         by_epoch = groupby(requests, lambda request: request.items[0].epoch)
-        return chain.from_iterable(load(group, self._recipe, workers) for _, group in by_epoch)
+        return chain.from_iterable(load(group, make, workers) for _, group in by_epoch)
 
     def _requests(
         self, start: Position, global_batch: int, places: slice, fills: Any

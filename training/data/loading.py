@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,45 +143,49 @@ class Recipe:
 
 
 class _Loading(Dataset[Any]):
-    """Batches for requests, in whichever process. An error travels as a value.
+    """A function of requests, in whichever process. An error travels as a value.
 
     Raised in a worker, it would reach the user inside a traceback of the worker.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
 
-    def __getitem__(self, request: Request) -> Batch | PatchError:
+    def __getitem__(self, request: Any) -> Any:
         try:
-            return self.recipe.batch(request)
+            return self._function(request)
         except PatchError as error:
             return error
 
 
-def load(requests: Iterable[Request], recipe: Recipe, workers: int) -> Iterator[Batch]:
-    """Batches of requests in their order, loaded ahead by `workers` processes."""
+def load(requests: Iterable[Any], function: Callable[[Any], Any], workers: int) -> Iterator[Any]:
+    """What `function` makes of each request, in their order, ahead of time by `workers` processes.
+
+    Raises:
+        PatchError: as the function does.
+    """
     loader: DataLoader[Any] = DataLoader(
-        _Loading(recipe), sampler=_Once(requests), batch_size=None, num_workers=workers,
+        _Loading(function), sampler=_Once(requests), batch_size=None, num_workers=workers,
         collate_fn=_as_it_is,
     )  # fmt: skip
     yield from unpacked(loader)
 
 
-def unpacked(batches: Iterable[Batch | PatchError]) -> Iterator[Batch]:
-    """The batches of a loader; raises the error a worker returned."""
-    for batch in batches:
-        if isinstance(batch, PatchError):
-            raise batch
-        yield batch
+def unpacked(results: Iterable[Any]) -> Iterator[Any]:
+    """The results of a loader; raises the error that a worker returned."""
+    for result in results:
+        if isinstance(result, PatchError):
+            raise result
+        yield result
 
 
 class _Once:
     """An iterable as a sampler: torch asks a sampler for its length, where it has one."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
+    def __init__(self, requests: Iterable[Any]) -> None:
         self._requests = requests
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._requests)
 
 

@@ -41,6 +41,7 @@ class Sample:
         captions: its own captions, one of which is drawn; empty without any.
         label: class id.
         bucket: the size it is trained at, where its metadata says so.
+        fingerprint: of its content, once it is needed.
         origin: key of the image itself, where it is in several subsets; the split hangs on it.
     """
 
@@ -51,6 +52,7 @@ class Sample:
     captions: tuple[str, ...] = ()
     label: int | None = None
     bucket: Size | None = None
+    fingerprint: str = ""
     origin: str = ""
 
 
