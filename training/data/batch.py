@@ -121,6 +121,8 @@ class DataSummary:
         """Global batches of an epoch; a bucket's last one is filled up, not dropped."""
         if self.items is None:
             return None
+        if not self.buckets:
+            return -(-self.items // global_batch)
         return sum(-(-row.items // global_batch) for row in self.buckets)
 
     def filled(self, global_batch: int) -> int:

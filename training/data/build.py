@@ -8,13 +8,16 @@ from dmp_common import PatchError
 from training.data import draws
 from training.data.batch import Batch, Data, DataSummary, Position
 from training.data.caches import plan_caches
+from training.data.dataset_config import find_dataset_config
 from training.data.digits_data import DIGITS, find_digits
 from training.data.encoders import Encoders
 from training.data.folders import find_folder, require_captions
+from training.data.huggingface import find_huggingface
 from training.data.indexed import Found, IndexedData
 from training.data.kind import DataKind
 from training.data.loading import Recipe
 from training.data.samples import Sample
+from training.data.streaming import open_stream
 
 __all__ = ["Batch", "Data", "DataKind", "DataSummary", "Encoders", "Position", "open_data"]
 
@@ -44,12 +47,14 @@ def open_data(
             "expected images for validation, found validation_split 0: give --validation_split, "
             "for example 0.05."
         )
-    found = _find(source, options, kind, split)
     if kind.conditioning == "label" and options.caption_dropout_rate and kind.null_label is None:
         raise PatchError(
             "expected --caption_dropout_rate 0 for a base without a label that means none, found "
             f"{options.caption_dropout_rate}: set it to 0."
         )
+    if source == "webdataset":
+        return open_stream(options, kind, seed, split)
+    found = _find(source, options, kind, split)
     found.notes += require_captions(found.samples, kind, options)
     if not _is_digits(options):
         found.samples = _split(found.samples, options.validation_split, split)
@@ -78,7 +83,9 @@ def _source(options: Any) -> str:
 def _find(source: str, options: Any, kind: DataKind, split: Split) -> Found:
     if _is_digits(options):
         return find_digits(options, kind, split)
-    return find_folder(options, kind)
+    find = {"train_data_dir": find_folder, "dataset_config": find_dataset_config,
+            "dataset_name": find_huggingface}  # fmt: skip
+    return find[source](options, kind)
 
 
 def _is_digits(options: Any) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from training.data.batch import Progress
-from training.data.cachefiles import TensorCache, key_of
+from training.data.cached import Latents, Texts
+from training.data.cachefiles import TensorCache
 from training.data.captions import possible
 from training.data.encoders import Encoders
 from training.data.kind import DataKind
@@ -26,44 +27,6 @@ from training.data.sizes import Fit, fit
 
 _TEXTS_AT_ONCE = 16
 _SPARE_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Latents of samples. A key names the encoder, the image's content and what is cut from it."""
-
-    cache: TensorCache
-    encoder: str
-
-    def key(self, sample: Sample, flipped: bool) -> str:
-        """The key of a sample's latents."""
-        how = _fit(sample)
-        return key_of(
-            encoder=self.encoder, image=sample.fingerprint, size=sample.size,
-            resized=how.resized, target=how.target, crop=how.crop(), flipped=flipped,
-        )  # fmt: skip
-
-    def moments(self, sample: Sample, flipped: bool) -> Tensor:
-        """Means and standard deviations (2C, h, w)."""
-        return self.cache.read(self.key(sample, flipped))["moments"]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Outputs of the text encoders for captions."""
-
-    cache: TensorCache
-    encoder: str
-
-    def key(self, caption: str) -> str:
-        """The key of a caption's outputs."""
-        return key_of(encoder=self.encoder, caption=caption)
-
-    def stacked(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Outputs of B captions, each (B, ...)."""
-        outputs = {caption: self.cache.read(self.key(caption)) for caption in set(captions)}
-        names = outputs[captions[0]]
-        return {name: torch.stack([outputs[c][name] for c in captions]) for name in names}
 
 
 @dataclass(frozen=True)

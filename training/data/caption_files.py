@@ -25,6 +25,21 @@ class About:
     bucket: Size | None = None
 
 
+@dataclass(frozen=True)
+class CaptionSource:
+    """Where captions are.
+
+    Args:
+        extension: of caption files; None looks for .txt, then for .caption.
+        column: of metadata.jsonl or metadata.csv; None looks for the usual names.
+        metadata: kohya's JSON, which excludes the others.
+    """
+
+    extension: str | None = None
+    column: str | None = None
+    metadata: Path | None = None
+
+
 def read_text(path: Path) -> str:
     """A text file, with or without byte order mark.
 
@@ -41,11 +56,7 @@ def read_text(path: Path) -> str:
 
 
 def caption_file(image: Path, extension: str | None) -> tuple[str, ...] | None:
-    """The lines of the caption file of an image, None without a file.
-
-    Args:
-        extension: of the text file; None looks for .txt, then for .caption.
-    """
+    """The lines of the caption file of an image, None without a file (see `CaptionSource`)."""
     endings = ENDINGS if extension is None else (_dotted(extension),)
     for ending in endings:
         # Both habits: a.txt and a.png.txt.
@@ -86,6 +97,8 @@ def kohya_json(file: Path, images: list[Path], folder: Path) -> dict[Path, About
     Raises:
         PatchError: another structure, or an image that is not there.
     """
+    if not file.is_file():
+        raise PatchError(f"expected kohya's metadata at {file}, found no such file.")
     try:
         content = json.loads(read_text(file))
     except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from dmp_common import PatchError
 from training.data.caption_files import (
     About,
+    CaptionSource,
     caption_file,
     folder_metadata,
     kohya_json,
@@ -43,11 +44,15 @@ def find_folder(options: Any, kind: DataKind) -> Found:
         return _class_folders(folder, images, options, kind)
     parts = _repeat_folders(folder)
     if not parts:
-        samples, notes = samples_of(
-            images, folder, folder, make_subset(values, kind, folder.name), kind, options
-        )
+        subset = make_subset(values, kind, folder.name)
+        samples, notes = samples_of(images, folder, folder, subset, kind, _source(options))
         return Found(str(folder), samples, FileStore(), folder / CACHE, notes)
     return _repeated(folder, images, parts, options, kind)
+
+
+def _source(options: Any) -> CaptionSource:
+    metadata = Path(options.in_json) if options.in_json else None
+    return CaptionSource(options.caption_extension, options.caption_column, metadata)
 
 
 def _repeat_folders(folder: Path) -> dict[Path, tuple[int, str]]:
@@ -77,7 +82,7 @@ def _repeated(
         values = values_of(options)
         values["class_tokens"] = values["class_tokens"] or name or None
         subset = make_subset(values, kind, part.name, repeats)
-        more, said = samples_of(inside, folder, part, subset, kind, options)
+        more, said = samples_of(inside, folder, part, subset, kind, _source(options))
         samples, notes = samples + more, notes + said
     if used < len(images):
         lost = next(path for path in images if not any(part in path.parents for part in parts))
@@ -98,15 +103,14 @@ def samples_of(
     folder: Path,
     subset: Subset,
     kind: DataKind,
-    options: Any,
-    metadata: Path | None = None,
+    source: CaptionSource,
 ) -> tuple[list[Sample], list[str]]:
     """Samples of a folder with what goes with them, and notes.
 
     Args:
         root: keys are paths relative to it.
         folder: where metadata files are looked for.
-        metadata: kohya's JSON; `--in_json` by default.
+        source: of captions.
 
     Raises:
         PatchError: a broken image, or captions that are missing or not understood.
@@ -115,7 +119,7 @@ def samples_of(
     about: Mapping[Path, About] = {}
     images = list(images)
     if kind.conditioning == "caption":
-        images, about = _described(images, folder, subset, options, metadata, notes)
+        images, about = _described(images, folder, subset, source, notes)
     store = FileStore()
     samples = []
     for path, size in zip(images, sizes_of(store, images), strict=True):
@@ -157,18 +161,14 @@ def _described(
     images: list[Path],
     folder: Path,
     subset: Subset,
-    options: Any,
-    metadata: Path | None,
+    source: CaptionSource,
     notes: list[str],
 ) -> tuple[list[Path], Mapping[Path, About]]:
     """Images with their captions; metadata, where there is some, says which images count."""
-    json_file = metadata or (Path(options.in_json) if options.in_json else None)
-    if json_file is not None:
-        if not json_file.is_file():
-            raise PatchError(f"expected kohya's metadata at {json_file}, found no such file.")
-        about = kohya_json(json_file, images, folder)
+    if source.metadata is not None:
+        about: Mapping[Path, About] = kohya_json(source.metadata, images, folder)
     else:
-        about = folder_metadata(folder, options.caption_column) or {}
+        about = folder_metadata(folder, source.column) or {}
     if about:
         chosen = [path for path in images if path in about]
         if len(chosen) < len(images):
@@ -177,7 +177,7 @@ def _described(
                 "its metadata and not used"
             )
         return chosen, about
-    lines = {path: caption_file(path, options.caption_extension) or () for path in images}
+    lines = {path: caption_file(path, source.extension) or () for path in images}
     if subset.captions.enable_wildcard:
         return images, {path: About(found) for path, found in lines.items()}
     longer = [path for path, found in lines.items() if len(found) > 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ class Recipe:
         seed: of all draws.
         augment: training; validation mirrors, drops and shuffles nothing.
         latents, texts: caches that are ready, or None.
+        skip_broken: an image that does not decode becomes grey with weight 0, not an error. So
+            the others of the batch are the same, whichever process finds it.
     """
 
     kind: DataKind
@@ -61,6 +64,7 @@ class Recipe:
     augment: bool
     latents: Any = None
     texts: Any = None
+    skip_broken: bool = False
 
     def batch(self, request: Request) -> Batch:
         """Loads and stacks items of one size.
@@ -68,8 +72,8 @@ class Recipe:
         Raises:
             PatchError: an image does not decode, or its cache file is damaged.
         """
-        images, sizes = zip(*(self.image(item) for item in request.items), strict=True)
-        stacked = torch.stack(images)
+        images, sizes, weights = zip(*(self._weighted(i) for i in request.items), strict=True)
+        stacked, weight = torch.stack(images), torch.tensor(weights)
         captions, labels, text = None, None, None
         if self.kind.conditioning == "label":
             labels = torch.tensor([self._label(item) for item in request.items])
@@ -77,7 +81,6 @@ class Recipe:
             captions = [self._caption(item) for item in request.items]
             if self.texts is not None:
                 text, captions = self.texts.stacked(captions), None
-        weights = torch.tensor([item.weight for item in request.items])
         return Batch(
             keys=[item.sample.key for item in request.items],
             sizes=torch.tensor(sizes),
@@ -87,8 +90,18 @@ class Recipe:
             captions=captions,
             text=text,
             labels=labels,
-            weights=None if bool((weights == 1).all()) else weights,
+            weights=None if bool((weight == 1).all()) else weight,
         )
+
+    def _weighted(self, item: Item) -> tuple[Tensor, tuple[int, ...], float]:
+        try:
+            return *self.image(item), item.weight
+        except PatchError as error:
+            if not self.skip_broken:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+        width, height = fit(item.sample.size, item.sample.subset.sizes, item.sample.bucket).target
+        return torch.zeros(self.kind.channels, height, width), (0, 0, 0, 0, height, width), 0.0
 
     def image(self, item: Item) -> tuple[Tensor, tuple[int, ...]]:
         """Pixels (C, H, W) or moments (2C, h, w), and the row of `Batch.sizes`."""

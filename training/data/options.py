@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
+from typing import Any
+
+from pydantic import BaseModel, field_validator
 
 from training.options import option
 
@@ -111,3 +113,11 @@ class DataOptions(BaseModel):
     skip_broken: bool = option(
         "loading", False, "shards: pass over unreadable images instead of stopping"
     )
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _resolution_as_text(cls, value: Any) -> Any:
+        """TOML files give a number or a pair, as kohya's do."""
+        if isinstance(value, list | tuple):
+            return ",".join(map(str, value))
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
