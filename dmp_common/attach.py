@@ -86,7 +86,9 @@ class Attachment:
     ) -> None:
         self.patch = patch
         self.settings = settings
-        self.calls = 0  # forward calls the patch took part in; hosts warn when there are none
+        # Forward calls that embedded their timestep; hosts warn when there are none, because a
+        # replaced model (TensorRT) calls the denoiser but none of its parts.
+        self.calls = 0
         self._base: Base = patch.base
         self._source = patch.base.times[naming]
         self._time = _module(denoiser, self._source.path)
@@ -143,7 +145,6 @@ class Attachment:
         labels = _argument(self._base.labels, args, kwargs) if self._base.labels else None
         positions = _argument(self._base.positions, args, kwargs) if self._base.positions else None
         self._call = _Call(self, sample, timestep, labels, positions)
-        self.calls += 0 if is_compiling() else 1
         if torch.is_grad_enabled() and not is_compiling():
             for part in self._checkpointing:
                 bind(part, self)
@@ -249,6 +250,7 @@ class _Call:
         if not attachment.settings.schedule.always:
             timesteps = self._timesteps(e) * attachment._source.scale
         packed = self.sample.dim() == 3
+        attachment.calls += 0 if is_compiling() else 1
         self.context = attachment.patch.prepare(
             e,
             self._latent_hw(),

@@ -22,6 +22,7 @@ HOSTS = {
 HOST_FILES = {
     *("comfyui_dmp/nodes.py", "comfyui_dmp/host.py"),
     *("a1111_dmp/script.py", "a1111_dmp/host.py"),
+    *("a1111_dmp/cards.py", "a1111_dmp/axes.py"),
 }
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

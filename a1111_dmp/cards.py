@@ -1,0 +1,124 @@
+"""Patches among the extra networks: a tab with cards, and `<dmp:name:0.8>` in prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from modules import extra_networks, script_callbacks, shared, ui_extra_networks
+from modules.ui_extra_networks import quote_js
+
+from a1111_dmp import host
+from a1111_dmp.choice import from_prompt
+from dmp_common import PatchError
+from dmp_common.inspection import as_text, inspect_file
+
+_NAME = "dmp"
+_HASHES = "DMP hashes"
+
+
+class Network(extra_networks.ExtraNetwork):  # type: ignore[misc]
+    """`<dmp:name:0.8>`: the host calls it for every batch, and for the second pass of hires fix."""
+
+    def __init__(self) -> None:
+        super().__init__(_NAME)
+
+    def activate(self, p: Any, params_list: list[Any]) -> None:
+        """Takes the patches of the prompt that is sampled next."""
+        p.extra_generation_params.pop(_HASHES, None)
+        later = (getattr(p, "hr_extra_network_data", None) or {}).get(_NAME, [])
+        if not params_list and not later and not hasattr(p, "dmp_session"):
+            return
+        session = host.session_of(p)
+        session.fail("prompt", PatchError("the prompt could not be read; the console says why."))
+        try:
+            for params in later:  # an error there need not wait for the first pass
+                self._choice(params).record(host.folder())
+            pairs = [self._choice(params).record(host.folder()) for params in params_list]
+        except PatchError as error:
+            session.fail("prompt", error)
+            return
+        if pairs:
+            hashes = {known.name: known.hash for _, known in pairs}
+            p.extra_generation_params[_HASHES] = ", ".join(f"{n}: {h}" for n, h in hashes.items())
+        session.choose("prompt", [record for record, _ in pairs])
+
+    def deactivate(self, p: Any) -> None:
+        """Nothing to do: patches are on the model while it samples only."""
+
+    @staticmethod
+    def _choice(params: Any) -> Any:
+        return from_prompt(params.positional, params.named)
+
+
+class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
+    """The tab with a card for each patch."""
+
+    def __init__(self) -> None:
+        super().__init__("DMP")
+
+    def refresh(self) -> None:
+        """Nothing to do: the folder is read whenever the cards are made."""
+
+    def create_item(
+        self, name: str, index: int | None = None, enable_filter: bool = True
+    ) -> dict[str, Any]:
+        """What the host makes a card of."""
+        path = host.folder().find(name)
+        stem = str(path.with_suffix(""))
+        try:
+            record = inspect_file(path)
+            base, text, digest = record["base"], as_text(record), record["hash"]
+            metadata = {"base": base, **record["metadata"], "summary": text.splitlines()}
+        except PatchError as error:
+            base, text, digest, metadata = "unusable", str(error), "", {"error": str(error)}
+        described = self.find_description(stem) or f"{base}; {path.name}"
+        prompt = f"{quote_js(f'<{_NAME}:{name}:')} + opts.extra_networks_default_multiplier"
+        return {
+            "name": name,
+            "filename": str(path),
+            "shorthash": digest,
+            "preview": self.find_preview(stem),
+            "description": described if base != "unusable" else text,
+            "search_terms": [self.search_terms_from_path(str(path)), base, digest],
+            "local_preview": f"{stem}.{shared.opts.samples_format}",
+            "metadata": metadata,
+            "sort_keys": {"default": index, **self.get_sort_keys(str(path))},
+            "prompt": f"{prompt} + {quote_js('>')}",
+        }
+
+    def list_items(self) -> Iterator[dict[str, Any]]:
+        for index, name in enumerate(host.folder().names()):
+            yield self.create_item(name, index)
+
+    def allowed_directories_for_previews(self) -> list[str]:
+        return [str(host.folder().root)]
+
+
+def add() -> None:
+    """Registers the tab and the prompt syntax."""
+    ui_extra_networks.register_page(Page())
+    extra_networks.register_extra_network(Network())
+
+
+def pasted(infotext: str, texts: dict[str, Any]) -> None:
+    """Finds patches of a pasted prompt whose file was renamed, by their hashes."""
+    pairs = (pair.rsplit(":", 1) for pair in str(texts.get(_HASHES, "")).split(",") if ":" in pair)
+    hashes = {name.strip(): digest.strip() for name, digest in pairs}
+
+    def renamed(match: re.Match[str]) -> str:
+        name = match.group(1)
+        digest = hashes.get(name) or hashes.get(Path(name).name)
+        return f"<{_NAME}:{host.folder().by_hash(name, digest)}{match.group(2)}"
+
+    for field in ("Prompt", "Hires prompt"):
+        if texts.get(field):
+            texts[field] = re.sub(rf"<{_NAME}:([^:>]+)([:>])", renamed, texts[field])
+
+
+def register() -> None:
+    """Asks the host to call us before it makes its tabs, and when an infotext is pasted."""
+    script_callbacks.on_before_ui(add)
+    script_callbacks.on_infotext_pasted(pasted)

@@ -1,0 +1,206 @@
+"""What users see in txt2img and img2img: an accordion, and the same in the Script drop-down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import gradio as gr
+from modules import scripts
+from modules.processing import process_images
+from modules.ui_common import create_refresh_button
+from modules.ui_components import InputAccordion
+
+from a1111_dmp import axes, cards, host
+from a1111_dmp.choice import (
+    FIELDS,
+    SLOTS,
+    Choice,
+    from_controls,
+    from_infotext,
+    is_on,
+    label,
+    omitted,
+)
+from a1111_dmp.files import NONE
+from dmp_common import PatchError
+
+_FACTOR = {"minimum": -10.0, "maximum": 10.0, "step": 0.01}
+_PERCENT = {"minimum": 0.0, "maximum": 1.0, "step": 0.001}
+_SLIDERS: dict[str, tuple[str, dict[str, float]]] = {
+    "strength": ("Strength", _FACTOR),
+    "start": ("Start percent", _PERCENT),
+    "end": ("End percent", _PERCENT),
+    "early": ("Early", _FACTOR),
+    "middle": ("Middle", _FACTOR),
+    "late": ("Late", _FACTOR),
+}
+_HELP = (
+    "Start and end: 0 is pure noise, 1 the finished picture. The curve multiplies the strength: "
+    "early where the composition forms, late where details form; 1, 1, 1 is no curve."
+)
+
+
+class Controls:
+    """The controls of one script in one tab, and how an infotext sets them.
+
+    Args:
+        script: whose; names the elements.
+        prefix: of its keys in an infotext.
+    """
+
+    def __init__(self, script: scripts.Script, prefix: str) -> None:
+        self._script, self._prefix = script, prefix
+        self.all: list[Any] = []
+        self.fields: list[tuple[Any, Any]] = []
+
+    def build(self) -> None:
+        """Makes the slots and the heat map."""
+        for slot in range(SLOTS):
+            if slot == 0:
+                self._slot(slot)
+            else:
+                with gr.Accordion(f"Patch {slot + 1}", open=False, elem_id=self._id("more", slot)):
+                    self._slot(slot)
+        gr.HTML(f"<p>{_HELP}</p>")
+        button = gr.Button("Show what the gate does", elem_id=self._id("gate", 0))
+        picture = gr.Image(label="Gate", elem_id=self._id("picture", 0), interactive=False)
+        button.click(fn=draw, inputs=self.all, outputs=[picture])
+
+    def _slot(self, slot: int) -> None:
+        number = f" {slot + 1}"
+        with gr.Row():
+            patch = gr.Dropdown(
+                label="Patch" + number,
+                choices=_choices(),
+                value=NONE,
+                elem_id=self._id("patch", slot),
+            )
+            create_refresh_button(
+                patch, lambda: None, lambda: {"choices": _choices()}, self._id("refresh", slot)
+            )
+            strength = self._slider("strength", slot)
+        with gr.Row():
+            ends = [self._slider(name, slot) for name in ("start", "end")]
+        with gr.Row():
+            curve = [self._slider(name, slot) for name in ("early", "middle", "late")]
+        values = [patch, strength, *ends, *curve]
+        self.all += values
+        for name, component in zip(FIELDS, values, strict=True):
+            self.fields.append((component, partial(_pasted, self._prefix, slot, name)))
+
+    def _slider(self, name: str, slot: int) -> Any:
+        text, limits = _SLIDERS[name]
+        value = getattr(Choice(), name)
+        elem_id = self._id(name, slot)
+        return gr.Slider(label=f"{text} {slot + 1}", value=value, elem_id=elem_id, **limits)
+
+    def _id(self, name: str, slot: int) -> str:
+        return str(self._script.elem_id(f"{name}_{slot + 1}"))
+
+    def paste_names(self) -> list[str]:
+        """Keys of an infotext that "Send to" hands on."""
+        return [
+            label(self._prefix, name, slot) for slot in range(SLOTS) for name in (*FIELDS, "hash")
+        ]
+
+
+def _choices() -> list[str]:
+    return [NONE, *host.folder().names()]
+
+
+def _pasted(prefix: str, slot: int, name: str, texts: dict[str, Any]) -> Any:
+    return from_infotext(texts, prefix, slot, name, host.folder())
+
+
+def draw(*values: Any) -> Any:
+    """The heat map of the chosen patches; a message where there is none to draw."""
+    size = len(FIELDS)
+    try:
+        slots = [Choice.of(values[n * size : (n + 1) * size]) for n in range(SLOTS)]
+        return host.heat_map(slots)
+    except PatchError as error:
+        raise gr.Error(f"DMP: {error}") from error
+
+
+class Accordion(scripts.Script):  # type: ignore[misc]
+    """DMP beside every other script: what X/Y/Z plot and the rest combine with."""
+
+    def title(self) -> str:
+        return "DMP"
+
+    def show(self, is_img2img: bool) -> object:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        controls = Controls(self, "DMP")
+        with InputAccordion(False, label="DMP", elem_id=self.elem_id("enabled")) as enabled:
+            controls.build()
+        used = [label("DMP", "patch", slot) for slot in range(SLOTS)]
+        switch = (enabled, lambda texts: any(key in texts for key in used))
+        self.infotext_fields = [switch, *controls.fields]
+        self.paste_field_names = controls.paste_names()
+        return [enabled, *controls.all]
+
+    def process(self, p: Any, enabled: Any, *values: Any) -> None:
+        chosen = axes.of(p)
+        if enabled is not False or chosen or hasattr(p, "dmp_session"):
+            choose(p, "accordion", "DMP", values, enabled, chosen)
+        else:
+            host.set_infotext(p, "DMP", {})
+
+
+class DropDown(scripts.Script):  # type: ignore[misc]
+    """The same in the Script drop-down; its patches add to those of the accordion."""
+
+    def title(self) -> str:
+        return "DMP script"
+
+    def show(self, is_img2img: bool) -> object:
+        return True
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        controls = Controls(self, "DMP script")
+        controls.build()
+        self.infotext_fields, self.paste_field_names = controls.fields, controls.paste_names()
+        return controls.all
+
+    def run(self, p: Any, *values: Any) -> Any:
+        values = tuple(omitted(values, len(p.script_args), len(p.scripts.inputs)))
+        choose(p, "script", "DMP script", values)
+        p.extra_generation_params["Script"] = self.title()
+        return process_images(p)
+
+
+def choose(
+    p: Any,
+    source: str,
+    prefix: str,
+    values: Sequence[Any],
+    enabled: Any = True,
+    chosen: dict[str, Any] | None = None,
+) -> None:
+    """Takes the values of some controls for a generation.
+
+    The host swallows what an always-visible script raises, and goes on without it: so the sampling
+    is set to fail first, and every error reaches it, also one that we did not think of.
+    """
+    session = host.session_of(p)
+    session.fail(source, PatchError("the settings could not be read; the console says why."))
+    host.set_infotext(p, prefix, {})
+    try:
+        on = is_on(enabled) or bool(chosen)
+        records, texts = host.records(from_controls(values, chosen) if on else [], prefix)
+    except PatchError as error:
+        session.fail(source, error)
+        return
+    session.choose(source, records)
+    host.set_infotext(p, prefix, texts)
+
+
+def register() -> None:
+    """Asks the host to call us; it forgets this when scripts are loaded again."""
+    host.register()
+    cards.register()
+    axes.register()

@@ -1,0 +1,511 @@
+"""The extension in a real server, WEBUI_URL's (A1111 or one of the Forge family).
+
+WEBUI_URL=...        a running server with `--api`, with this repository and
+                     `tests/a1111_dmp/server_extension` linked into its `extensions` folder.
+WEBUI_DMP=...        its folder of patches; tests write some into it, named `test-...`.
+WEBUI_BASE=...       the base of its checkpoints: `tiny-a1111` (unless set), for those of
+                     `checkpoints.py tiny`, or `sd15`.
+WEBUI_OTHER=...      the name of a second checkpoint, `tiny-b` unless set; empty for none.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dmp_common import Patch
+from dmp_common.patchfile import file_hash
+from tests.a1111_dmp import tiny_base
+from tests.a1111_dmp.server import FailedError, Made, Server, encoded
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+SETTINGS = {
+    "batch_cond_uncond": True,
+    "token_merging_ratio": 0.0,
+    "CLIP_stop_at_last_layers": 1,
+    "sd_unet": "None",
+}
+A, B, ZERO = "test-a", "deep/test-b", "test-zero"
+
+
+def save_random(path: Path, seed: int, base: str, **variant: object) -> None:
+    patch = Patch.create(base, **variant)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in patch.named_parameters():
+            scale = 0.5 * 256 if name.startswith("pools") else 0.5
+            parameter.normal_(0.0, scale, generator=generator)
+    patch.save(path)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    if not os.environ.get("WEBUI_URL") or not os.environ.get("WEBUI_DMP"):
+        pytest.skip("needs a running server: set WEBUI_URL and WEBUI_DMP (see the file's top)")
+    folder = Path(os.environ["WEBUI_DMP"])
+    base = os.environ.get("WEBUI_BASE", tiny_base.NAME)
+    tiny_base.register()
+    (folder / "deep").mkdir(parents=True, exist_ok=True)
+    save_random(folder / f"{A}.safetensors", 1, base)
+    save_random(folder / f"{B}.safetensors", 2, base, sites="all")
+    Patch.create(base).save(folder / f"{ZERO}.safetensors")
+    Patch.create("sdxl").save(folder / "test-sdxl.safetensors")
+    Patch.create(base, prediction="v_prediction").save(folder / "test-v.safetensors")
+    good = (folder / f"{A}.safetensors").read_bytes()
+    (folder / "test-cut.safetensors").write_bytes(good[:-1000])
+    (folder / "test-text.safetensors").write_text("not a patch", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Server:
+    server = Server(os.environ["WEBUI_URL"])
+    # The host restores after a request only those settings that were ever set.
+    server.post("/sdapi/v1/options", **SETTINGS)
+    return server
+
+
+@pytest.fixture(scope="module")
+def plain(server: Server) -> Made:
+    """Before the extension was ever used (if the server is fresh)."""
+    return server.make()
+
+
+@pytest.fixture(scope="module")
+def untouched(server: Server, plain: Made) -> dict[str, Any]:
+    state: dict[str, Any] = server.state()
+    return state
+
+
+@pytest.fixture(scope="module")
+def other(server: Server) -> str:
+    name = os.environ.get("WEBUI_OTHER", "tiny-b")
+    if not name:
+        pytest.skip("needs a second checkpoint: set WEBUI_OTHER to its name")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def clean(server: Server, plain: Made, untouched: dict[str, Any]) -> Iterator[None]:
+    """After every test: no hook is left, and a plain picture is what it was."""
+    yield
+    same(server.make(), plain)
+    after = server.state()
+    assert (after["hooks"], after["weights"]) == (untouched["hooks"], untouched["weights"])
+    assert (after["attachments"], after["sessions"]) == (0, 0)
+
+
+def same(one: Made, two: Made) -> None:
+    assert len(one.images) == len(two.images)
+    for a, b in zip(one.images, two.images, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def differ(one: Made, two: Made) -> None:
+    assert any((a != b).any() for a, b in zip(one.images, two.images, strict=True))
+
+
+def attached(calls: list[dict[str, Any]]) -> list[int]:
+    return [call["attached"] for call in calls]
+
+
+def script(*values: Any) -> dict[str, Any]:
+    return {"script_name": "DMP script", "script_args": list(values)}
+
+
+def test_nothing_of_the_repository_is_left_on_the_path(server):
+    assert server.state()["path"] == []
+
+
+def test_a_patch_changes_the_picture_and_only_while_it_acts(server, plain):
+    made, calls = server.log(A)
+    differ(made, plain)
+    assert attached(calls) == [1] * 4
+    same(server.make(A), made)
+
+
+def test_zero_patch_and_strength_zero_are_exactly_the_plain_model(server, plain):
+    same(server.make(ZERO), plain)
+    same(server.make(A, 0.0), plain)
+
+
+def test_names_may_carry_the_ending_or_lack_the_subfolder(server):
+    same(server.make(A + ".safetensors"), server.make(A))
+    same(server.make("test-b"), server.make(B))
+
+
+def test_omitted_values_have_the_defaults(server):
+    same(server.make(A), server.make(A, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0))
+    same(server.make(**script(A)), server.make(A))
+    full = ["None", 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    same(server.make(**script(A, 0.5)), server.make(**script(A, 0.5, *full[2:], *full, *full)))
+    with pytest.raises(FailedError, match="expected at most 21 values for DMP, found 22"):
+        server.make(**script(A, 1.0, *full[2:], *full, *full, 1.0))
+
+
+def test_start_end_and_curve(server, plain):
+    half, rest = server.make(A, 1.0, 0.0, 0.5), server.make(A, 1.0, 0.5, 1.0)
+    whole = server.make(A)
+    differ(half, plain)
+    differ(rest, plain)
+    differ(half, whole)
+    same(server.make(A, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0), plain)
+    same(server.make(A, 0.5), server.make(A, 1.0, 0.0, 1.0, 0.5, 0.5, 0.5))
+    differ(server.make(A, 1.0, 0.0, 1.0, 1.0, 0.5, 0.0), whole)
+
+
+def test_the_three_ways_are_the_same_and_add(server):
+    accordion = server.make(A)
+    same(server.make(**script(A)), accordion)
+    same(server.make(prompt=f"a cat<dmp:{A}>"), accordion)
+    same(server.make(prompt=f"a cat<dmp:{A}:1:start=0.2>"), server.make(A, 1.0, 0.2))
+    rest = [0.0, 1.0, 1.0, 1.0, 1.0]
+    two = server.make(A, 1.0, *rest, B, 0.7)
+    differ(two, accordion)
+    same(server.make(A, prompt=f"a cat<dmp:{B}:0.7>"), two)
+    same(server.make(A, **script(B, 0.7)), two)
+    made, calls = server.log(A, prompt=f"a cat<dmp:{B}>", **script(ZERO))
+    assert attached(calls) == [3] * 4
+    assert made.infotext.count("DMP") > 5
+
+
+@pytest.mark.parametrize(
+    ("patch", "says"),
+    [
+        ("test-missing", r"DMP: expected the name of a patch in .*found 'test-missing'"),
+        ("../test-a", "DMP: expected the name of a patch"),
+        ("/etc/passwd", "DMP: expected the name of a patch"),
+        ("test-cut", r"DMP: .*test-cut.safetensors: expected"),
+        ("test-text", r"DMP: .*test-text.safetensors: expected"),
+        ("test-sdxl", r"DMP: test-sdxl.safetensors: the patch is for base sdxl, and found"),
+        ("test-v", r"DMP: test-v.safetensors: expected a model with prediction type v_prediction"),
+    ],
+)
+def test_errors_fail_the_generation(server, patch, says):
+    for settings in (
+        {"alwayson_scripts": {"DMP": {"args": [True, patch]}}},
+        script(patch),
+        {"prompt": f"a cat <dmp:{patch}:1>"},
+    ):
+        with pytest.raises(FailedError, match=says):
+            server.make(**settings)
+
+
+def test_wrong_values_fail_the_generation(server):
+    with pytest.raises(FailedError, match="DMP: expected a number for strength, found 'much'"):
+        server.make(A, "much")
+    with pytest.raises(FailedError, match="DMP: expected true or false to enable DMP"):
+        server.make(alwayson_scripts={"DMP": {"args": ["yes", A]}})
+    with pytest.raises(FailedError, match=r"DMP: test-a.safetensors: expected start <= end"):
+        server.make(A, 1.0, 0.9, 0.1)
+    with pytest.raises(FailedError, match="DMP: expected <dmp:name:strength>"):
+        server.make(prompt=f"a cat <dmp:{A}:1:2:3>")
+    with pytest.raises(FailedError, match="DMP: expected a number for strength, found 'x'"):
+        server.make(prompt=f"a cat <dmp:{A}:x>")
+
+
+def test_patches_added_after_the_start_are_found(server, folder):
+    path = folder / "test-late.safetensors"
+    try:
+        path.write_bytes((folder / f"{A}.safetensors").read_bytes())
+        same(server.make("test-late"), server.make(A))
+        path.write_bytes((folder / f"{ZERO}.safetensors").read_bytes())
+        same(server.make("test-late"), server.make(ZERO))
+    finally:
+        path.unlink()
+
+
+HIRES = {
+    "enable_hr": True,
+    "hr_scale": 1.5,
+    "hr_upscaler": "Latent",
+    "denoising_strength": 0.9,
+    "hr_second_pass_steps": 4,
+}
+
+
+def test_both_passes_of_hires_fix_are_patched(server):
+    made, calls = server.log(A, **HIRES)
+    assert {tuple(call["size"][2:]) for call in calls} == {(8, 8), (12, 12)}
+    assert set(attached(calls)) == {1}
+    differ(made, server.make(**HIRES))
+    same(server.make(prompt=f"a cat<dmp:{A}>", **HIRES), made)
+
+
+def test_the_hires_prompt_has_its_own_patches(server):
+    _, calls = server.log(prompt=f"a cat<dmp:{A}>", hr_prompt="a cat", **HIRES)
+    assert [c["attached"] for c in calls if c["size"][2] == 8] == [1] * 4
+    assert {c["attached"] for c in calls if c["size"][2] == 12} == {0}
+    _, calls = server.log(hr_prompt=f"a cat<dmp:{A}><dmp:{B}>", **HIRES)
+    assert [c["attached"] for c in calls if c["size"][2] == 8] == [0] * 4
+    assert {c["attached"] for c in calls if c["size"][2] == 12} == {2}
+    with pytest.raises(FailedError, match="DMP: expected the name of a patch"):
+        server.make(hr_prompt="a cat<dmp:test-missing>", **HIRES)
+
+
+def by_checkpoint(calls: list[dict[str, Any]]) -> dict[str, set[int]]:
+    return {
+        name: {c["attached"] for c in calls if c["checkpoint"] == name}
+        for name in {c["checkpoint"] for c in calls}
+    }
+
+
+def test_a_refiner_is_left_alone(server, other):
+    settings = {"refiner_checkpoint": other, "refiner_switch_at": 0.5, "steps": 6}
+    made, calls = server.log(A, n_iter=2, **settings)
+    seen = by_checkpoint(calls)
+    assert seen.pop(other) == {0}
+    assert list(seen.values()) == [{1}]
+    assert f"the model is {other}.safetensors now" in server.told()
+    differ(made, server.make(n_iter=2, **settings))
+
+
+def test_a_hires_checkpoint_is_left_alone(server, other):
+    _, calls = server.log(A, hr_checkpoint_name=other, **HIRES)
+    seen = by_checkpoint(calls)
+    assert seen.pop(other) == {0}
+    assert list(seen.values()) == [{1}]
+    assert "do not act on it" in server.told()
+
+
+def test_another_checkpoint_by_override(server, other):
+    settings = {"override_settings": {"sd_model_checkpoint": other}}
+    made, calls = server.log(A, **settings)
+    assert by_checkpoint(calls) == {other: {1}}
+    differ(made, server.make(**settings))
+
+
+def picture(size: int = 64) -> str:
+    return encoded(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8))
+
+
+def test_img2img_and_inpainting(server):
+    mask = np.zeros((64, 64, 3), dtype=np.uint8)
+    mask[16:48, 16:48] = 255
+    image = {"init_images": [picture()], "denoising_strength": 0.8, "steps": 6}
+    for settings in (
+        image,
+        {**image, "mask": encoded(mask), "inpainting_fill": 1},
+        {**image, "mask": encoded(mask), "inpaint_full_res": True, "width": 128, "height": 128},
+    ):
+        made, calls = server.log(A, **settings)
+        assert set(attached(calls)) == {1}
+        before = server.make(**settings)
+        differ(made, before)
+        same(server.make(ZERO, **settings), before)
+        same(server.make(**settings, **script(A)), made)
+
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "batch": {"batch_size": 3, "n_iter": 2},
+    "AND": {"prompt": "a cat AND a dog :0.5 AND a house"},
+    "prompt editing": {"prompt": "a [cat:dog:0.5] in [a|b]"},
+    "long prompt": {"prompt": "word " * 90},
+    "split cond": {"override_settings": {"batch_cond_uncond": False}},
+    "skipped uncond": {"s_min_uncond": 100.0, "steps": 6},
+    "token merging": {"override_settings": {"token_merging_ratio": 0.5}},
+    "tiling": {"tiling": True},
+    "not square": {"width": 128, "height": 64},
+    "odd size": {"width": 72, "height": 88},
+    "ancestral": {"sampler_name": "Euler a"},
+    "second order": {"sampler_name": "Heun"},
+    "timesteps": {"sampler_name": "DDIM"},
+    "unipc": {"sampler_name": "UniPC"},
+    "karras": {"sampler_name": "DPM++ 2M", "scheduler": "Karras"},
+    "clip skip": {"override_settings": {"CLIP_stop_at_last_layers": 2}},
+    "one guidance": {"cfg_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_variations(server, name):
+    settings = VARIATIONS[name]
+    made, calls = server.log(A, **settings)
+    assert calls and set(attached(calls)) == {1}
+    plain = server.make(**settings)
+    differ(made, plain)
+    same(server.make(ZERO, **settings), plain)
+    same(server.make(A, 0.0, **settings), plain)
+
+
+def test_batch_items_are_as_if_made_alone(server):
+    made = server.make(A, batch_size=2, n_iter=1)
+    alone = [server.make(A, seed=seed).image for seed in (1, 2)]
+    pictures = made.images[-2:]
+    for one, two in zip(pictures, alone, strict=True):
+        assert np.abs(one.astype(int) - two.astype(int)).max() <= 2  # rounding of batched products
+
+
+def test_a_replaced_unet_is_told_of(server, plain):
+    labels = {"override_settings": {"sd_unet": "Simulated engine"}}
+    made, calls = server.log(A, **labels)
+    assert set(attached(calls)) == {0}
+    for text in (server.told(), made.infotext):
+        assert "nothing was applied of test-a.safetensors" in text
+        assert "Simulated engine" in text
+    assert "DMP patch" not in made.infotext
+    same(server.make(**labels), made)
+
+
+def test_interrupt_and_skip(server):
+    long = {"steps": 60, "n_iter": 2}
+    for action in ("/sdapi/v1/interrupt", "/sdapi/v1/skip"):
+        made = server.while_making(action, A, **long)
+        calls = server.state()["calls"]
+        assert len(calls) < (60 if action.endswith("interrupt") else 119)
+        assert set(attached(calls)) == {1}
+        assert "nothing was applied" not in made.infotext
+
+
+def test_an_error_in_the_midst(server):
+    server.post("/dmp-test/fail", text="made by a test")
+    with pytest.raises(FailedError, match="made by a test"):
+        server.make(A)
+
+
+def test_infotext_and_what_reading_it_restores(server, folder):
+    made = server.make(A, 0.8, 0.1, 0.9, 1.0, 0.5, 1.0, B, 0.5, prompt=f"a cat <dmp:{ZERO}:0.3>")
+    text, digest = made.infotext, file_hash(folder / f"{A}.safetensors")
+    for part in (
+        f"DMP patch: {A}",
+        f"DMP hash: {digest}",
+        "DMP strength: 0.8",
+        "DMP start: 0.1",
+        "DMP end: 0.9",
+        "DMP middle: 0.5",
+        f"DMP patch 2: {B}",
+        "DMP strength 2: 0.5",
+        f'DMP hashes: "{ZERO}: {file_hash(folder / (ZERO + ".safetensors"))}"',
+    ):
+        assert part in text
+    assert "DMP early" not in text
+    fields = server.post("/dmp-test/paste", text=text)["fields"]
+    assert fields["dmp/DMP"] is True
+    assert fields["dmp/Patch 1"] == A
+    assert (fields["dmp/Strength 1"], fields["dmp/End percent 1"]) == (0.8, 0.9)
+    assert fields["dmp/Middle 1"] == 0.5
+    assert (fields["dmp/Patch 2"], fields["dmp/Strength 2"]) == (B, 0.5)
+    assert (fields["dmp/Patch 3"], fields["dmp/Strength 3"]) == ("None", 1.0)
+    plain = server.post("/dmp-test/paste", text=server.make().infotext)["fields"]
+    assert (plain["dmp/DMP"], plain["dmp/Patch 1"]) == (False, "None")
+    same(server.make(infotext=text, prompt=f"a cat <dmp:{ZERO}:0.3>"), made)
+
+
+def test_the_infotext_of_the_script(server):
+    text = server.make(**script(A, 0.8)).infotext
+    assert f"DMP script patch: {A}" in text
+    assert "Script: DMP script" in text
+    fields = server.post("/dmp-test/paste", text=text)["fields"]
+    assert (fields["dmp script/Patch 1"], fields["dmp script/Strength 1"]) == (A, 0.8)
+    assert fields["dmp/DMP"] is False
+
+
+def test_renamed_files_are_found_by_their_hash(server, folder):
+    text = server.make(A, prompt=f"a cat <dmp:{A}:0.5>").infotext
+    renamed = text.replace(A, "test-gone")
+    pasted = server.post("/dmp-test/paste", text=renamed)
+    assert pasted["fields"]["dmp/Patch 1"] == A
+    assert pasted["prompt"] == f"a cat <dmp:{A}:0.5>"
+
+
+XYZ = "x/y/z plot"
+
+
+def axes(server: Server, x: tuple[str, str], y: tuple[str, str] = ("Nothing", "")) -> dict:
+    """A plot of two axes by their names."""
+    info = next(i for i in server.get("/sdapi/v1/script-info") if i["name"] == XYZ)
+    index = list(info["args"][0]["choices"]).index
+    both = [[index(name), values, []] for name, values in (x, y)]
+    values = [*both[0], *both[1], index("Nothing"), "", []]
+    rest = [True, True, False, False, False, False, False, 0, True]
+    return {"script_name": XYZ, "script_args": [*values, *rest[: len(info["args"]) - 9]]}
+
+
+def test_a_plot_of_patch_and_strength(server, plain):
+    plot = axes(server, ("[DMP] Strength", "0,1"), ("[DMP] Patch", f"None,{A}"))
+    made = server.make(**plot)
+    cells = made.images[1:]
+    assert len(cells) == 4
+    np.testing.assert_array_equal(cells[0], plain.image)
+    np.testing.assert_array_equal(cells[1], plain.image)
+    np.testing.assert_array_equal(cells[2], plain.image)
+    np.testing.assert_array_equal(cells[3], server.make(A).image)
+    assert "DMP patch" not in made.infotexts[1]
+    assert f"DMP patch: {A}" in made.infotexts[-1]
+
+
+def test_a_plot_of_start_and_end_with_the_accordion(server):
+    made = server.make(A, **axes(server, ("[DMP] Start", "0,0.5"), ("[DMP] End", "0.5,1")))
+    cells = made.images[1:]
+    np.testing.assert_array_equal(cells[0], server.make(A, 1.0, 0.0, 0.5).image)
+    np.testing.assert_array_equal(cells[3], server.make(A, 1.0, 0.5, 1.0).image)
+
+
+def test_a_plot_with_wrong_values_does_not_begin(server):
+    with pytest.raises(FailedError, match="DMP: expected the name of a patch"):
+        server.make(**axes(server, ("[DMP] Patch", "test-missing")))
+    with pytest.raises(FailedError, match="DMP: expected start from 0 to 1, found 2"):
+        server.make(A, **axes(server, ("[DMP] Start", "2")))
+
+
+def test_axes_are_there_once(server):
+    info = next(i for i in server.get("/sdapi/v1/script-info") if i["name"] == XYZ)
+    ours = [name for name in info["args"][0]["choices"] if "DMP" in name]
+    assert ours == ["[DMP] Patch", "[DMP] Strength", "[DMP] Start", "[DMP] End"]
+
+
+def test_controls_have_labels_and_scripts_are_listed(server):
+    scripts = server.get("/sdapi/v1/scripts")
+    assert all({"dmp", "dmp script"} <= set(scripts[tab]) for tab in ("txt2img", "img2img"))
+    for info in server.get("/sdapi/v1/script-info"):
+        if info["name"] in ("dmp", "dmp script"):
+            assert len(info["args"]) == (22 if info["name"] == "dmp" else 21)
+            assert all(arg["label"] for arg in info["args"])
+
+
+def test_metadata_of_the_cards(server):
+    try:
+        answer = server.get(f"/sd_extra_networks/metadata?page=dmp&item={A}")
+    except OSError:
+        pytest.skip("cards are made when the browser opens the tab")
+    card = server.get(f"/sd_extra_networks/get-single-card?page=dmp&tabname=txt2img&name={A}")
+    assert f"&lt;dmp:{A}:" in card["html"]
+    assert isinstance(answer, dict)
+
+
+def test_memory_and_hooks_over_many_generations(server, plain):
+    count = int(os.environ.get("WEBUI_GENERATIONS", "40"))
+    sizes = []
+    patched = server.make(A, **HIRES)
+    for index in range(count):
+        if index % 2:
+            same(server.make(A, **HIRES), patched)
+        else:
+            same(server.make(), plain)
+        if index in (count // 2, count - 1):
+            state = server.state()
+            sizes.append(state["rss"])
+            assert (state["attachments"], state["sessions"]) == (0, 0)
+    assert sizes[1] - sizes[0] < 40e6
+
+
+def test_reloading_the_interface(server, plain):
+    made = server.make(A)
+    server.post("/dmp-test/reload")
+    time.sleep(3)
+    server.wait_until("/dmp-test/state")
+    assert server.state()["path"] == []
+    same(server.make(), plain)
+    again, calls = server.log(A)
+    same(again, made)
+    assert attached(calls) == [1] * 4
+    ours = [i["name"] for i in server.get("/sdapi/v1/script-info")].count("dmp script")
+    assert ours == 2
