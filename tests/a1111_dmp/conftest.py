@@ -1,0 +1,3 @@
+"""Files here that only a server loads."""
+
+collect_ignore = ["server_extension"]
