@@ -84,7 +84,7 @@ def caption_text(captions: tuple[str, ...], rules: CaptionRules, *draw: object) 
 
 
 def _wildcards(text: str, *draw: object) -> str:
-    """Draws one of {a|b|c}, innermost first; {{ and }} stand for braces."""
+    """Draws one of {a|b|c}; {{ and }} stand for braces."""
     text = text.replace("{{", "\x01").replace("}}", "\x02")
     count = 0
     while match := _CHOICE.search(text):

@@ -33,7 +33,7 @@ def upright_size(file: BinaryIO, name: str) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             width, height = image.size
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+            sideways = _orientation(image) in _SIDEWAYS
     except _BROKEN as error:
         raise broken(name, error) from error
     if width < 1 or height < 1:
@@ -53,10 +53,21 @@ def open_image(file: BinaryIO, name: str, channels: int = 3) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.seek(0)
+            turned = _orientation(image) > 1
             image.load()
-            return _plain(ImageOps.exif_transpose(image), channels)
+            return _plain(ImageOps.exif_transpose(image) if turned else image, channels)
     except _BROKEN as error:
         raise broken(name, error) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 for none, from what comes before the pixels.
+
+    In a PNG it may also come after them; finding out would decode every image of a data set.
+    """
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
+        return 1
+    return int(image.getexif().get(_ORIENTATION, 1))
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:

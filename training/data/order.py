@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +28,17 @@ class Order:
         which = np.array([numbers.setdefault(b, len(numbers)) for b in buckets], dtype=np.int64)
         self._members = [np.flatnonzero(which == n) for n in range(len(numbers))]
         self._seed, self._shuffle = seed, shuffle
-        self.plan = lru_cache(maxsize=2)(self._plan)
+        self._plans: dict[tuple[int, int], Plan] = {}
 
-    def _plan(self, epoch: int, global_batch: int) -> Plan:
+    def plan(self, epoch: int, global_batch: int) -> Plan:
         """Item numbers of an epoch, (batches, global_batch).
 
         The last batch of a bucket is filled up from the bucket's start, whose images are others
         in each epoch: none is dropped, and over epochs none is preferred.
         """
+        known = self._plans.get((epoch, global_batch))
+        if known is not None:
+            return known
         rows = []
         for number, members in enumerate(self._members):
             if self._shuffle:
@@ -47,6 +49,7 @@ class Order:
         plan = np.concatenate(rows)
         if self._shuffle:
             plan = plan[draws.permutation(len(plan), self._seed, epoch, "batches")]
+        self._plans = {(epoch, global_batch): plan, **dict(list(self._plans.items())[:1])}
         return plan
 
     def fills(self, global_batch: int) -> npt.NDArray[np.bool_]:

@@ -86,7 +86,7 @@ def bucket_sizes(rules: SizeRules) -> tuple[Size, ...]:
     """
     area, step = math.prod(rules.resolution), rules.multiple
     side = int(math.sqrt(area)) // step * step
-    sizes = {(side, side)} if side else set()
+    sizes = {(side, side)} if rules.shortest <= side <= rules.longest and side else set()
     for width in range(_up(rules.shortest, step), rules.longest + 1, step):
         height = min(rules.longest, area // width) // step * step
         if height >= max(rules.shortest, step):
@@ -170,8 +170,9 @@ def _without_upscale(size: Size, rules: SizeRules) -> Fit:
     scale = min(1.0, math.sqrt(math.prod(rules.resolution) / math.prod(size)))
     step = rules.multiple
     # An image smaller than one step is the one case that must grow.
-    target = tuple(max(step, int(s * scale + 1e-6) // step * step) for s in size)
-    return _cover(size, (target[0], target[1]))
+    width, height = (max(step, int(s * scale + 1e-6) // step * step) for s in size)
+    longest = max(step, math.prod(rules.resolution) // min(width, height) // step * step)
+    return _cover(size, (min(width, longest), min(height, longest)))
 
 
 def _near(value: int, step: int) -> int:
