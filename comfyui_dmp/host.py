@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-import zlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from comfyui_dmp.checks import (
     require_supported,
     require_usable,
 )
+from comfyui_dmp.compiled import own_graph
 from comfyui_dmp.model import (
     denoiser_of,
     image_tokens,
@@ -117,21 +117,23 @@ class Wrapper:
 
         prepare = self._prepare(x, settings, timesteps, conds)
         with ExitStack() as stack:
-            if self._slot == "unet":
-                mark = self._mark(model, options, settings, conds)
-                options = unet_options(options, self._keys, prepare)
-            elif self._slot == "dit":
-                context = prepare(time_embedding(model, self._base, timesteps))
-                mark = self._mark(model, options, (settings, context.weights.shape), conds)
-                if mark:
-                    context = _for_compiled(context)
-                options = dit_options(options, self._keys, context)
-            else:
+            compiled = is_compiled(model, options)
+            if self._slot == "hooks":
                 require_not_compiled(model, options)
-                mark = {}
                 labels = self.record.loaded.patch.variant.condition == "t+y"
                 stack.enter_context(hooked(denoiser_of(model), self._sites, prepare, labels))
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds, **mark)
+            elif self._slot == "unet":
+                facts: object = settings
+                options = unet_options(options, self._keys, prepare)
+            else:
+                context = prepare(time_embedding(model, self._base, timesteps))
+                facts = settings, context.weights.shape
+                context = _for_compiled(context) if compiled else context
+                options = dit_options(options, self._keys, context)
+            if compiled:
+                variant = self.record.loaded.patch.variant
+                stack.enter_context(own_graph(denoiser_of(model), (variant, facts)))
+            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def settings(self, model_sampling: Any) -> Settings:
         """The core's settings for how a model samples now; other nodes may have changed it.
@@ -173,22 +175,6 @@ class Wrapper:
             )
 
         return prepare
-
-    def _mark(
-        self, model: Any, options: dict[str, Any], facts: object, conds: dict[str, Any]
-    ) -> dict[str, float]:
-        """A keyword argument that tells compiled graphs apart; none where nothing is compiled.
-
-        ComfyUI's compile nodes do not watch `transformer_options`, so that a graph made with one
-        patch would serve a call with another, or none. They do watch the model's keywords.
-        """
-        if not is_compiled(model, options):
-            return {}
-        text = repr((self.record.loaded.patch.variant, facts))
-        mark = f"dmp_{zlib.crc32(text.encode()):08x}"
-        while mark in conds:  # the same patch twice
-            mark += "_"
-        return {mark: 1.0}
 
 
 def _for_compiled(context: Context) -> Context:

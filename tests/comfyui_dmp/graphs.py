@@ -47,13 +47,20 @@ class Graph:
 
     @classmethod
     def of_transformer(
-        cls, file: str, *, channels: int, pooled: int, dtype: str = "default", **sampling: Any
+        cls,
+        file: str,
+        *,
+        channels: int,
+        pooled: int,
+        dtype: str = "default",
+        size: tuple[int, int] = (64, 96),
+        **sampling: Any,
     ) -> Graph:
         """A workflow with a transformer alone; it gives latents."""
         graph = cls(None, scheduler="simple", **sampling)
         graph.plain = graph.add("model", "UNETLoader", unet_name=file, weight_dtype=dtype)
         latent = "EmptySD3LatentImage" if channels == 16 else "EmptyLatentImage"
-        graph.add("latent", latent, width=64, height=96, batch_size=1)
+        graph.add("latent", latent, width=size[0], height=size[1], batch_size=1)
         sizes = {"width": 4096, "pooled": pooled}
         graph.add("positive", "DMPTest_RandomConditioning", seed=1, tokens=9, **sizes)
         graph.add("negative", "DMPTest_RandomConditioning", seed=2, tokens=5, **sizes)

@@ -39,16 +39,17 @@ class Server:
         url: of the server.
         models: its folder of models.
         checkpoint: name of an SD 1.5 checkpoint it has.
-        own: whether the tests started it, and may put checkpoints of other kinds into it.
+        pid: of its process, where the tests started it; then they may put checkpoints of other
+            kinds into its folders.
     """
 
-    def __init__(self, url: str, models: Path, checkpoint: str, own: bool = False) -> None:
+    def __init__(self, url: str, models: Path, checkpoint: str, pid: int | None = None) -> None:
         self.url, self.models, self.checkpoint = url.rstrip("/"), models, checkpoint
-        self.own = own
+        self.pid = pid
 
     def checkpoint_of(self, kind: str, folder: str) -> str:
         """Name of a checkpoint with random weights in a folder of models; made once."""
-        if not self.own:
+        if self.pid is None:
             pytest.skip("needs a server that the tests start: set COMFYUI_PATH only")
         return linked(made(kind), self.models / folder)
 
@@ -187,7 +188,7 @@ def started(comfyui: Path, folder: Path, checkpoint: Path) -> Iterator[Server]:
             command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            server = Server(f"http://127.0.0.1:{port}", models, checkpoint.name, own=True)
+            server = Server(f"http://127.0.0.1:{port}", models, checkpoint.name, process.pid)
             for _ in range(600):
                 with contextlib.suppress(urllib.error.URLError, ConnectionError):
                     server.get("/system_stats")

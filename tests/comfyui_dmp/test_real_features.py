@@ -220,7 +220,7 @@ def compiled(model: Any, backend: str = "eager") -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
 def test_compiled_graphs_are_told_apart(real, run, host, name):
     """ComfyUI's compile node ignores `transformer_options`: no graph may serve another patch."""
     family = real.FAMILIES[name]
