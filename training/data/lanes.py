@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from training.data import draws
-from training.data.shards import Counts, Raw, read_shard
+from training.data.shards import Counts, Raw, Shard, read_shard
 
 MOST_LANES = 64  # open shards of a process, at most
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Visit:
     """One pass of a lane over a shard: the samples whose number is `part` modulo `parts`."""
 
     epoch: int
-    shard: str
+    shard: Shard
     part: int
     parts: int
 
@@ -40,7 +40,7 @@ def lane_count(global_batch: int) -> int:
 
 
 def visits(
-    shards: Sequence[str], lane: int, lanes: int, seed: int, shuffle: bool
+    shards: Sequence[Shard], lane: int, lanes: int, seed: int, shuffle: bool
 ) -> Iterator[Visit]:
     """The endless list of what a lane reads."""
     parts = math.ceil(lanes / len(shards))
@@ -58,16 +58,16 @@ def visits(
 
 def count_of(visit: Visit, counts: Counts) -> int:
     """Samples of a visit."""
-    return max(0, math.ceil((counts.of(visit.shard) - visit.part) / visit.parts))
+    return max(0, math.ceil((counts.of(visit.shard.place) - visit.part) / visit.parts))
 
 
 def samples_of(visit: Visit, counts: Counts) -> Iterator[Raw]:
     """The samples of a visit, in the shard's order."""
     number = -1
-    for number, raw in enumerate(read_shard(visit.shard)):
+    for number, raw in enumerate(read_shard(visit.shard.place)):
         if number % visit.parts == visit.part:
             yield raw
-    counts.remember(visit.shard, number + 1)
+    counts.remember(visit.shard.place, number + 1)
 
 
 def pooled(entries: Iterator[T], size: int, pick: Callable[[Sequence[T], int], int]) -> Iterator[T]:

@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dmp_common import PatchError
 from dmp_common.patchfile import write_atomically
@@ -28,6 +29,29 @@ class Raw:
     key: str
     image: bytes
     parts: dict[str, bytes]
+
+
+class Shard(NamedTuple):
+    """One tar file: where it is, and a name that stays when all are moved elsewhere."""
+
+    place: str
+    name: str
+
+
+def find_shards(text: str) -> list[Shard]:
+    """All shards of `--webdataset`, in order.
+
+    Raises:
+        PatchError: as `expand`.
+    """
+    places = expand(text)
+    parts = [place.split("/") for place in places]
+    # Random draws hang on the name, so it says no more of where the data are than it has to.
+    for depth in itertools.count(1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return [Shard(*pair) for pair in zip(places, names, strict=True)]
 
 
 def expand(text: str) -> list[str]:
@@ -52,9 +76,9 @@ def expand(text: str) -> list[str]:
             if not matches:
                 raise PatchError(f"expected a shard at {place}, found none: check --webdataset.")
             found += [Path(match).as_posix() for match in matches]
-    twice = {place for place in found if found.count(place) > 1} if len(found) < 1000 else set()
-    if twice:
-        raise PatchError(f"expected each shard once, found {min(twice)} twice in --webdataset.")
+    if len(set(found)) < len(found):
+        twice = next(place for place, count in Counter(found).items() if count > 1)
+        raise PatchError(f"expected each shard once, found {twice} twice in --webdataset.")
     return found
 
 

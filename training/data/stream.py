@@ -19,8 +19,10 @@ from training.data.kind import DataKind
 from training.data.lanes import Visit, count_of, pooled, samples_of, visits
 from training.data.loading import Item, Recipe
 from training.data.samples import Sample, Subset
-from training.data.shards import Counts, Raw
+from training.data.shards import Counts, Raw, Shard
 from training.data.sizes import Size
+
+_EMPTY = 64  # passes over all data without an image, after which there are none
 
 
 class BytesStore:
@@ -52,7 +54,7 @@ class Stream:
             where all batches have one size.
     """
 
-    shards: tuple[str, ...]
+    shards: tuple[Shard, ...]
     subset: Subset
     recipe: Recipe
     options: Any
@@ -88,10 +90,10 @@ class Stream:
                 if number > skip:
                     yield item
             empty = empty + 1 if number == first else 0
-            if empty > len(self.shards) * visit.parts:
+            if empty > _EMPTY * len(self.shards) * visit.parts:
                 raise PatchError(
-                    f"expected images in the {len(self.shards)} shards, found too few for a batch "
-                    f"of {lanes * each}: check --webdataset, or lower --train_batch_size."
+                    f"expected images in the {len(self.shards)} shards, found none any more: check "
+                    "--webdataset."
                 )
 
     def _of_visit(
@@ -99,7 +101,7 @@ class Stream:
     ) -> Iterator[Item]:
         def pick(pool: Sequence[Item], taken: int) -> int:
             bucket = self.bucket((first + taken) // each)
-            draw = (self.recipe.seed, visit.epoch, visit.shard, visit.part, taken)
+            draw = (self.recipe.seed, visit.epoch, visit.shard.name, visit.part, taken)
             if bucket is None:
                 return draws.below(len(pool), *draw) if self.recipe.augment else 0
             ratio = math.log(bucket[0] / bucket[1])
@@ -120,9 +122,9 @@ class Stream:
         Raises:
             PatchError: it is broken, or has no caption or class.
         """
-        name = f"{visit.shard}!{raw.key}"
+        name = f"{visit.shard.place}!{raw.key}"
         captions, label = describe(raw, name, self.recipe.kind, self.subset, self.options)
-        key = f"{Path(visit.shard).name}!{raw.key}"
+        key = f"{visit.shard.name}!{raw.key}"
         try:
             size = upright_size(io.BytesIO(raw.image), name)
         except PatchError:

@@ -20,7 +20,7 @@ from training.data.lanes import Visit, lane_count, samples_of
 from training.data.loading import Item, Recipe, Request, unpacked
 from training.data.order import share
 from training.data.rules import make_subset, values_of
-from training.data.shards import Counts, expand
+from training.data.shards import Counts, Shard, find_shards
 from training.data.sizes import fit
 from training.data.stream import BytesStore, Stream
 
@@ -38,11 +38,11 @@ class StreamData(Data):
 
     def __init__(self, stream: Stream, source: str, notes: list[str]) -> None:
         self._stream, self._source, self._notes = stream, source, notes
-        local = not any(remote.is_url(place) for place in stream.shards)
+        local = not any(remote.is_url(shard.place) for shard in stream.shards)
         counts = Counts(stream.counts_folder)
         few = local and len(stream.shards) <= _COUNTED
         # Nothing that a later run may know better: positions are counted in these epochs.
-        self.size = sum(counts.of(place) for place in stream.shards) if few else None
+        self.size = sum(counts.of(shard.place) for shard in stream.shards) if few else None
 
     def summary(self) -> DataSummary:
         """What is known without reading the shards."""
@@ -175,7 +175,7 @@ def open_stream(options: Any, kind: DataKind, seed: int, split: str) -> StreamDa
                 f"expected no --{name} with --webdataset, found it: shards are read as they come, "
                 "without knowing all images; leave it out."
             )
-    shards = _split(expand(options.webdataset), options.validation_split, split)
+    shards = _split(find_shards(options.webdataset), options.validation_split, split)
     subset = make_subset(values_of(options), kind, "shards")
     recipe = Recipe(
         kind, BytesStore(), seed, augment=split == "train", skip_broken=options.skip_broken
@@ -184,7 +184,7 @@ def open_stream(options: Any, kind: DataKind, seed: int, split: str) -> StreamDa
     stream = Stream(tuple(shards), subset, recipe, options, options.shuffle_buffer, folder)
     visit = Visit(0, shards[0], 0, 1)
     raws = itertools.chain.from_iterable(
-        samples_of(replace(visit, shard=place), Counts(None)) for place in shards
+        samples_of(replace(visit, shard=shard), Counts(None)) for shard in shards
     )
     count = _REFERENCE if subset.sizes.bucket else 1
     looked_at = [stream.item(raw, visit) for raw in itertools.islice(raws, count)]
@@ -196,13 +196,13 @@ def open_stream(options: Any, kind: DataKind, seed: int, split: str) -> StreamDa
     return StreamData(stream, f"{len(shards)} shards ({options.webdataset})", [])
 
 
-def _split(shards: list[str], share_: float, split: str) -> list[str]:
+def _split(shards: list[Shard], share_: float, split: str) -> list[Shard]:
     """Whole shards for validation, by a hash of their names: others are then never opened."""
     if not share_:
         return shards
     if len(shards) < 2:
         raise PatchError("expected two shards to split, found one: leave out --validation_split.")
-    ranked = sorted(shards, key=lambda place: draws.uniform("validation", Path(place).name))
+    ranked = sorted(shards, key=lambda shard: draws.uniform("validation", shard.name))
     count = min(max(1, round(share_ * len(shards))), len(shards) - 1)
     chosen = set(ranked[:count])
-    return [place for place in shards if (place in chosen) == (split == "validation")]
+    return [shard for shard in shards if (shard in chosen) == (split == "validation")]
