@@ -7,6 +7,7 @@ what says what it predicts.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -226,7 +227,17 @@ def heat_map(choices: list[Choice]) -> Image.Image:
     return sheet
 
 
+def leave_path() -> None:
+    """Takes the repository off `sys.path`, where Forge puts and leaves every extension.
+
+    It would come before everything else there, with folders called `tests` and `training`.
+    """
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != root]
+
+
 def register() -> None:
     """Asks the host to call us; it forgets this when scripts are loaded again."""
     script_callbacks.on_cfg_denoiser(follow)
     script_callbacks.on_script_unloaded(close_all)
+    script_callbacks.on_before_ui(leave_path)

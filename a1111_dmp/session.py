@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -111,7 +111,7 @@ class Session:
             self._made += self._attachments
 
     def __enter__(self) -> Session:
-        self._raise()
+        self._raise(self._errors)
         self._told.clear()
         self._made.clear()
         self._own, self.unused = self._model().checkpoint, ""
@@ -129,12 +129,13 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        calls = sum(attachment.calls for attachment in self._made)
+        made, calls = len(self._made), sum(attachment.calls for attachment in self._made)
+        errors = dict(self._errors)
         self.close()
         if error is not None:
             return
-        self._raise()
-        if self._made and not calls and not self._stopped():
+        self._raise(errors)
+        if made and not calls and not self._stopped():
             self._not_applied("the model was never called; another extension replaces it")
 
     def close(self) -> None:
@@ -144,8 +145,9 @@ class Session:
         self._seat, self.running = None, False
         self._errors.pop("", None)
 
-    def _raise(self) -> None:
-        for error in self._errors.values():
+    @staticmethod
+    def _raise(errors: Mapping[str, PatchError]) -> None:
+        for error in errors.values():
             raise PatchError(f"{NAME}: {error}") from error
 
     def _detach(self) -> None:

@@ -1,12 +1,13 @@
-"""Checkpoints with random weights for tests of a real A1111 server.
+"""Checkpoints with random weights for tests of a real A1111 or Forge server.
 
     WEBUI_PATH=... python tests/a1111_dmp/checkpoints.py tiny FOLDER
-    WEBUI_PATH=... python tests/a1111_dmp/checkpoints.py sd15 FOLDER
 
-Run it with the web UI's own Python. `tiny` writes two checkpoints of the architecture of SD 1.5,
-a tenth as wide, with their configuration beside them: a picture takes about a second. The server
-needs the extension in `tests/a1111_dmp/server_extension` to know their base. `sd15` writes one of
-full size (two gigabytes). Pictures are noise, but every one is a function of all weights.
+WEBUI_PATH is that of A1111, and its own Python runs this; CLIP_TOKENIZER names a folder with the
+vocabulary of CLIP ViT-L. `tiny` writes two checkpoints of the architecture of SD 1.5, a tenth as
+wide, with their configuration beside them: a picture takes a quarter of a second. Forge builds text
+encoder and decoder by the book, so for it `narrow` makes the UNet alone a tenth as wide. `sd15`
+writes one of full size (two gigabytes). For the first two the server needs the extension in
+`tests/a1111_dmp/server_extension`. Pictures are noise, but every one is a function of all weights.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ def main(kind: str, folder: Path) -> None:
     sys.path[:0] = [str(webui / REPOSITORY)]
     yaml = importlib.import_module("yaml")
     config = yaml.safe_load((webui / CONFIG).read_text(encoding="utf-8"))
-    clip = dict(CLIP)
+    params, clip = config["model"]["params"], dict(CLIP)
+    if kind in ("tiny", "narrow"):
+        params["unet_config"]["params"]["model_channels"] = WIDTH
     if kind == "tiny":
         clip |= {"hidden_size": TEXT, "intermediate_size": 2 * TEXT, "num_hidden_layers": 2}
         clip |= {"num_attention_heads": 4, "projection_dim": TEXT}
-        params = config["model"]["params"]
-        params["unet_config"]["params"] |= {"model_channels": WIDTH, "context_dim": TEXT}
+        params["unet_config"]["params"]["context_dim"] = TEXT
         params["first_stage_config"]["params"]["ddconfig"]["ch"] = VAE
         text = folder / "tiny-clip"
         write_text_encoder(text, clip)
         params["cond_stage_config"]["params"] = {"version": str(text)}
-    shapes = shapes_of(config["model"]["params"], clip)
-    for seed, name in enumerate(("tiny-a", "tiny-b") if kind == "tiny" else ("sd15-random",)):
-        write(folder / f"{name}.safetensors", shapes, seed, half=kind != "tiny")
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    shapes = shapes_of(params, clip)
+    for seed, letter in enumerate("ab"):
+        write(folder / f"{kind}-{letter}.safetensors", shapes, seed, half=kind != "tiny")
+        if kind == "tiny":
+            (folder / f"tiny-{letter}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 def write_text_encoder(folder: Path, clip: dict[str, Any]) -> None:

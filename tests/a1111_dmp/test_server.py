@@ -3,8 +3,8 @@
 WEBUI_URL=...        a running server with `--api`, with this repository and
                      `tests/a1111_dmp/server_extension` linked into its `extensions` folder.
 WEBUI_DMP=...        its folder of patches; tests write some into it, named `test-...`.
-WEBUI_BASE=...       the base of its checkpoints: `tiny-a1111` (unless set), for those of
-                     `checkpoints.py tiny`, or `sd15`.
+WEBUI_BASE=...       the base of its checkpoints: `tiny-a1111` (unless set) and `narrow-a1111` for
+                     those of `checkpoints.py tiny` and `narrow`, or `sd15`.
 WEBUI_OTHER=...      the name of a second checkpoint, `tiny-b` unless set; empty for none.
 """
 
@@ -51,7 +51,7 @@ def folder() -> Path:
     if not os.environ.get("WEBUI_URL") or not os.environ.get("WEBUI_DMP"):
         pytest.skip("needs a running server: set WEBUI_URL and WEBUI_DMP (see the file's top)")
     folder = Path(os.environ["WEBUI_DMP"])
-    base = os.environ.get("WEBUI_BASE", tiny_base.NAME)
+    base = os.environ.get("WEBUI_BASE", "tiny-a1111")
     tiny_base.register()
     (folder / "deep").mkdir(parents=True, exist_ok=True)
     save_random(folder / f"{A}.safetensors", 1, base)
