@@ -147,10 +147,13 @@ def _unet(config: dict[str, Any]) -> Shapes:
     return _of("model.diffusion_model.", module, "UNetModel", **config, **options)
 
 
-def _vae() -> Shapes:
+def _vae(channels: int = 4) -> Shapes:
     module = "comfy.ldm.models.autoencoder"
+    config = VAE | {"z_channels": channels}
     with torch.device("meta"):
-        return _of("first_stage_model.", module, "AutoencoderKL", ddconfig=VAE, embed_dim=4)
+        return _of(
+            "first_stage_model.", module, "AutoencoderKL", ddconfig=config, embed_dim=channels
+        )
 
 
 def _clip(prefix: str, file: str) -> Shapes:
@@ -180,6 +183,14 @@ def _controlnet() -> Shapes:
     return _of("control_model.", "comfy.cldm.cldm", "ControlNet", **config, **options)
 
 
+def _sd3_whole() -> Shapes:
+    """A checkpoint with everything but T5, which ComfyUI does without."""
+    large = _clip("text_encoders.clip_l.transformer.", "sd1_clip_config.json")
+    huge = _clip("text_encoders.clip_g.transformer.", "clip_config_bigg.json")
+    model = {f"model.diffusion_model.{key}": shape for key, shape in KINDS["sd3"]().items()}
+    return model | _vae(16) | large | huge
+
+
 def _transformer(module: str, name: str, config: dict[str, Any]) -> Callable[[], Shapes]:
     def shapes() -> Shapes:
         options = {"device": "meta", "operations": _ops()}
@@ -207,6 +218,7 @@ KINDS: dict[str, Callable[[], Shapes]] = {
     "controlnet": _controlnet,
     "sd3": _transformer("modules.diffusionmodules.mmdit", "MMDiT", SD3),
     "flux": _transformer("flux.model", "Flux", FLUX),
+    "sd3-whole": _sd3_whole,
     "dit": _dit,
     "pixart": _transformer("pixart.pixartms", "PixArtMS", PIXART),
 }

@@ -153,16 +153,16 @@ def made(kind: str) -> Path:
     return path
 
 
-def linked(path: Path, folder: Path) -> str:
+def linked(path: Path, folder: Path, name: str | None = None) -> str:
     """Puts a file into a folder without copying it, where the system can; its name there."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / path.name
+    place = folder / (name or path.name)
     if not place.exists():
         try:
             place.symlink_to(path)
         except OSError:  # Windows lets administrators only
             shutil.copy(path, place)
-    return path.name
+    return place.name
 
 
 @contextlib.contextmanager

@@ -1,0 +1,151 @@
+"""The example workflows in a real browser against a real server; see `conftest.py`.
+
+They need playwright and COMFYUI_BROWSER, the path of a Chromium. With COMFYUI_SCREENSHOTS, a
+folder, the screen is saved there after every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmp_common import Patch, families, register_base
+from tests.comfyui_dmp.server import ROOT, Server, linked, made, message_of, same, save_random
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+CHECKPOINTS = {
+    "v1-5-pruned-emaonly-fp16.safetensors": "sd15",
+    "sd_xl_base_1.0.safetensors": "sdxl",
+    "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": "sd3-whole",
+}
+BYPASS = 4  # a node's mode in LiteGraph
+FIT = """() => {
+    const nodes = app.graph._nodes, canvas = app.canvas;
+    const left = Math.min(...nodes.map((n) => n.pos[0]));
+    const top = Math.min(...nodes.map((n) => n.pos[1])) - 40;
+    const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0]));
+    const bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1]));
+    const scale = Math.min(1780 / (right - left), 900 / (bottom - top), 1.2);
+    canvas.ds.scale = scale;
+    canvas.ds.offset = [90 / scale - left, 90 / scale - top];
+    canvas.setDirty(true, true);
+}"""
+
+
+@pytest.fixture(scope="module")
+def filled(server: Server) -> Server:
+    """The server with models and patches under the names that the workflows use."""
+    if server.pid is None:
+        pytest.skip("needs a server that the tests start: set COMFYUI_PATH only")
+    for name, kind in CHECKPOINTS.items():
+        linked(made(kind), server.models / "checkpoints", name)
+    small = register_base(families.sd3("test-sd3", depth=2, width=128, dual=False, hub_id=None))
+    folder = server.models / "dmp"
+    for seed, name in enumerate(("sd15-patch", "sd15-other")):
+        save_random(folder / f"{name}.safetensors", Patch.create("sd15"), seed)
+    save_random(folder / "sdxl-patch.safetensors", Patch.create("sdxl"), 3)
+    save_random(folder / "sd35-patch.safetensors", Patch.create(small), 4)
+    return server
+
+
+@pytest.fixture(scope="module")
+def page(filled: Server) -> Iterator[Any]:
+    """ComfyUI's page in a browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    browser_path = os.environ.get("COMFYUI_BROWSER", "")
+    if not Path(browser_path).is_file():
+        pytest.skip("needs a browser: set COMFYUI_BROWSER to the path of a Chromium")
+    filled.post("/settings", {"Comfy.TutorialCompleted": True})
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1900, "height": 1050})
+        page.goto(filled.url, wait_until="domcontentloaded", timeout=120_000)
+        page.wait_for_function(
+            "() => window.app?.graph && window.app.graphToPrompt", timeout=120_000
+        )
+        time.sleep(5)
+        page.keyboard.press("Escape")
+        yield page
+        browser.close()
+
+
+def opened(page: Any, name: str, **modes: int) -> dict[str, Any]:
+    """Opens a workflow, small enough for a CPU, some of its nodes in another mode."""
+    flow = json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))
+    for node in flow["nodes"]:
+        if node["type"] in ("EmptyLatentImage", "EmptySD3LatentImage"):
+            node["widgets_values"][:2] = [128, 128]
+        if node["type"] == "KSampler":
+            node["widgets_values"][2] = 2
+        node["mode"] = modes.get(node["type"], node.get("mode", 0))
+    page.evaluate("async (flow) => { await app.loadGraphData(flow, true, true, 'flow'); }", flow)
+    time.sleep(1)
+    prompt: dict[str, Any] = page.evaluate("async () => (await app.graphToPrompt()).output")
+    return prompt
+
+
+def run(page: Any, server: Server) -> list[np.ndarray]:
+    """Queues what the page shows, as its button does; the pictures by the number of their node."""
+    known = set(server.get("/history"))
+    page.evaluate("async () => { await app.queuePrompt(0); }")
+    while not (new := set(server.get("/history")) - known):
+        time.sleep(1)
+    entry = server.get("/history")[new.pop()]
+    assert entry["status"]["status_str"] == "success", message_of(entry)
+    outputs = sorted(entry["outputs"].items(), key=lambda item: int(item[0]))
+    return [server.picture(image) for _, output in outputs for image in output.get("images", [])]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_run_in_the_browser(page, filled, name):
+    prompt = opened(page, name)
+    api = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
+    small = ("width", "height", "steps")
+    assert {
+        (node, key): value
+        for node, entry in api.items()
+        for key, value in entry["inputs"].items()
+        if key not in small or entry["class_type"].startswith("DMP")
+    }.items() <= {
+        (node, key): value
+        for node, entry in prompt.items()
+        for key, value in entry["inputs"].items()
+    }.items()
+    assert run(page, filled)
+    if folder := os.environ.get("COMFYUI_SCREENSHOTS"):
+        page.evaluate(FIT)
+        time.sleep(2)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def test_bypassed_node_is_the_plain_model(page, filled):
+    opened(page, "dmp-compare")
+    first, second = run(page, filled)
+    assert not same([first], [second])
+    prompt = opened(page, "dmp-compare", DMP_Apply=BYPASS)
+    assert "DMP_Apply" not in {entry["class_type"] for entry in prompt.values()}
+    first, second = run(page, filled)
+    assert same([first], [second])
+
+
+def test_template_browser_lists_all_with_pictures(server):
+    listed = {
+        k: v for k, v in server.get("/workflow_templates").items() if set(WORKFLOWS) <= set(v)
+    }
+    assert len(listed) == 1
+    pack = next(iter(listed))
+    for name in WORKFLOWS:
+        with urllib.request.urlopen(
+            f"{server.url}/api/workflow_templates/{pack}/{name}.jpg"
+        ) as file:
+            assert file.read(2) == b"\xff\xd8"
