@@ -114,7 +114,11 @@ class Session:
         self._raise(self._errors)
         self._told.clear()
         self._made.clear()
-        self._own, self.unused = self._model().checkpoint, ""
+        self.unused = ""
+        try:
+            self._own = self._model().checkpoint
+        except PatchError as error:
+            raise PatchError(f"{NAME}: {error}") from error
         self.running = True
         try:
             self.follow()

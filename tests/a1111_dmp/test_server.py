@@ -229,6 +229,7 @@ HIRES = {
     "hr_upscaler": "Latent",
     "denoising_strength": 0.9,
     "hr_second_pass_steps": 4,
+    "hr_additional_modules": ["Use same choices"],  # Forge wants it said
 }
 
 

@@ -1,0 +1,201 @@
+"""What users choose, by name and number, and what an infotext keeps of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from a1111_dmp.choice import (
+    DEFAULTS,
+    FIELDS,
+    SLOTS,
+    Choice,
+    from_controls,
+    from_infotext,
+    from_prompt,
+    is_on,
+    omitted,
+    to_infotext,
+)
+from a1111_dmp.files import Folder
+from dmp_common import PatchError
+from dmp_common.patchfile import file_hash
+from tests.tiny import FAMILIES
+
+TINY = FAMILIES["sd15"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("DMP")
+    TINY.patch(1).save(root / "ink.safetensors")
+    TINY.patch(2).save(root / "deep" / "oil.safetensors")
+    TINY.patch(3).save(root / "other" / "oil.safetensors")
+    (root / "notes.txt").write_text("no patch", encoding="utf-8")
+    (root / ".hidden.safetensors").write_text("no patch", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def folder(root: Path) -> Folder:
+    return Folder(root)
+
+
+def test_names_are_paths_without_ending(folder):
+    assert folder.names() == ["deep/oil", "ink", "other/oil"]
+    assert Folder(folder.root / "nowhere").names() == []
+
+
+@pytest.mark.parametrize("name", ["deep/oil", "deep/oil.safetensors", "deep\\oil"])
+def test_finding(folder, name):
+    assert folder.find(name) == folder.root / "deep" / "oil.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", ["../DMP/ink", "/etc/passwd", "./ink", "deep/../ink", "", "INK", ".hidden", "notes.txt"]
+)
+def test_nothing_else_is_found(folder, name):
+    with pytest.raises(PatchError, match="expected the name of a patch in .*: put the file there"):
+        folder.find(name)
+
+
+def test_a_name_alone_must_be_clear(folder):
+    assert folder.full_name("ink.safetensors") == "ink"
+    with pytest.raises(PatchError, match="found 'oil' for deep/oil, other/oil: give the subfolder"):
+        folder.find("oil")
+    with pytest.raises(PatchError, match=r"choose one of those in it \(nothing\)"):
+        Folder(folder.root / "nowhere").find("ink")
+
+
+def test_files_are_read_once_and_again_when_replaced(folder, tmp_path):
+    assert folder.load("ink").loaded is folder.load("ink.safetensors").loaded
+    other = Folder(tmp_path)
+    TINY.patch(1).save(tmp_path / "p.safetensors")
+    first = other.load("p")
+    TINY.patch(1, sites="all").save(tmp_path / "p.safetensors")
+    second = other.load("p")
+    assert second.loaded is not first.loaded
+    assert second.hash == file_hash(tmp_path / "p.safetensors") != first.hash
+
+
+def test_loaded_patches_are_forgotten_in_the_end(tmp_path):
+    folder = Folder(tmp_path)
+    for index in range(9):
+        TINY.patch(index).save(tmp_path / f"{index}.safetensors")
+        folder.load(str(index))
+    assert len(folder._loaded) == 6
+
+
+def test_patches_are_loaded_outside_of_inference_mode(root):
+    import torch
+
+    with torch.inference_mode():
+        patch = Folder(root).load("ink").loaded.patch
+    assert not any(p.is_inference() for p in patch.parameters())
+
+
+def values(*first: object) -> list[object]:
+    return [*first, *DEFAULTS[len(first) :]]
+
+
+def test_controls(folder):
+    slots = from_controls(values("ink", 0.5, 0.1, 0.9, 1.0, 0.5, 0.0, "deep/oil"))
+    assert slots[0] == Choice("ink", 0.5, 0.1, 0.9, 1.0, 0.5, 0.0)
+    assert slots[1] == Choice("deep/oil")
+    assert slots[2].empty
+    record, known = slots[0].record(folder)
+    assert (record.strength, record.start, record.end) == (0.5, 0.1, 0.9)
+    assert record.curve == (1.0, 0.5, 0.0)
+    assert known.name == "ink"
+
+
+@pytest.mark.parametrize("nothing", [None, "", "None", "none"])
+def test_no_patch(nothing):
+    assert all(slot.empty for slot in from_controls(values(nothing)))
+
+
+@pytest.mark.parametrize("wrong", ["much", None, True, [1], float("nan"), "inf"])
+def test_numbers_must_be_numbers(wrong):
+    with pytest.raises(PatchError, match="expected a number for start, found"):
+        from_controls(values("ink", 1.0, wrong))
+
+
+def test_other_kinds_of_values():
+    assert from_controls(values("ink", "0.5", 0))[0] == Choice("ink", 0.5)
+    with pytest.raises(PatchError, match="expected the name of a patch, found 3"):
+        from_controls(values(3))
+    assert is_on(True) and not is_on(False)
+    for wrong in ("true", 1, None, "ink"):
+        with pytest.raises(PatchError, match="expected true or false to enable DMP, found"):
+            is_on(wrong)
+
+
+def test_axes_change_the_first_slot():
+    slots = from_controls(values("ink", 0.5), {"strength": 2.0, "end": 0.7})
+    assert slots[0] == Choice("ink", 2.0, end=0.7)
+    assert from_controls(values(), {"patch": "deep/oil"})[0].patch == "deep/oil"
+    assert from_controls(values("ink"), {"patch": "None", "strength": 1.0})[0].empty
+    with pytest.raises(PatchError, match=r"expected a patch for the axis \[DMP\] strength"):
+        from_controls(values(), {"strength": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "choice"),
+    [
+        (["ink"], {}, Choice("ink")),
+        (["ink", "0.8"], {}, Choice("ink", 0.8)),
+        (["deep/oil ", " -1 "], {}, Choice("deep/oil", -1.0)),
+        (["ink"], {"strength": "2"}, Choice("ink", 2.0)),
+        (["ink", "1"], {"start": "0.2", "late": "0"}, Choice("ink", 1.0, start=0.2, late=0.0)),
+    ],
+)
+def test_prompts(positional, named, choice):
+    assert from_prompt(positional, named) == choice
+
+
+@pytest.mark.parametrize(
+    ("positional", "named"),
+    [
+        ([], {}),
+        (["ink", "1", "2"], {}),
+        (["ink"], {"te": "1"}),
+        (["ink", "1"], {"strength": "2"}),
+        (["ink", "x"], {}),
+        (["ink"], {"end": "late"}),
+    ],
+)
+def test_wrong_prompts(positional, named):
+    with pytest.raises(PatchError, match="expected (<dmp:name:strength>|a number)"):
+        from_prompt(positional, named)
+
+
+def test_omitted_values():
+    other = ["values", "of", "the", "next", "script"]
+    host_list = ["ink", 0.5, *other, *DEFAULTS]
+    assert omitted(host_list[: len(DEFAULTS)], 50 - 19, 50) == values("ink", 0.5)
+    assert omitted(DEFAULTS, 50, 50) == list(DEFAULTS)
+    assert omitted(other, 50 - len(DEFAULTS), 50) == list(DEFAULTS)
+    with pytest.raises(PatchError, match="expected at most 21 values for DMP, found 22"):
+        omitted(DEFAULTS, 51, 50)
+
+
+def test_infotext_and_back(folder):
+    for slot, choice in enumerate(
+        [Choice("ink", 0.8), Choice("deep/oil", 1.0, 0.1, 0.9, 1.0, 0.5, 0.0)]
+    ):
+        _, known = choice.record(folder)
+        texts = {k: str(v) for k, v in to_infotext("DMP", slot, choice, known).items()}
+        assert (slot == 0) == ("DMP strength" in texts)
+        back = [from_infotext(texts, "DMP", slot, name, folder) for name in FIELDS]
+        assert Choice.of(back) == choice
+    assert Choice.of([from_infotext({}, "DMP", 2, name, folder) for name in FIELDS]) == Choice()
+    assert SLOTS * len(FIELDS) == len(DEFAULTS)
+
+
+def test_renamed_files_are_known_by_their_hash(folder):
+    texts = {"DMP patch": "gone", "DMP hash": file_hash(folder.root / "deep" / "oil.safetensors")}
+    assert from_infotext(texts, "DMP", 0, "patch", folder) == "deep/oil"
+    assert folder.by_hash("gone", "0123456789") == "gone"
+    assert folder.by_hash("gone", None) == "gone"
+    assert folder.by_hash("ink", texts["DMP hash"]) == "ink"

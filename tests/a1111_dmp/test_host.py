@@ -1,0 +1,480 @@
+"""Around `p.sample`, among the controls, cards and axes: our side of the host, with stand-ins."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib.util
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from a1111_dmp.choice import DEFAULTS
+from dmp_common import PatchError, get_base
+from tests.a1111_dmp import stand_in
+from tests.a1111_dmp.ldm_shape import TINY, pair, run
+from tests.a1111_dmp.stand_in import Processing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path) -> SimpleNamespace:
+    """Our files in a host with one small model and two patches."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    host = stand_in.install(monkeypatch, tmp_path / "models")
+    root = tmp_path / "models" / "DMP"
+    TINY.patch(1).save(root / "ink.safetensors", metadata={"ss_output_name": "ink"})
+    TINY.patch(2).save(root / "deep" / "oil.safetensors")
+    (root / "broken.safetensors").write_text("no patch", encoding="utf-8")
+    _, host.unet = pair()
+    host.modules.shared.sd_model = SimpleNamespace(
+        model=SimpleNamespace(diffusion_model=host.unet),
+        parameterization="eps",
+        sd_checkpoint_info=SimpleNamespace(filename="models/own.safetensors"),
+    )
+    host.plain = run(host.unet)
+    host.outputs = []
+    monkeypatch.setattr(Processing, "during", lambda self, p: host.outputs.append(run(host.unet)))
+    host.script.register()
+    yield host
+    assert run(host.unet).equal(host.plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.unet.modules())
+
+
+def accordion(host: SimpleNamespace, p: Processing, *values: Any, enabled: Any = True) -> None:
+    host.script.Accordion().process(p, enabled, *values, *DEFAULTS[len(values) :])
+
+
+def drop_down(host: SimpleNamespace, p: Processing, *values: Any) -> Any:
+    script = host.script.DropDown()
+    p.scripts = SimpleNamespace(inputs=[None, *DEFAULTS])
+    p.script_args = [1, *values]
+    return script.run(p, *values)
+
+
+def params(*items: str) -> SimpleNamespace:
+    """The host's `ExtraNetworkParams`."""
+    named = dict(item.split("=") for item in items if "=" in item)
+    return SimpleNamespace(positional=[i for i in items if "=" not in i], named=named)
+
+
+def patched(host: SimpleNamespace) -> bool:
+    return not host.outputs[-1].equal(host.plain)
+
+
+def test_nothing_is_touched_where_nothing_is_chosen(host):
+    p = Processing()
+    accordion(host, p, enabled=False)
+    host.cards.Network().activate(p, [])
+    assert set(vars(p)) == {"extra_generation_params", "comments", "sampled"}
+    assert p.sample() == "samples"
+    assert not patched(host)
+
+
+def test_each_way_attaches_and_all_add(host):
+    p = Processing()
+    accordion(host, p, "ink", 0.5)
+    assert p.sample() == "samples" and patched(host)
+    assert p.extra_generation_params["DMP patch"] == "ink"
+    one = host.outputs[-1]
+    q = Processing()
+    host.cards.Network().activate(q, [params("ink", "0.5")])
+    q.sample()
+    assert host.outputs[-1].equal(one)
+    assert q.extra_generation_params["DMP hashes"].startswith("ink: ")
+    assert drop_down(host, Processing(), "ink", 0.5) == "samples"
+    assert host.outputs[-1].equal(one)
+    accordion(host, q, "deep/oil")
+    q.sample()
+    assert not host.outputs[-1].equal(one)
+
+
+def test_a_generation_without_our_choice_after_one_with_it(host):
+    p = Processing()
+    accordion(host, p, "ink")
+    host.cards.Network().activate(p, [params("deep/oil")])
+    accordion(host, p, enabled=False)
+    host.cards.Network().activate(p, [])
+    p.sample()
+    assert not patched(host)
+    assert p.extra_generation_params == {}
+
+
+def test_copies_sample_themselves(host):
+    """As the X/Y/Z plot and others make them."""
+    p = Processing()
+    accordion(host, p, "ink")
+    other = copy.copy(p)
+    other.sampled = []
+    accordion(host, other, "ink")
+    other.sample()
+    assert other.sampled == [other] and p.sampled == []
+    assert p.dmp_session is not other.dmp_session
+    p.sample()
+    assert p.sampled == [p]
+
+
+def test_others_around_and_inside_p_sample(host):
+    order: list[str] = []
+
+    def wrapping(name: str, inner: Any) -> Any:
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            order.append(name)
+            return inner(*args, **kwargs)
+
+        return sample
+
+    p = Processing()
+    p.sample = wrapping("inside", p.sample)
+    accordion(host, p, "ink")
+    p.sample = wrapping("around", p.sample)
+    accordion(host, p, "ink")
+    p.sample()
+    assert order == ["around", "inside"]
+    assert len(host.outputs) == 1
+    once = host.outputs[-1]
+    q = Processing()
+    accordion(host, q, "ink")
+    q.sample()
+    assert q.sampled == [q] and host.outputs[-1].equal(once)
+
+
+def test_generations_are_not_kept_alive(host):
+    p = Processing()
+    accordion(host, p, "ink")
+    p.sample()
+    seen = weakref.ref(p)
+    host.outputs.clear()
+    del p
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (("missing",), "DMP: expected the name of a patch in"),
+        (("broken",), r"DMP: .*broken\.safetensors: expected"),
+        (("ink", "x"), "DMP: expected a number for strength"),
+        (("ink", 1.0, 0.9, 0.1), r"DMP: ink\.safetensors: expected start <= end"),
+    ],
+)
+def test_errors_reach_the_sampling(host, values, says):
+    """The host swallows what an always-visible script raises."""
+    p = Processing()
+    accordion(host, p, *values)
+    with pytest.raises(PatchError, match=says):
+        p.sample()
+    assert p.sampled == []
+    assert not any(key.startswith("DMP") for key in p.extra_generation_params)
+
+
+def test_errors_that_nobody_thought_of_reach_the_sampling(host, monkeypatch):
+    def broken(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    p, q = Processing(), Processing()
+    monkeypatch.setattr(host.script.host, "records", broken)
+    with pytest.raises(ZeroDivisionError):
+        accordion(host, p, "ink")
+    monkeypatch.setattr(host.cards.Network, "_choice", broken)
+    with pytest.raises(ZeroDivisionError):
+        host.cards.Network().activate(q, [params("ink")])
+    for generation in (p, q):
+        with pytest.raises(PatchError, match=r"could not be read; the console says why\."):
+            generation.sample()
+
+
+def test_wrong_tags_of_the_hires_prompt_fail_before_the_first_pass(host):
+    p = Processing(hr_extra_network_data={"dmp": [params("missing")]})
+    host.cards.Network().activate(p, [])
+    with pytest.raises(PatchError, match="DMP: expected the name of a patch"):
+        p.sample()
+
+
+def test_the_second_pass_takes_the_patches_of_its_own_prompt(host, monkeypatch):
+    network = host.cards.Network()
+
+    def both(self: Processing, p: Processing) -> None:
+        host.outputs.append(run(host.unet))
+        network.activate(p, [])
+        host.outputs.append(run(host.unet))
+
+    monkeypatch.setattr(Processing, "during", both)
+    p = Processing()
+    network.activate(p, [params("ink")])
+    p.sample()
+    first, second = host.outputs
+    assert not first.equal(host.plain) and second.equal(host.plain)
+
+
+def test_the_host_calls_us_before_each_step(host, monkeypatch):
+    other = pair(seed=1)[1]
+    before = run(other)
+
+    def refining(self: Processing, p: Processing) -> None:
+        host.outputs.append(run(host.unet))
+        host.modules.shared.sd_model.model.diffusion_model = other
+        host.modules.shared.sd_model.sd_checkpoint_info.filename = "models/refiner.safetensors"
+        for callback in host.called["on_cfg_denoiser"]:
+            callback(None)
+        assert run(other).equal(before)
+
+    monkeypatch.setattr(Processing, "during", refining)
+    p = Processing()
+    accordion(host, p, "ink")
+    p.sample()
+    assert patched(host)
+    assert any("refiner.safetensors" in text for text in p.comments)
+
+
+def test_unloading_scripts_takes_everything_off(host, monkeypatch):
+    def unloading(self: Processing, p: Processing) -> None:
+        for callback in host.called["on_script_unloaded"]:
+            callback()
+        host.outputs.append(run(host.unet))
+
+    monkeypatch.setattr(Processing, "during", unloading)
+    p = Processing()
+    accordion(host, p, "ink")
+    p.sample()
+    assert not patched(host)
+
+
+def test_a_replaced_unet_is_told_of_in_the_infotext(host):
+    engine = SimpleNamespace(option=SimpleNamespace(label="TRT"))
+    host.modules.sd_unet.current_unet = engine
+    p = Processing()
+    accordion(host, p, "ink")
+    p.sample()
+    (text,) = p.comments
+    assert "found it replaced by TRT" in text
+    assert list(p.extra_generation_params) == ["DMP not applied"]
+
+
+def test_no_model_yet(host):
+    host.modules.shared.sd_model = SimpleNamespace()  # Forge before its first picture
+    p = Processing()
+    accordion(host, p, "ink")
+    with pytest.raises(PatchError, match="DMP: expected a loaded checkpoint, found none yet"):
+        p.sample()
+
+
+class Predictor:
+    """Forge's, of the SD family."""
+
+    prediction_type = "v_prediction"
+
+    def percent_to_sigma(self, percent: float) -> float:
+        return (1.0 - percent) * 14.0
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        return sigma / 14.0 * 999.0
+
+
+def test_forge_and_its_siblings(host):
+    """Where the model is, what it predicts, and from progress to timesteps."""
+    base = get_base("sd15")
+    sd_model = host.modules.shared.sd_model
+    model = host.host.current_model()
+    assert (model.prediction, model.to_timestep(base, 0.25)) == ("epsilon", 749.25)
+    unet = SimpleNamespace(model=SimpleNamespace(diffusion_model=host.unet, predictor=Predictor()))
+    sd_model.forge_objects = SimpleNamespace(unet=unet)
+    model = host.host.current_model()
+    assert model.denoiser is host.unet
+    assert model.prediction == "v_prediction"
+    assert model.to_timestep(base, 0.25) == pytest.approx(749.25)
+    for name, expected in (("EPS", "epsilon"), ("V_PREDICTION", "v_prediction")):
+        kind = type("ModelSampling", (type(name, (), {}),), {})
+        unet.model = SimpleNamespace(diffusion_model=host.unet, model_sampling=kind())
+        assert host.host.current_model().prediction == expected
+    unet.object_patches = {"model_sampling": Predictor()}
+    assert host.host.current_model().prediction == "v_prediction"
+
+
+def test_flux_in_forge(host):
+    """Its predictor counts from 1 to 0, a patch's timesteps from 1000."""
+
+    class Flux(Predictor):
+        prediction_type = "const"
+
+        def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+            return sigma / 14.0
+
+    unet = SimpleNamespace(model=SimpleNamespace(diffusion_model=host.unet, predictor=Flux()))
+    host.modules.shared.sd_model.forge_objects = SimpleNamespace(unet=unet)
+    model = host.host.current_model()
+    assert model.prediction == "flow"
+    assert model.to_timestep(get_base("flux"), 0.25) == pytest.approx(750.0)
+
+
+@pytest.mark.parametrize("kind", ["Accordion", "DropDown"])
+def test_controls_have_labels_names_and_defaults(host, kind):
+    script = getattr(host.script, kind)()
+    controls = script.ui(False)
+    again = script.ui(False)  # the host calls it several times
+    assert [c.value for c in controls] == [*([False] if kind == "Accordion" else []), *DEFAULTS]
+    assert all(c.label for c in controls)
+    ids = [c.elem_id for c in controls]
+    assert len(set(ids)) == len(ids)
+    assert [c.label for c in again] == [c.label for c in controls]
+    patches = [c for c in controls if c.label.startswith("Patch")]
+    assert [c.options["choices"] for c in patches] == [["None", "broken", "deep/oil", "ink"]] * 3
+
+
+def test_what_is_written_is_restored(host):
+    p = Processing()
+    values = ("ink", 0.8, 0.1, 0.9, 1.0, 0.5, 1.0, "deep/oil", 0.5)
+    accordion(host, p, *values)
+    texts = {key: str(value) for key, value in p.extra_generation_params.items()}
+    script = host.script.Accordion()
+    controls = script.ui(False)
+    restored = {component: read(texts) for component, read in script.infotext_fields}
+    assert [restored[c] for c in controls] == [True, *values, *DEFAULTS[len(values) :]]
+    assert set(texts) <= set(script.paste_field_names)
+    assert {read({}) for c, read in script.infotext_fields if c is controls[0]} == {False}
+
+
+def test_drop_down_and_accordion_keep_their_own_infotext(host):
+    p = Processing()
+    accordion(host, p, "ink")
+    drop_down(host, p, "deep/oil", 0.5)
+    accordion(host, p, "ink")
+    texts = p.extra_generation_params
+    assert (texts["DMP patch"], texts["DMP script patch"]) == ("ink", "deep/oil")
+    assert texts["Script"] == "DMP script"
+
+
+def test_the_heat_map(host):
+    picture = host.script.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])
+    alone = host.script.draw("ink", *DEFAULTS[1:])
+    assert picture.height > alone.height > 100
+    with pytest.raises(stand_in.ToastError, match="DMP: expected a patch to draw, found none"):
+        host.script.draw(*DEFAULTS)
+    host.modules.shared.sd_model = SimpleNamespace()
+    with pytest.raises(stand_in.ToastError, match="DMP: expected a loaded checkpoint"):
+        host.script.draw("ink", *DEFAULTS[1:])
+
+
+def plot(host: SimpleNamespace) -> Any:
+    module = SimpleNamespace(__name__="xyz_grid.py", axis_options=[], AxisOption=stand_in.Axis)
+    host.modules.scripts.scripts_data[:] = [
+        SimpleNamespace(module=SimpleNamespace(__name__="other.py")),
+        SimpleNamespace(module=module),
+    ]
+    return module
+
+
+def test_axes(host):
+    module = plot(host)
+    for _ in range(2):
+        for callback in host.called["on_before_ui"]:
+            callback()
+    axes = {axis.label: axis for axis in module.axis_options}
+    assert list(axes) == ["[DMP] Patch", "[DMP] Strength", "[DMP] Start", "[DMP] End"]
+    assert len(module.axis_options) == 4
+    assert "ink" in axes["[DMP] Patch"].choices()
+    p = Processing()
+    cell = copy.copy(p)
+    axes["[DMP] Patch"].apply(cell, "ink", [])
+    axes["[DMP] Strength"].apply(cell, 0.5, [])
+    accordion(host, cell, enabled=False)
+    cell.sample()
+    assert patched(host)
+    assert cell.extra_generation_params["DMP strength"] == 0.5
+    following = copy.copy(p)  # shares the infotext of the cell before
+    accordion(host, following, enabled=False)
+    assert following.extra_generation_params == {}
+    axes["[DMP] Patch"].confirm(p, ["ink", "None", ""])
+    with pytest.raises(PatchError, match="DMP: expected the name of a patch"):
+        axes["[DMP] Patch"].confirm(p, ["missing"])
+    with pytest.raises(PatchError, match="DMP: expected end from 0 to 1, found 2"):
+        axes["[DMP] End"].confirm(p, [0.5, 2.0])
+
+
+def test_no_plot_in_this_host(host):
+    host.modules.scripts.scripts_data[:] = []
+    host.axes.add()
+
+
+def test_cards(host, tmp_path):
+    host.cards.add()
+    (page,), (network,) = host.pages, host.networks
+    assert (page.title, network.name) == ("DMP", "dmp")
+    root = tmp_path / "models" / "DMP"
+    (root / "ink.png").write_bytes(b"picture")
+    items = {item["name"]: item for item in page.list_items()}
+    assert list(items) == ["broken", "deep/oil", "ink"]
+    ink = items["ink"]
+    assert ink["prompt"] == '"<dmp:ink:" + opts.extra_networks_default_multiplier + ">"'
+    assert ink["preview"].endswith("ink.png")
+    assert ink["metadata"]["base"] == TINY.base.name
+    assert ink["metadata"]["ss_output_name"] == "ink"
+    assert len(ink["shorthash"]) == 10
+    assert "expected" in items["broken"]["metadata"]["error"]
+    assert page.allowed_directories_for_previews() == [str(root)]
+    assert page.create_item("ink")["name"] == "ink"
+
+
+def test_pasting_finds_renamed_files(host):
+    digest = host.host.folder().load("deep/oil").hash
+    texts = {
+        "DMP hashes": f"gone: {digest}, ink: 0123456789",
+        "Prompt": "a <dmp:gone:0.5><dmp:ink>",
+    }
+    for callback in host.called["on_infotext_pasted"]:
+        callback("", texts)
+    assert texts["Prompt"] == "a <dmp:deep/oil:0.5><dmp:ink>"
+
+
+def test_the_folder_of_the_command_line(host, tmp_path):
+    spec = importlib.util.spec_from_file_location("dmp_preload", ROOT / "preload.py")
+    preload = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(preload)
+    parser = argparse.ArgumentParser()
+    preload.preload(parser)
+    assert parser.parse_args([]).dmp_dir is None
+    host.modules.shared.cmd_opts = parser.parse_args(["--dmp-dir", str(tmp_path / "mine")])
+    host.host.folder.cache_clear()
+    assert host.host.folder().root == (tmp_path / "mine").resolve()
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_the_entry_loads_everything_afresh_and_leaves_no_path(host, monkeypatch):
+    known = {name: module for name, module in sys.modules.items() if name.split(".")[0] in OURS}
+    try:
+        sys.path.insert(0, str(ROOT))
+        spec = importlib.util.spec_from_file_location("dmp.py", ROOT / "scripts" / "dmp.py")
+        entry = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(entry)
+        scripts = [value for value in vars(entry).values() if isinstance(value, type)]
+        assert {kind.__name__ for kind in scripts} >= {"Accordion", "DropDown"}
+        assert sum(issubclass(kind, stand_in.Script) for kind in scripts) == 2
+        assert sys.modules["a1111_dmp.script"] is not host.script
+        for callback in host.called["on_before_ui"]:
+            callback()
+        assert ROOT not in [Path(entry).resolve() for entry in sys.path]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+            del sys.modules[name]
+        sys.modules.update(known)
+
+
+OURS = ("a1111_dmp", "dmp_common")
+
+
+def test_install_does_nothing(capsys):
+    before = set(sys.modules)
+    spec = importlib.util.spec_from_file_location("dmp_install", ROOT / "install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not set(sys.modules) - before
+    assert capsys.readouterr().out == ""
+    assert sorted(p.name for p in (ROOT / "scripts").glob("*.py")) == ["dmp.py"]
