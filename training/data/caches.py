@@ -46,11 +46,6 @@ class Caches:
     images_at_once: int = 1
     workers: int = 0
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether what is cached would have to be copied to workers."""
-        return "memory" in (self.latents, self.texts)
-
     def prepared(
         self,
         samples: list[Sample],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from training.data.batch import (
     SubsetRow,
 )
 from training.data.caches import Caches
-from training.data.loading import Item, Recipe, Request, load
+from training.data.loading import Item, Recipe, Request, ahead, load, with_texts
 from training.data.order import Order, share
 from training.data.samples import Sample, Subset
 from training.data.sizes import fit
@@ -123,13 +123,24 @@ class IndexedData(Data):
         places = share(global_batch, rank, world)
         fills = None if self._recipe.augment else self._order.fills(global_batch)
 
-        requests, make = self._requests(start, global_batch, places, fills), self._recipe.batch
-        if self._caches is not None and self._caches.in_memory:
-            workers = 0  # each would get a copy of the cache, to look things up in it
-        if persistent or not workers:
-            return load(requests, make, workers)
+        requests, recipe = self._requests(start, global_batch, places, fills), self._recipe
+        if not workers or recipe.latents is not None:
+            # A thread reads cache files faster than processes can hand them over.
+            return ahead(load(requests, recipe.batch, 0))
+        texts = recipe.texts
+        if texts is None or texts.cache.folder is not None:
+            return self._in_workers(requests, recipe, workers, persistent)
+        # What is in memory stays here: each worker would get a copy.
+        plain = self._in_workers(requests, replace(recipe, texts=None), workers, persistent)
+        return (with_texts(batch, texts) for batch in plain)
+
+    def _in_workers(
+        self, requests: Iterator[Request], recipe: Recipe, workers: int, persistent: bool
+    ) -> Iterator[Batch]:
+        if persistent:
+            return load(requests, recipe.batch, workers)
         by_epoch = groupby(requests, lambda request: request.items[0].epoch)
-        return chain.from_iterable(load(group, make, workers) for _, group in by_epoch)
+        return chain.from_iterable(load(group, recipe.batch, workers) for _, group in by_epoch)
 
     def _requests(
         self, start: Position, global_batch: int, places: slice, fills: Any

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,24 +76,22 @@ class Recipe:
         """
         images, sizes, weights = zip(*(self._weighted(i) for i in request.items), strict=True)
         stacked, weight = torch.stack(images), torch.tensor(weights)
-        captions, labels, text = None, None, None
+        captions, labels = None, None
         if self.kind.conditioning == "label":
             labels = torch.tensor([self._label(item) for item in request.items])
         elif self.kind.conditioning == "caption":
             captions = [self._caption(item) for item in request.items]
-            if self.texts is not None:
-                text, captions = self.texts.stacked(captions), None
-        return Batch(
+        batch = Batch(
             keys=[item.sample.key for item in request.items],
             sizes=torch.tensor(sizes),
             next=request.next,
             pixels=stacked if self.latents is None else None,
             moments=stacked if self.latents is not None else None,
             captions=captions,
-            text=text,
             labels=labels,
             weights=None if bool((weight == 1).all()) else weight,
         )
+        return batch if self.texts is None else with_texts(batch, self.texts)
 
     def _weighted(self, item: Item) -> tuple[Tensor, tuple[int, ...], float]:
         try:
@@ -155,6 +155,12 @@ class Recipe:
         return caption_text(item.sample.captions, rules, self.seed, epoch, item.name)
 
 
+def with_texts(batch: Batch, texts: Any) -> Batch:
+    """The batch with cached outputs in place of its captions."""
+    assert batch.captions is not None, "open_data checked it"
+    return replace(batch, captions=None, text=texts.stacked(batch.captions))
+
+
 class _Loading(Dataset[Any]):
     """A function of requests, in whichever process. An error travels as a value.
 
@@ -182,6 +188,19 @@ def load(requests: Iterable[Any], function: Callable[[Any], Any], workers: int) 
         collate_fn=_as_it_is,
     )  # fmt: skip
     yield from unpacked(loader)
+
+
+def ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
+    """The same batches, without end, `count` of them ahead of time in a thread.
+
+    Reading files and decoding images let go of Python's lock, so they run beside the step.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, batches) for _ in range(count))
+        while True:
+            batch = waiting.popleft().result()
+            waiting.append(pool.submit(next, batches))
+            yield batch
 
 
 def unpacked(results: Iterable[Any]) -> Iterator[Any]:

@@ -58,6 +58,15 @@ def test_cached_is_uncached(folder: Path, how: dict[str, Any], workers: int) -> 
     assert dropped > 0
 
 
+@pytest.mark.parametrize("how", [IN_MEMORY, ON_DISK], ids=["memory", "disk"])
+def test_workers_decode_images_beside_a_text_cache(folder: Path, how: dict[str, Any]) -> None:
+    options = {name: value for name, value in how.items() if "text" in name}
+    data = cached(folder, Encoders(), **options)
+    for alone, helped in zip(epoch(data), epoch(data, workers=1), strict=True):
+        assert alone.pixels is not None and alone.text is not None
+        making.assert_equal(alone, helped)
+
+
 def test_files_are_made_once(folder: Path) -> None:
     cached(folder, Encoders(), **ON_DISK)
     again = Encoders()
