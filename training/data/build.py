@@ -42,6 +42,7 @@ def open_data(
             or options that contradict each other; nothing is written then.
     """
     source = _source(options)
+    _check_fitting(options, source, kind)
     if options.validation_split == 0 and split == "validation" and not _is_digits(options):
         raise PatchError(
             "expected images for validation, found validation_split 0: give --validation_split, "
@@ -78,6 +79,25 @@ def _source(options: Any) -> str:
         "  --dataset_name user/dataset   (Hugging Face)\n"
         "docs/DATA.md shows how each is laid out."
     )
+
+
+def _check_fitting(options: Any, source: str, kind: DataKind) -> None:
+    """Refuses options that this source or base would pass over in silence."""
+    folder, hub = source == "train_data_dir", source == "dataset_name"
+    fitting = {
+        "in_json": (folder and kind.conditioning == "caption", "a folder of captioned images"),
+        "class_list": (kind.conditioning == "label", "a base with classes"),
+        "label_column": (hub and kind.conditioning == "label", "labels of --dataset_name"),
+        "image_column": (hub, "--dataset_name"),
+        "dataset_config_name": (hub, "--dataset_name"),
+        "skip_broken": (source == "webdataset", "--webdataset"),
+    }
+    for name, (fits, meant) in fitting.items():
+        if getattr(options, name) and not fits:
+            raise PatchError(
+                f"expected --{name} only with {meant}, found it with --{source} and a base that "
+                f"takes {kind.conditioning}: leave it out."
+            )
 
 
 def _find(source: str, options: Any, kind: DataKind, split: Split) -> Found:

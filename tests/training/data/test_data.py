@@ -229,6 +229,21 @@ def test_two_sources_are_one_too_many(place: Path) -> None:
         source(place, "folder", dataset_name="digits")
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("shards", {"in_json": "x.json"}),
+        ("folder", {"class_list": "x.txt"}),
+        ("folder", {"image_column": "x"}),
+        ("parquet", {"label_column": "x"}),
+        ("folder", {"skip_broken": True}),
+    ],
+)
+def test_options_are_not_passed_over(place: Path, name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(PatchError, match=f"expected --{next(iter(options))} only with"):
+        source(place, name, **options)
+
+
 def test_validation_needs_a_share(place: Path) -> None:
     with pytest.raises(PatchError, match="give --validation_split"):
         source(place, "folder", split="validation")
