@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn as nn
@@ -31,6 +32,17 @@ _PREDICTIONS = {
     "IMG_TO_IMG": "img_to_img",
     "COSMOS_RFLOW": "cosmos_rflow",
     "EPS": "epsilon",
+}
+
+# What checkpoints put before the names of the denoiser's tensors.
+PREFIXES = ("", "model.diffusion_model.")
+# Attributes a probe may ask for, as parts of the shape of the module's weight.
+_SHAPES = {
+    "in_features": slice(1, 2),
+    "out_features": slice(0, 1),
+    "in_channels": slice(1, 2),
+    "out_channels": slice(0, 1),
+    "kernel_size": slice(2, 4),
 }
 
 
@@ -74,6 +86,40 @@ def detect_base(model: Any) -> Base:
         f"expected a model of one of the bases {', '.join(b.name for b in known_bases())}, found "
         f"{describe(denoiser)}: use a supported model, or add a base (CONTRIBUTING.md)."
     )
+
+
+def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
+    """The bases whose probes and sites fit a checkpoint, told from names and shapes alone."""
+    modules = {name.rpartition(".")[0] for name in shapes}
+    paths = {path[:end] for path in modules for end in _ends(path)}
+
+    def holds(prefix: str, probe: Probe) -> bool:
+        if probe.attribute is None:
+            return (prefix + probe.path in paths) == probe.value
+        shape = shapes.get(f"{prefix}{probe.path}.weight")
+        return shape is not None and attribute_of_shape(probe.attribute, shape) == probe.value
+
+    return [
+        base
+        for base in known_bases()
+        if any(
+            all(holds(prefix, probe) for probe in base.probes[naming])
+            and all(prefix + site.paths[naming] in paths for site in base.sites)
+            for naming in NAMINGS
+            for prefix in PREFIXES
+        )
+    ]
+
+
+def attribute_of_shape(attribute: str, shape: tuple[int, ...]) -> object:
+    """What an attribute of a linear layer or convolution is, told from its weight's shape."""
+    part = shape[_SHAPES[attribute]]
+    return part[0] if len(part) == 1 else part
+
+
+def _ends(path: str) -> list[int]:
+    """Where each module that contains a module ends in its path, itself included."""
+    return [place for place, letter in enumerate(path) if letter == "."] + [len(path)]
 
 
 def require_base(denoiser: nn.Module, base: Base) -> Naming:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmp_common.bases import Base, Probe
-from dmp_common.detect import find_denoiser, require_base
+from dmp_common.detect import PREFIXES, attribute_of_shape, find_denoiser, require_base
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
 from dmp_common.sites import NAMINGS, Naming, find_module
@@ -26,17 +26,8 @@ from dmp_common.timesteps import embed_timesteps, frequency_shift, sinusoid
 
 # The two linear layers of a time embedding, in diffusers, LDM and Flux; SiLU is between them.
 _LAYERS = (("linear_1", "linear_2"), ("0", "2"), ("in_layer", "out_layer"))
-_PREFIXES = ("", "model.diffusion_model.")
 _PARTS = ("unet", "transformer")
 _WEIGHTS = "diffusion_pytorch_model"
-# Attributes a probe may ask for, as parts of the shape of the module's weight.
-_SHAPES = {
-    "in_features": slice(1, 2),
-    "out_features": slice(0, 1),
-    "in_channels": slice(1, 2),
-    "out_channels": slice(0, 1),
-    "kernel_size": slice(2, 4),
-}
 
 
 def even_timesteps(steps: int = 50) -> Tensor:
@@ -84,6 +75,24 @@ def time_embedding_of(
             if isinstance(table, torch.nn.Embedding):
                 _require_known(classes, table.num_embeddings)
         return embed_timesteps(denoiser, patch.base, naming, timesteps, classes).float()
+
+
+def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a model on disk; no values are read.
+
+    Args:
+        path: a `.safetensors` file, or the folder of a diffusers model or pipeline.
+
+    Raises:
+        PatchError: nothing of the kind, or damaged.
+    """
+    files = _ModelFiles(Path(path))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file_path in set(files.where.values()):
+        with _open(file_path) as file:
+            names = [name for name in file.keys() if files.where.get(name) == file_path]
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return shapes
 
 
 def _classes(patch: Patch, labels: Tensor | int | None, count: int) -> Tensor | None:
@@ -156,7 +165,7 @@ def _embed_from_disk(
 
 def _find_layers(files: _ModelFiles, base: Base) -> tuple[Naming, str, tuple[str, str]]:
     """The naming and prefix of a model's tensors, and the names of its two time layers."""
-    for prefix in _PREFIXES:
+    for prefix in PREFIXES:
         for naming in NAMINGS:
             for layers in _LAYERS:
                 first, second = (f"{base.times[naming].mlp}.{layer}" for layer in layers)
@@ -220,8 +229,8 @@ class _ModelFiles:
         if f"{path}.weight" not in self.where:
             return None
         with _open(self._of(f"{path}.weight")) as file:
-            shape = tuple(file.get_slice(f"{path}.weight").get_shape())[_SHAPES[probe.attribute]]
-        return shape[0] if len(shape) == 1 else shape
+            shape = tuple(file.get_slice(f"{path}.weight").get_shape())
+        return attribute_of_shape(probe.attribute, shape)
 
     def _of(self, name: str) -> Path:
         if name not in self.where:
