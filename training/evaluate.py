@@ -13,7 +13,8 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from torch import nn
 
-from training.objective import prediction_target
+from training.options_model import ObjectiveOptions
+from training.process import process_of
 
 
 def denoising_loss_by_bin(
@@ -170,12 +171,13 @@ def _squared_error(
 ) -> float:
     """Squared error summed over all images (B, C, H, W) with noise of that shape, t (B,)."""
     like = next(model.parameters())
+    process = process_of(scheduler, ObjectiveOptions())
     total = 0.0
     for rows in torch.arange(len(labels)).split(batch_size):
         x0, eps = (part[rows].to(like.device, like.dtype) for part in (images, noise))
         y, steps = labels[rows].to(like.device), t[rows].to(like.device)
-        target = prediction_target(scheduler, x0, eps, steps)
-        prediction = _predict(model, scheduler.add_noise(x0, eps, steps), steps, y)
+        target = process.target(x0, eps, steps)
+        prediction = _predict(model, process.noisy(x0, eps, steps), steps, y)
         total += float((prediction.float() - target.float()).double().square().sum())
     return total
 

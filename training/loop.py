@@ -2,177 +2,185 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from dmp_common import Patch, PatchError
+from dmp_common import PatchError
+from training.average import Average
 from training.config import TrainConfig
+from training.data.batch import Batch, Data, Position
+from training.encoders import FrozenEncoders
 from training.frozen import FrozenBase
-from training.objective import Student, parameter_groups
-
-Validate = Callable[[], float]
+from training.inputs import Inputs, encode
+from training.methods import Method
+from training.objective import Student
+from training.process import Process
+from training.progress import Progress, rate_of
+from training.scale import average_gradients
+from training.state import History
 
 
 @dataclass
-class History:
-    """What happened: validation loss by step, and which step was kept."""
-
-    validation: dict[int, float] = field(default_factory=dict)
-    best_step: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
-
-
-def train(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    frozen: FrozenBase,
-    patch: Patch,
-    data: Any,
-    validate: Validate,
-) -> History:
-    """Trains a patch in place; it ends with the averaged values that validated best.
+class Run:
+    """Everything a run is made of, ready to go.
 
     Args:
-        config: of the run.
+        config: with the accumulation and number of steps resolved.
         accelerator: devices, precision, accumulation.
-        frozen: the base; never changed.
-        patch: new, or one to go on with.
-        data: a map-style data set of {"pixels" (C, H, W), "label" ()}.
-        validate: the validation loss of the base with the patch as it is now.
+        frozen: the base.
+        method: what is trained, on the base.
+        process: how data become noisy.
+        encoders: of the base.
+        data: the training split.
+        wrapped: the student, as the accelerator has it.
+        optimiser, schedule, average: how the values move.
+        sharded: whether the base is sharded over the processes.
+        total: optimiser steps in all.
+        step, position: what is done, and the next global batch.
+        history: what happened.
+        best: averaged values of the step that validated best, where it is kept.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    frozen: FrozenBase
+    method: Method
+    process: Process
+    encoders: FrozenEncoders
+    data: Data
+    wrapped: Any
+    optimiser: Any
+    schedule: Any
+    average: Average
+    sharded: bool
+    total: int
+    step: int
+    position: Position
+    history: History
+    best: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.accelerator.device
+
+    @property
+    def student(self) -> Student:
+        """The student itself."""
+        student: Student = self.accelerator.unwrap_model(self.wrapped)
+        return student
+
+
+class Events:
+    """What happens beside the steps; see `training/events.py`."""
+
+    def before(self, run: Run, progress: Progress) -> None:
+        """Before the first step."""
+
+    def after_step(self, run: Run, progress: Progress, epoch_ended: bool) -> None:
+        """After every optimiser step."""
+
+
+def train(run: Run, events: Events) -> None:
+    """Trains until `run.total` steps are done.
 
     Raises:
-        PatchError: the loss is not finite; the patch then holds the last good values.
+        PatchError: a loss is not finite; it names the sample, and no file is written.
     """
-    torch.manual_seed(config.seed)
-    patch.scale_for_learning()
-    student = Student(frozen, patch, config)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(student, config), weight_decay=config.weight_decay
+    config, accelerator = run.config, run.accelerator
+    batches = _batches(run)
+    micro = run.step * config.gradient_accumulation_steps
+    run.wrapped.train()
+    with Progress(config, accelerator, run.step, run.total) as progress:
+        events.before(run, progress)
+        progress.pause()
+        while run.step < run.total:
+            epoch, sums = run.position.epoch, Counter[str]()
+            for _ in range(config.gradient_accumulation_steps):
+                batch = next(batches)
+                inputs = encode(batch, run.encoders, config, _names(run, batch, micro), run.device)
+                with accelerator.accumulate(run.wrapped):
+                    losses = _losses(run, inputs, micro)
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients:
+                        _update(run)
+                sums.update({name: float(value.detach()) for name, value in losses.items()})
+                micro += 1
+            run.step, run.position = run.step + 1, batch.next
+            run.average.update()
+            run.history.losses = _mean(run, sums)
+            progress.step(run.step, epoch, run.history.losses, rate_of(run.optimiser))
+            events.after_step(run, progress, run.position.epoch > epoch)
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    config, accelerator = run.config, run.accelerator
+    return run.data.batches(
+        global_batch=config.train_batch_size * accelerator.num_processes,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start=run.position,
+        workers=config.max_data_loader_n_workers,
+        persistent=config.persistent_data_loader_workers,
     )
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=config.max_train_steps * accelerator.num_processes,
-    )
-    loader = DataLoader(
-        data,
-        batch_size=config.train_batch_size,
-        shuffle=True,
-        drop_last=len(data) > config.train_batch_size,
-        num_workers=config.max_data_loader_n_workers,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    student, optimizer, schedule, loader = accelerator.prepare(student, optimizer, schedule, loader)
-    average = _average(patch, config)
-    # Each process draws its own noise.
-    generator = torch.Generator().manual_seed(config.seed * 10007 + accelerator.process_index)
-    history = History()
-    best = _keep_best(patch, average, validate, history, step=0)
-
-    student.train()
-    batches = _forever(loader)
-    with tqdm(
-        total=config.max_train_steps,
-        desc="training",
-        unit="step",
-        file=sys.stdout,
-        disable=not accelerator.is_local_main_process,
-    ) as bar:
-        while bar.n < config.max_train_steps:
-            batch = next(batches)
-            with accelerator.accumulate(student):
-                losses = student(batch["pixels"], batch["label"], generator)
-                _require_finite(losses, bar.n, patch, best)
-                accelerator.backward(losses["loss"])
-                if accelerator.sync_gradients and config.max_grad_norm:
-                    accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            if average is not None:
-                average.update_parameters(patch)
-            bar.update()
-            history.losses = {name: float(loss.detach()) for name, loss in losses.items()}
-            if bar.n % config.validate_every_n_steps == 0 or bar.n == config.max_train_steps:
-                best = _keep_best(patch, average, validate, history, bar.n, best)
-                student.train()
-            bar.set_postfix(
-                loss=f"{history.losses['denoising']:.4f}",
-                validation=f"{history.validation[max(history.validation)]:.4f}",
-            )
-    accelerator.unwrap_model(student).attachment.remove()
-    patch.load_tensors(best)
-    patch.eval()
-    return history
 
 
-def _forever(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
-    while True:
-        yield from loader
+def _names(run: Run, batch: Batch, micro: int) -> list[tuple[object, ...]]:
+    """What each sample's draws depend on: seed, micro-step, position in the global batch."""
+    first = run.accelerator.process_index * len(batch)
+    return [(run.config.seed, "sample", micro, first + row) for row in range(len(batch))]
 
 
-def _average(patch: Patch, config: TrainConfig) -> AveragedModel | None:
-    """Exponential moving average of the patch, which is what validates and is saved."""
-    if not config.ema_decay:
-        return None
-    return AveragedModel(patch, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+def _losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
+    """The losses of this process's samples, checked."""
+    draws = inputs.draws
+    t = run.process.times(draws.u, draws.z, tuple(inputs.clean.shape[-2:]))
+    given, weights = inputs.given, inputs.weights
+    with run.accelerator.autocast():
+        losses = run.wrapped(inputs.clean, draws.noise, t, given, weights, micro)
+    samples = losses.pop("samples").detach()
+    bad = ~(samples.isfinite() & losses["loss"].isfinite())
+    # All processes must stop, or the others wait for this one for ever.
+    anywhere = run.accelerator.reduce(bad.any().float(), reduction="sum")
+    if anywhere > 0:
+        raise _not_finite(run, inputs, t, samples, losses)
+    return losses
 
 
-def _keep_best(
-    patch: Patch,
-    average: AveragedModel | None,
-    validate: Validate,
-    history: History,
-    step: int,
-    best: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Validates the averaged patch; returns the tensors of the best one so far."""
-    with _holding(patch, average):
-        history.validation[step] = step_loss = validate()
-        # Step 0 is the base, to compare with; a run that never beats it still leaves its best.
-        beaten = history.best_step and step_loss >= history.validation[history.best_step]
-        if best is not None and beaten:
-            return best
-        history.best_step = step
-        return {name: tensor.clone() for name, tensor in patch.tensors().items()}
+def _mean(run: Run, sums: Mapping[str, float]) -> dict[str, float]:
+    """Mean losses of an optimiser step over its micro-steps and all processes."""
+    values = torch.tensor(list(sums.values()), device=run.device)
+    values = run.accelerator.reduce(values, reduction="mean")
+    return dict(zip(sums, (values / run.config.gradient_accumulation_steps).tolist(), strict=True))
 
 
-@contextmanager
-def _holding(patch: Patch, average: AveragedModel | None) -> Iterator[None]:
-    """The patch with its averaged values, and its own again afterwards."""
-    if average is None:
-        yield
-        return
-    own = {name: value.clone() for name, value in patch.state_dict().items()}
-    patch.load_state_dict(average.module.state_dict())
-    try:
-        yield
-    finally:
-        patch.load_state_dict(own)
+def _update(run: Run) -> None:
+    accelerator, config = run.accelerator, run.config
+    if run.sharded:
+        average_gradients(run.method.trainable().values())
+    if config.max_grad_norm:
+        accelerator.clip_grad_norm_(run.method.trainable().values(), config.max_grad_norm)
+    run.optimiser.step()
+    if not accelerator.optimizer_step_was_skipped:
+        run.schedule.step()
+    run.optimiser.zero_grad()
 
 
-def _require_finite(
-    losses: dict[str, Tensor], step: int, patch: Patch, best: dict[str, Tensor]
-) -> None:
-    if all(bool(loss.isfinite()) for loss in losses.values()):
-        return
-    patch.load_tensors(best)
-    found = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
-    raise PatchError(
-        f"expected finite losses, found {found} at step {step + 1}: lower --learning_rate or "
-        "--gate_lr_factor; no file was overwritten."
+def _not_finite(
+    run: Run, inputs: Inputs, t: Tensor, samples: Tensor, losses: dict[str, Tensor]
+) -> PatchError:
+    bad = [row for row, fine in enumerate(samples.isfinite().tolist()) if not fine]
+    named = ", ".join(f"{inputs.keys[row]} (timestep {float(t[row]):.0f})" for row in bad[:4])
+    parts = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
+    where = f"sample {named}" if named else "no sample by itself"
+    return PatchError(
+        f"expected finite losses, found {parts} at step {run.step + 1}, {where}: look at that "
+        "image, lower --learning_rate or --gate_lr_factor, or use --mixed_precision bf16 instead "
+        "of fp16; no file was overwritten."
     )

@@ -1,125 +1,156 @@
-"""What a patch is trained for: denoising with the frozen base, and a balanced gate."""
+"""What is trained for: denoising with the frozen base, and a balanced gate."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from dmp_common import Patch, attach, importance_loss, load_loss
-from dmp_common.balancing import GateNoise, stratified_timesteps
+from dmp_common import importance_loss, load_loss
+from dmp_common.balancing import stratified_timesteps
 from dmp_common.gating import kept_prompts
 from dmp_common.timesteps import embed_timesteps
 from training.config import TrainConfig
+from training.draws import generator
+from training.families.family import Given
 from training.frozen import FrozenBase
-
-
-def prediction_target(scheduler: Any, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the model is to predict for clean images and noise (B, C, H, W) at timesteps t (B,).
-
-    Raises:
-        ValueError: the scheduler's prediction type is unknown.
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(images, noise, t)
-    if kind == "sample":
-        return images
-    raise ValueError(
-        f"expected prediction type epsilon, v_prediction or sample, found {kind!r} in the "
-        "scheduler's config"
-    )
+from training.methods import Method, PatchMethod
+from training.process import Discrete, Process
+from training.variational import variational_term
 
 
 class Student(nn.Module):
-    """The frozen base with the patch attached: one module, so that any wrapper sees both.
+    """The base with what is trained: one module, so that any wrapper sees both.
 
     Args:
-        frozen: the base.
-        patch: attached for as long as the student lives.
-        config: weights of the losses, label dropout.
+        frozen: the base, with the method on it.
+        method: what is trained; None for the base alone.
+        process: how data become noisy.
+        config: weights of the losses.
     """
 
-    def __init__(self, frozen: FrozenBase, patch: Patch, config: TrainConfig) -> None:
+    def __init__(
+        self, frozen: FrozenBase, method: Method | None, process: Process, config: TrainConfig
+    ) -> None:
         super().__init__()
         self.backbone = frozen.model
-        self.patch = patch
-        self.noise = (
-            GateNoise(frozen.base.embedding, patch.variant.count) if config.load_weight else None
-        )
+        self.method = method
         self._frozen = frozen
+        self._process = process
         self._config = config
-        self.attachment = attach(frozen.model, patch)
 
     def train(self, mode: bool = True) -> Student:
-        """Training mode of the patch alone: in its own, the backbone would drop labels."""
+        """Training mode of what is added alone: in its own, the base would drop labels."""
         super().train(mode)
-        self.backbone.eval()
+        if mode:
+            self.backbone.eval()
         return self
 
     def forward(
-        self, clean: Tensor, labels: Tensor, generator: torch.Generator
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        given: Given,
+        weights: Tensor | None,
+        step: int,
     ) -> dict[str, Tensor]:
         """The losses of one batch.
 
         Args:
-            clean: (B, C, H, W).
-            labels: (B,) class ids; some are replaced by "no class".
-            generator: of all random draws, on the CPU.
+            clean, noise: (B, C, H, W).
+            t: (B,), on the scale 0..1000.
+            given: what each sample is told.
+            weights: (B,) of the samples, None if all are 1.
+            step: the micro-step, which seeds the draws of the balancing losses.
 
         Returns:
-            "loss", the weighted sum, and its parts "denoising", "importance", "load".
+            "loss", the weighted sum; its parts "denoising", "variational", "importance" and
+            "load", where there are such; and "samples" (B,), the loss of each sample.
         """
-        frozen, count = self._frozen, len(labels)
-        steps = frozen.scheduler.config.num_train_timesteps
-        t = torch.randint(0, steps, (count,), generator=generator).to(clean.device)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        dropped = torch.rand(count, generator=generator) < self._config.caption_dropout_rate
-        labels = labels.masked_fill(dropped.to(labels.device), frozen.null_label)
-        noisy = frozen.scheduler.add_noise(clean, noise, t)
-        prediction = self.backbone(noisy, timestep=t, class_labels=labels).sample
-        target = prediction_target(frozen.scheduler, clean, noise, t)
-        losses = {"denoising": F.mse_loss(prediction[:, : clean.shape[1]].float(), target.float())}
-        losses |= self._balancing(labels, generator)
-        weights = {"importance": self._config.importance_weight, "load": self._config.load_weight}
-        losses["loss"] = sum(
-            (weights.get(name, 1.0) * loss for name, loss in losses.items()), torch.zeros(())
-        )
-        return losses
+        parts = self.denoising(clean, noise, t, given)
+        scale = self._process.weights(t)
+        if weights is not None:
+            scale = scale * weights
+        losses = {"samples": scale * parts["denoising"]}
+        losses["denoising"] = losses["samples"].mean()
+        if "variational" in parts:
+            term = parts["variational"]
+            losses["variational"] = (term if weights is None else term * weights).mean()
+        losses |= self._balancing(given, step)
+        config = self._config
+        factors = {
+            "denoising": 1.0,
+            "variational": config.variational_weight,
+            "importance": config.importance_weight,
+            "load": config.load_weight,
+        }
+        total = clean.new_zeros((), dtype=torch.float32)
+        for name, factor in factors.items():
+            if name in losses:
+                total = total + factor * losses[name]
+        return {"loss": total, **losses}
 
-    def _balancing(self, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def denoising(self, clean: Tensor, noise: Tensor, t: Tensor, given: Given) -> dict[str, Tensor]:
+        """Unweighted losses (B,) of each sample: "denoising", and "variational" if sigma is
+        learned and its weight is not 0."""
+        process = self._process
+        noisy = process.noisy(clean, noise, t)
+        like = next(self.backbone.parameters())
+        output = self._frozen.family.predict(self.backbone, noisy.to(like.dtype), t, given).float()
+        prediction = output[:, : clean.shape[1]]
+        target = process.target(clean, noise, t).float()
+        parts = {"denoising": (prediction - target).square().flatten(1).mean(1)}
+        learned = output.shape[1] == 2 * clean.shape[1] and isinstance(process, Discrete)
+        if learned and self._config.variational_weight:
+            assert isinstance(process, Discrete)
+            means = process.clean_from(prediction, noisy, t)
+            sigma = output[:, clean.shape[1] :]
+            parts["variational"] = variational_term(
+                process.posterior, clean, means, noisy, sigma, t
+            )
+        return parts
+
+    def _balancing(self, given: Given, step: int) -> dict[str, Tensor]:
         """Both balancing losses on timesteps over the whole schedule, not on the batch's."""
-        config, frozen = self._config, self._frozen
-        if self.patch.variant.gate == "none" or not (
-            config.importance_weight or config.load_weight
-        ):
+        config, frozen, method = self._config, self._frozen, self.method
+        if not isinstance(method, PatchMethod) or method.patch.variant.gate == "none":
             return {}
-        t = stratified_timesteps(config.balancing_timesteps, generator=generator)
+        if not (config.importance_weight or config.load_weight):
+            return {}
+        patch = method.patch
+        # Not of the rank: every process sees the same, so that its gradient is that of one.
+        source = generator(config.seed, "balancing", step)
+        t = stratified_timesteps(config.balancing_timesteps, generator=source)
         with torch.no_grad():
-            chosen = labels[torch.arange(len(t)) % len(labels)]
-            given = chosen if self.patch.variant.condition == "t+y" else None
-            e = embed_timesteps(self.backbone, frozen.base, frozen.naming, t, given)
+            e = embed_timesteps(
+                self.backbone, frozen.base, frozen.naming, t, self._classes(given, source, len(t))
+            )
         losses = {}
         if config.importance_weight:
-            losses["importance"] = importance_loss(self.patch.gate_weights(e))
-        if self.noise is not None:
-            k = kept_prompts(self.patch.variant.count)
-            losses["load"] = load_loss(self.patch.gate_logits(e), self.noise(e), k, generator)
+            losses["importance"] = importance_loss(patch.gate_weights(e))
+        if method.noise is not None:
+            k = kept_prompts(patch.variant.count)
+            logits = patch.gate_logits(e)
+            losses["load"] = _load(logits, method.noise(e), k, source)
         return losses
 
+    def _classes(self, given: Given, source: torch.Generator, count: int) -> Tensor | None:
+        """Classes for a gate that sees them, of all there are; of pooled text the batch's."""
+        assert isinstance(self.method, PatchMethod)
+        if self.method.patch.variant.condition != "t+y":
+            return None
+        if "pooled" in given:
+            return given["pooled"][torch.arange(count) % len(given["pooled"])]
+        kind = self._frozen.kind
+        if kind.num_classes is None:
+            return torch.full((count,), int(kind.null_label or 0))
+        return torch.randint(0, kind.num_classes, (count,), generator=source)
 
-def parameter_groups(student: Student, config: TrainConfig) -> list[dict[str, object]]:
-    """Parameters for the optimiser: the prompts, and the gate with its own learning rate."""
-    gate = list(student.patch.gate.parameters())
-    if student.noise is not None:
-        gate += list(student.noise.parameters())
-    groups = [
-        {"params": list(student.patch.pools.parameters()), "lr": config.learning_rate},
-        {"params": gate, "lr": config.learning_rate * config.gate_lr_factor},
-    ]
-    return [group for group in groups if group["params"]]
+
+def _load(logits: Tensor, std: Tensor, k: int, source: torch.Generator) -> Tensor:
+    """The load loss with noise from the CPU's generator, wherever the gate is."""
+    if logits.device.type == "cpu":
+        return load_loss(logits, std, k, source)
+    seed = int(torch.randint(0, 2**62, (), generator=source))
+    return load_loss(logits, std, k, torch.Generator(logits.device).manual_seed(seed))

@@ -18,7 +18,7 @@ from training.data.digits import NUM_CLASSES, DigitsSplit, load_digits_split
 from training.digits.classifier import load_classifier
 from training.evaluate import denoising_loss_by_bin, frechet_distance, sample
 from training.frozen import FrozenBase
-from training.loop import History
+from training.state import History
 
 BINS = 10
 _DRAWS = 8  # of timestep and noise for each test image and bin
@@ -74,9 +74,10 @@ def write_report(
         "patched": asdict(patched),
         "frechet_distance_of_training_images": floor,
         "samples": len(labels),
-        "validation_loss_by_step": history.validation,
+        "validation_loss_of_base": sum(history.base) / len(history.base),
+        "validation_loss_by_step": {step: history.mean(step) for step in history.validation},
         "kept_step": history.best_step,
-        "config": config.model_dump(),
+        "config": config.recorded(),
     }
     (folder / "report.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
     print(
@@ -120,7 +121,7 @@ def _sample_grid(labels: Tensor, before: Tensor, after: Tensor, columns: int = 8
 
 
 def _against_base(history: History) -> str:
-    change = history.validation[history.best_step] / history.validation[0] - 1
+    change = history.mean(history.best_step) * len(history.base) / sum(history.base) - 1
     return f"validation loss {change:+.2%} against the base"
 
 
@@ -136,7 +137,7 @@ def _text(
         f"| {100 * n}-{100 * n + 99} | {b:.5f} | {p:.5f} | {p / b - 1:+.2%} |"
         for n, (b, p) in enumerate(zip(base.loss_by_bin, patched.loss_by_bin, strict=True))
     ]
-    validation = [f"| {step} | {loss:.5f} |" for step, loss in history.validation.items()]
+    validation = [f"| {step} | {history.mean(step):.5f} |" for step in history.validation]
     return "\n".join(
         [
             f"# {config.output_name}: what the patch did",

@@ -2,105 +2,142 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
-from dmp_common import Patch, PatchError
-from dmp_common.patchfile import save_patch
+from dmp_common import Patch, PatchError, get_base
+from training.command_line import as_toml, with_base
 from training.config import TrainConfig
-from training.data.digits import DigitsDataset, load_digits_split
-from training.evaluate import denoising_loss_by_bin
-from training.frozen import FrozenBase, load_frozen
-from training.loop import History, train
-from training.report import write_report
+from training.dryrun import dry_run
+from training.events import TrainingEvents
+from training.frozen import find_base
+from training.hub import push
+from training.loop import Run, train
+from training.optimisers import make_optimiser
+from training.outputs import require_writable
+from training.prepare import TEXT_CACHES, prepare
+from training.presets import SOURCES
+from training.scale import make_accelerator
+from training.state import find_resumed
 
-_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_VALIDATION_DRAWS = 4  # of timestep and noise for each image and bin
+_CACHES = ("cache_latents", "cache_latents_to_disk")
 
 
-def run(config: TrainConfig) -> Path:
-    """Trains, saves and reports; returns the path of the patch.
+def run(config: TrainConfig) -> Path | None:
+    """Trains, saves and reports; returns the path of the result, None after a dry run.
 
     Raises:
-        PatchError: an unusable configuration, folder or base; nothing is trained then.
+        PatchError: an unusable configuration, folder, base or data; nothing is trained then.
     """
-    output = _writable(Path(config.output_dir))
-    set_seed(config.seed)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-    )
-    frozen = load_frozen(config)
-    frozen.model.to(accelerator.device)
-    if config.gradient_checkpointing:
-        frozen.model.enable_gradient_checkpointing()
-    patch = Patch.create(frozen.base, **config.variant, **frozen.facts).to(accelerator.device)
-    held_out = load_digits_split("validation")
-
-    def validate() -> float:
-        losses = denoising_loss_by_bin(
-            frozen.model,
-            frozen.scheduler,
-            held_out.images,
-            held_out.labels,
-            draws=_VALIDATION_DRAWS,
-        )
-        return float(losses.mean())
-
-    history = train(config, accelerator, frozen, patch, DigitsDataset("train"), validate)
-    path = output / f"{config.output_name}.safetensors"
+    config = _checked(config)
+    accelerator = _accelerator(config)
+    prepared, events = prepare(config, accelerator)
+    config = prepared.config
+    if config.dry_run:
+        dry_run(prepared)
+        return None
+    accelerator.init_trackers(config.log_prefix or config.output_name, _scalars(config))
     if accelerator.is_main_process:
-        save_patch(patch, path, _metadata(config, history), _DTYPES[config.save_precision])
-        if config.report_samples:
-            write_report(config, frozen, Patch.load(path), history, output)
-        _say_how_to_use(frozen, config, path)
+        text = as_toml(config)
+        (events.outputs.folder / f"{config.output_name}.toml").write_text(text, encoding="utf-8")
+    train(prepared, events)
+    events.finish(prepared)
+    prepared.method.remove()
+    if accelerator.is_main_process:
+        _after(prepared, events)
     accelerator.end_training()
-    return path
+    return events.outputs.path()
 
 
-def _writable(folder: Path) -> Path:
-    """Finds an unwritable folder before training, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
+def _checked(config: TrainConfig) -> TrainConfig:
+    """What can be told before anything is loaded."""
+    if config.base == "auto":
+        config = with_base(config, find_base(config).name)
+    get_base(config.base)
+    require_writable(config)
+    if not any(getattr(config, name) for name in SOURCES):
         raise PatchError(
-            f"expected a folder to write to, found {folder} ({error.strerror}): change "
-            "--output_dir."
-        ) from error
-    return folder
+            f"expected data to train on: the images (and captions) that base {config.base} was "
+            "trained on, or their like; found none. Three commands that run, with your paths:\n"
+            f"  python training/train_dmp.py --base {config.base} --train_data_dir photos\n"
+            f"  python training/train_dmp.py --base {config.base} --webdataset "
+            '"shards/{00000..00099}.tar"\n'
+            f"  python training/train_dmp.py --base {config.base} --dataset_name user/dataset"
+        )
+    # Wishes that cannot be fulfilled, before gigabytes are loaded for them.
+    make_optimiser(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    with torch.device("meta"):
+        Patch.create(config.base, **config.variant)
+    if config.resume is not None:
+        find_resumed(config)
+    if config.huggingface_repo_id is not None and config.method not in ("dmp", "prompt"):
+        raise PatchError(
+            f"expected --huggingface_repo_id with a patch, found --method {config.method}: upload "
+            "its result with the tools of diffusers."
+        )
+    if config.report_samples and config.method not in ("dmp", "prompt"):
+        config = config.model_copy(update={"report_samples": 0})
+    if config.dry_run:
+        config = config.model_copy(update=dict.fromkeys((*_CACHES, *TEXT_CACHES), False))
+    return config
 
 
-def _metadata(config: TrainConfig, history: History) -> dict[str, str]:
-    """Header entries as trainers write them, without `ss_network_module`: this is no LoRA."""
-    return {
-        "ss_base_model_version": config.base,
-        "ss_steps": str(history.best_step),
-        "ss_max_train_steps": str(config.max_train_steps),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_batch_size_per_device": str(config.train_batch_size),
-        "ss_optimizer": "AdamW",
-        "ss_seed": str(config.seed),
-        "ss_mixed_precision": config.mixed_precision,
-        "ss_dmp_config": config.model_dump_json(),
-        "ss_dmp_validation": json.dumps(history.validation),
-    }
+def _accelerator(config: TrainConfig) -> Accelerator:
+    if config.deterministic:
+        # cuBLAS asks for it before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    log_dir = config.logging_dir or str(Path(config.output_dir) / "logs")
+    return make_accelerator(config, log_dir)
 
 
-def _say_how_to_use(frozen: FrozenBase, config: TrainConfig, path: Path) -> None:
-    weights = config.pretrained_model_name_or_path or "training/digits/base"
-    model = type(frozen.model).__name__
-    print(
-        f"\nThe patch is {path.as_posix()}. To use it:\n\n"
-        f"    import diffusers, dmp_common as dmp\n"
-        f'    model = diffusers.{model}.from_pretrained("{weights}", subfolder="transformer")\n'
-        f'    dmp.attach(model, dmp.Patch.load("{path.as_posix()}"))\n'
-    )
+def _scalars(config: TrainConfig) -> dict[str, Any]:
+    """What the loggers can show of the configuration."""
+    return {k: v for k, v in config.recorded().items() if isinstance(v, (str, int, float))}
+
+
+def _after(prepared: Run, events: TrainingEvents) -> None:
+    """Report, hub, and how to go on."""
+    config, path = prepared.config, events.outputs.path()
+    if config.report_samples and prepared.frozen.base.name == "digits":
+        from training.report import write_report
+
+        write_report(config, prepared.frozen, Patch.load(path), prepared.history, path.parent)
+    if config.huggingface_repo_id is not None:
+        address = push(config, prepared, path)
+        print(f"pushed to {address}")
+    print(_use(prepared, path))
+
+
+def _use(prepared: Run, path: Path) -> str:
+    """Lines that use the result."""
+    config, frozen = prepared.config, prepared.frozen
+    weights = config.pretrained_model_name_or_path or frozen.base.hub_id or "training/digits/base"
+    name, cls = frozen.family.denoiser, type(frozen.model).__name__
+    pipeline = frozen.family.pipeline
+    if config.method in ("dmp", "prompt"):
+        load = f'model = diffusers.{cls}.from_pretrained("{weights}", subfolder="{name}")'
+        if pipeline:
+            load = f'model = diffusers.{pipeline}.from_pretrained("{weights}")'
+        lines = [
+            "import diffusers, dmp_common as dmp",
+            load,
+            f'dmp.attach(model, dmp.Patch.load("{path.as_posix()}"))',
+        ]
+    elif config.method == "lora":
+        lines = [
+            "import diffusers",
+            f'pipe = diffusers.{pipeline or "DiffusionPipeline"}.from_pretrained("{weights}")',
+            f'pipe.load_lora_weights("{path.as_posix()}")',
+        ]
+    else:
+        lines = [
+            "import diffusers",
+            f'model = diffusers.{cls}.from_pretrained("{path.as_posix()}", subfolder="{name}")',
+        ]
+    return f"\nThe result is {path.as_posix()}. To use it:\n\n    " + "\n    ".join(lines) + "\n"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(_HERE.parent))
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    from training.config import parse_arguments  # --help must not wait for torch
+    from training.command_line import parse_arguments  # --help must not wait for torch
 
     config = parse_arguments(arguments)
     try:

@@ -1,18 +1,23 @@
-"""A tiny base of the digits family, and runs that take a second."""
+"""A tiny base of the digits family, and runs on the real digits that take a second."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from dmp_common import Patch, families, register_base
-from training.config import TrainConfig
-from training.frozen import FrozenBase
-from training.loop import History, train
+from training.command_line import resolve
+from training.events import TrainingEvents
+from training.families.table import DIGITS, register_family
+from training.loop import Run, train
+from training.methods import PatchMethod
+from training.prepare import prepare
 
 TINY = register_base(
     families.dit(
@@ -20,24 +25,19 @@ TINY = register_base(
         grid=(4, 4),
     )
 )  # fmt: skip
+register_family(TINY, DIGITS)
 
 
-class TinyData(torch.utils.data.Dataset):
-    """Noise with labels: enough to see what a loop does."""
-
-    def __init__(self, count: int = 48) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self.images = torch.randn(count, 1, 8, 8, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixels": self.images[index], "label": torch.tensor(index % 10)}
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """accelerate keeps the first run's precision for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture
-def frozen() -> FrozenBase:
+@pytest.fixture(scope="session")
+def digits_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random DiT for digits."""
+    folder = tmp_path_factory.mktemp("digits-base")
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=1, attention_head_dim=16, in_channels=1, num_layers=2, sample_size=8,
@@ -46,27 +46,60 @@ def frozen() -> FrozenBase:
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    return FrozenBase(
-        model.eval().requires_grad_(False), DDIMScheduler(), TINY, "diffusers", null_label=10
-    )
+    model.save_pretrained(folder / "transformer")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    return folder
 
 
-Run = Callable[..., tuple[Patch, History]]
+Start = Callable[..., tuple[Run, TrainingEvents]]
+Go = Callable[..., tuple[Run, TrainingEvents]]
 
 
 @pytest.fixture
-def run(frozen: FrozenBase) -> Run:
-    def run(
-        validate: Callable[[], float] = lambda: 0.0, **options: object
-    ) -> tuple[Patch, History]:
-        defaults = {"max_train_steps": 4, "train_batch_size": 16, "lr_scheduler": "constant"}
-        config = TrainConfig(base="tiny-digits", **{**defaults, **options})
-        torch.manual_seed(config.seed)
-        accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=config.gradient_accumulation_steps
-        )
-        patch = Patch.create(TINY, **config.variant, **frozen.facts)
-        history = train(config, accelerator, frozen, patch, TinyData(), validate)
-        return patch, history
+def start(digits_base: Path, tmp_path: Path) -> Start:
+    """Puts a run together without starting it."""
 
-    return run
+    def start(**options: object) -> tuple[Run, TrainingEvents]:
+        defaults = {
+            "base": "tiny-digits",
+            "pretrained_model_name_or_path": str(digits_base),
+            "dataset_name": "digits",
+            "max_train_steps": 4,
+            "train_batch_size": 16,
+            "lr_scheduler": "constant",
+            "output_dir": str(tmp_path / "out"),
+            "max_validation_images": 16,
+            "validation_bins": 2,
+        }
+        config = resolve({**defaults, **options})
+        Path(config.output_dir).mkdir(exist_ok=True)
+        return prepare(config, Accelerator(cpu=True))
+
+    return start
+
+
+@pytest.fixture
+def go(start: Start) -> Go:
+    """Runs to the end and gives the base back."""
+
+    def go(
+        validation: Callable[[object], list[float]] | None = None, **options: object
+    ) -> tuple[Run, TrainingEvents]:
+        run, events = start(**options)
+        if validation is not None:
+            events.validation = validation
+            run.history.base = [1.0]
+        try:
+            train(run, events)
+            events.finish(run)
+        finally:
+            run.method.remove()
+        return run, events
+
+    return go
+
+
+def patch_of(run: Run) -> Patch:
+    """The patch of a run."""
+    assert isinstance(run.method, PatchMethod)
+    return run.method.patch

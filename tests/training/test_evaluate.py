@@ -9,7 +9,6 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from training.evaluate import (
     denoising_loss_by_bin,
     frechet_distance,
-    prediction_target,
     sample,
 )
 
@@ -170,13 +169,6 @@ def test_loss_refuses_labels_that_do_not_fit():
     images, labels = labelled()
     with pytest.raises(ValueError, match=r"found \(6, 1, 8, 8\) and \(5,\)"):
         denoising_loss_by_bin(ConstantModel(0.0), DDIMScheduler(), images, labels[:5])
-
-
-def test_unknown_prediction_type_is_refused():
-    scheduler, x = DDIMScheduler(), torch.zeros(1, 1, 8, 8)
-    scheduler.register_to_config(prediction_type="flow")
-    with pytest.raises(ValueError, match="found 'flow'"):
-        prediction_target(scheduler, x, x, torch.zeros(1, dtype=torch.int64))
 
 
 def test_samples_follow_seed_label_and_guidance(tiny_dit):

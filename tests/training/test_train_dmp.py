@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dmp_common import Patch
-from training.config import parse_arguments
+from training.command_line import parse_arguments
 from training.train_dmp import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,8 @@ def test_quickstart_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "digits-dmp.safetensors", "gate.png", "report.json", "report.md", "samples.png",
+        "digits-dmp.safetensors", "digits-dmp-gate.png", "digits-dmp.toml", "gate.png",
+        "report.json", "report.md", "samples.png",
     }  # fmt: skip
     patch = Patch.load(out / "digits-dmp.safetensors")
     assert patch.metadata["ss_seed"] == "0"
@@ -88,10 +89,18 @@ def test_script_hides_no_other_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--base", "sd15"], "expected base digits, found sd15"),
+        (["--dmp_sites", "block.99"], "block.99"),
+        (["--train_data_dir", "nowhere"], "nowhere"),
+        (["--resume", "latest"], "found none: begin without --resume"),
+        (["--resume", "nowhere"], "expected the state of a run at nowhere"),
+        (["--optimizer_type", "Quantum"], "expected one of the optimisers AdamW"),
+        (["--optimizer_args", "betas"], "expected --optimizer_args as name=value"),
+        (["--optimizer_args", "quantum=1"], "expected arguments that AdamW takes"),
+        (["--optimizer_type", "Prodigy"], "pip install prodigyopt"),
+        (["--min_snr_gamma", "5", "--text_conditional", "--train_data_dir", "x"], "--method full"),
+        (["--huggingface_repo_id", "a/b", "--method", "full"], "expected --huggingface_repo_id"),
         (["--base", "sd99"], "known bases"),
         (["--pretrained_model_name_or_path", "nowhere"], "--pretrained_model_name_or_path"),
-        (["--dmp_sites", "block.99"], "block.99"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -117,3 +126,17 @@ def test_unwritable_folder_is_found_before_training(
 
 def test_bare_command_is_the_quickstart() -> None:
     assert parse_arguments([]) == parse_arguments(["--base", "digits"])
+
+
+@pytest.mark.parametrize("base", ["sd15", "dit-b/2", "flux"])
+def test_bare_command_without_data_shows_three_that_run(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--base", base, "--output_dir", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: expected data")
+    commands = [line.split() for line in printed.splitlines() if "python training/" in line]
+    assert len(commands) == 3
+    for command in commands:  # they are complete: only paths are missing
+        config = parse_arguments([part.strip('"') for part in command[2:]])
+        assert config.base == base

@@ -1,0 +1,189 @@
+"""Tiny bases on disk, in the layout of diffusers: denoiser, VAE, text encoders, tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn as nn
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from tests.tiny import FAMILIES, Tiny
+from training.families import table
+from training.families.table import register_family
+
+SIZE = 16  # pixels of a picture, 8 cells of a latent
+WORDS = ["red", "green", "blue", "cat", "dog", "a", "of", "picture", "square"]
+BEGIN, END, UNKNOWN = len(WORDS), len(WORDS) + 1, len(WORDS) + 2
+
+for _name, _family, _multiple in (
+    ("sd15", table.SD1, 16),
+    ("sd21", table.SD1, 16),
+    ("sdxl", table.SDXL, 8),
+    ("dit", table.DIT, 4),
+    ("pixart", table.PIXART, 4),
+    ("sd3", table.STABLE3, 4),
+    ("sd35", table.STABLE3, 4),
+    ("flux", table.FLUX, 4),
+):
+    register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple))
+
+# What each family needs on the command line besides its name.
+OPTIONS: dict[str, list[str]] = {
+    **{name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux")},
+    "dit": [],
+}
+
+
+def make_base(folder: Path, name: str) -> Path:
+    """Writes a tiny base into a folder; returns the folder."""
+    tiny = FAMILIES[name]
+    model = tiny.model()
+    part = "unet" if name.startswith("sd1") or name in ("sd21", "sdxl") else "transformer"
+    model.save_pretrained(folder / part)
+    _vae(shifted=name in ("sd3", "sd35", "flux")).save_pretrained(folder / "vae")
+    _scheduler(name).save_pretrained(folder / "scheduler")
+    for place, build in _encoders(name).items():
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            build().save_pretrained(folder / place)
+        tokenizer = place.replace("text_encoder", "tokenizer")
+        _tokenizer(77 if "T5" not in str(build()) else 512).save_pretrained(folder / tokenizer)
+    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": diffusers.__version__}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def make_vae() -> diffusers.AutoencoderKL:
+    """A VAE of factor 2 with four channels."""
+    return _vae(shifted=False)
+
+
+def make_pictures(folder: Path, count: int = 6, captions: bool = True) -> Path:
+    """Pictures of different sizes with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(3)
+    for number in range(count):
+        size = (SIZE + 4 * (number % 2), SIZE)
+        levels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator)
+        picture = Image.fromarray(levels.to(torch.uint8).numpy())
+        picture.save(folder / f"{number:02d}.png")
+        if captions:
+            text = f"a {WORDS[number % 3]} {WORDS[3 + number % 2]}"
+            (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def make_classes(folder: Path, classes: int = 3, count: int = 2) -> Path:
+    """Folders of pictures, one a class."""
+    for label in range(classes):
+        make_pictures(folder / str(label), count, captions=False)
+    return folder
+
+
+def tiny_of(name: str) -> Tiny:
+    """The family in small."""
+    return FAMILIES[name]
+
+
+def _vae(shifted: bool) -> diffusers.AutoencoderKL:
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=SIZE,
+            scaling_factor=0.7,
+            shift_factor=0.1 if shifted else None,
+        )
+
+
+def _scheduler(name: str) -> diffusers.SchedulerMixin:
+    if name in ("sd3", "sd35"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "flux":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    prediction = "v_prediction" if name == "sd21" else "epsilon"
+    return diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction,
+        clip_sample=False,
+    )
+
+
+def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
+    plain, projected = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+    match name:
+        case "sd15":
+            return {"text_encoder": lambda: plain(_clip(12))}
+        case "sd21":
+            return {"text_encoder": lambda: plain(_clip(20))}
+        case "sdxl":
+            return {
+                "text_encoder": lambda: plain(_clip(12)),
+                "text_encoder_2": lambda: projected(_clip(16, 16)),
+            }
+        case "pixart":
+            return {"text_encoder": _t5}
+        case "sd3" | "sd35":
+            return {
+                "text_encoder": lambda: projected(_clip(6, 4)),
+                "text_encoder_2": lambda: projected(_clip(6, 6)),
+                "text_encoder_3": _t5,
+            }
+        case "flux":
+            return {"text_encoder": lambda: plain(_clip(10)), "text_encoder_2": _t5}
+    return {}
+
+
+def _clip(width: int, projection: int = 8) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
+        vocab_size=len(WORDS) + 3,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        projection_dim=projection,
+        max_position_embeddings=77,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+
+
+def _t5() -> nn.Module:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=len(WORDS) + 3, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2
+        )
+    )
+
+
+def _tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
+    """Whole words, with a begin and an end."""
+    vocabulary = {word: number for number, word in enumerate([*WORDS, "<b>", "<e>", "<u>"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<u>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<b> $A <e>", special_tokens=[("<b>", BEGIN), ("<e>", END)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<b>",
+        eos_token="<e>",
+        pad_token="<e>",
+        unk_token="<u>",
+        model_max_length=length,
+    )
