@@ -90,7 +90,7 @@ def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file_path in set(files.where.values()):
         with _open(file_path) as file:
-            names = [name for name in file.keys() if files.where.get(name) == file_path]
+            names = [name for name, place in files.where.items() if place == file_path]
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     return shapes
 
