@@ -72,10 +72,21 @@ def _repeated(
     options: Any,
     kind: DataKind,
 ) -> Found:
-    samples, notes, used = [], [], 0
+    samples, notes = [], []
+    by_part: dict[Path | None, list[Path]] = {part: [] for part in parts}
+    for path in images:
+        part = folder / path.relative_to(folder).parts[0]
+        by_part.setdefault(part if part in parts else None, []).append(path)
+    lost = by_part.pop(None, [])
+    if lost:
+        raise PatchError(
+            f"expected all images of {folder} in folders named repeats_name, as "
+            f"{next(iter(parts)).name} is, found {len(lost)} elsewhere, such as {lost[0]}: move "
+            "them, or rename their folder, for example to 1_name; a folder whose name begins with "
+            "a dot is left out."
+        )
     for part, (repeats, name) in parts.items():
-        inside = [path for path in images if part in path.parents]
-        used += len(inside)
+        inside = by_part[part]
         if not repeats:
             notes.append(f"folder {part.name}: 0 repeats, its {len(inside)} images are not used")
             continue
@@ -84,14 +95,6 @@ def _repeated(
         subset = make_subset(values, kind, part.name, repeats)
         more, said = samples_of(inside, folder, part, subset, kind, _source(options))
         samples, notes = samples + more, notes + said
-    if used < len(images):
-        lost = next(path for path in images if not any(part in path.parents for part in parts))
-        raise PatchError(
-            f"expected all images of {folder} in folders named repeats_name, as "
-            f"{next(iter(parts)).name} is, found {len(images) - used} elsewhere, such as {lost}: "
-            "move them, or rename their folder, for example to 1_name; a folder whose name begins "
-            "with a dot is left out."
-        )
     if not samples:
         raise PatchError(f"expected images in the folders of {folder}, found none to use.")
     return Found(str(folder), samples, FileStore(), folder / CACHE, notes)
@@ -122,11 +125,11 @@ def samples_of(
         images, about = _described(images, folder, subset, source, notes)
     store = FileStore()
     samples = []
-    for path, size in zip(images, sizes_of(store, images), strict=True):
+    for path, size in zip(images, sizes_of(store, [str(path) for path in images]), strict=True):
         known = about.get(path, About(()))
         bucket = _checked_bucket(known, subset, kind, path)
         key = key_of(path, root)
-        samples.append(Sample(key, path, size, subset, known.captions, bucket=bucket))
+        samples.append(Sample(key, str(path), size, subset, known.captions, bucket=bucket))
     return samples, notes
 
 
@@ -213,12 +216,11 @@ def _class_folders(folder: Path, images: list[Path], options: Any, kind: DataKin
     names = sorted({path.relative_to(folder).parts[0] for path in images})
     ids, classes = class_ids(names, options.class_list, kind, f"folders of {folder}")
     subset = make_subset(values_of(options), kind, folder.name)
-    store = FileStore()
-    samples = [
-        Sample(key_of(path, folder), path, size, subset,
-               label=ids[path.relative_to(folder).parts[0]])
-        for path, size in zip(images, sizes_of(store, images), strict=True)
-    ]  # fmt: skip
+    store, places = FileStore(), [str(path) for path in images]
+    samples = []
+    for path, place, size in zip(images, places, sizes_of(store, places), strict=True):
+        label = ids[path.relative_to(folder).parts[0]]
+        samples.append(Sample(key_of(path, folder), place, size, subset, label=label))
     return Found(str(folder), samples, store, folder / CACHE, classes=classes)
 
 

@@ -185,9 +185,14 @@ def load(requests: Iterable[Any], function: Callable[[Any], Any], workers: int) 
     """
     loader: DataLoader[Any] = DataLoader(
         _Loading(function), sampler=_Once(requests), batch_size=None, num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is, generator=own_generator(),
     )  # fmt: skip
     yield from unpacked(loader)
+
+
+def own_generator() -> torch.Generator:
+    """For a loader to draw its workers' seed from: torch's global one is the trainer's."""
+    return torch.Generator().manual_seed(0)
 
 
 def ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from dmp_common import PatchError
 
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
 _TIMEOUT = 60.0
+_HEADERS = {"User-Agent": "diffusion-model-patching"}  # some servers refuse Python's own
 _FAILURES = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 
 
@@ -88,7 +89,7 @@ class _HttpFile(io.RawIOBase):
         return data
 
     def _connect(self) -> None:
-        request = urllib.request.Request(self._url)
+        request = urllib.request.Request(self._url, headers=_HEADERS)
         if self._offset:
             request.add_header("Range", f"bytes={self._offset}-")
         self._response = urllib.request.urlopen(request, timeout=_TIMEOUT)

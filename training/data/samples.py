@@ -13,6 +13,7 @@ from training.data.captions import CaptionRules
 from training.data.sizes import Size, SizeRules
 
 _BLOCK = 64 * 1024
+_UNCOMPRESSED = {".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Subset:
     captions: CaptionRules
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are millions of them
 class Sample:
     """One image.
 
@@ -73,27 +74,31 @@ class Store(Protocol):
 
 
 class FileStore:
-    """Images that are files: a place is a path."""
+    """Images that are files: a place is a path, as text, which takes less memory."""
 
-    def open(self, place: Path) -> BinaryIO:
+    def open(self, place: str) -> BinaryIO:
         """The file."""
-        return place.open("rb")
+        return Path(place).open("rb")
 
-    def name(self, place: Path) -> str:
+    def name(self, place: str) -> str:
         """The path."""
-        return str(place)
+        return place
 
-    def fingerprint(self, place: Path) -> str:
+    def fingerprint(self, place: str) -> str:
         """Hash of the size and of three blocks of 64 KiB: first, middle, last.
 
         Not the time of change: copying a data set renews it, and tools that keep it let a replaced
         image pass for the old one. Not the whole content: every start would read all of it. An
-        image that was edited and saved again differs in every block after the first edited one,
-        because it is compressed.
+        image that was edited and saved again differs up to its last block, because it is
+        compressed; formats that may not be are read whole.
         """
-        size = place.stat().st_size
+        path = Path(place)
+        size = path.stat().st_size
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        with place.open("rb") as file:
+        with path.open("rb") as file:
+            if path.suffix.lower() in _UNCOMPRESSED:
+                digest.update(file.read())
+                return digest.hexdigest()
             for start in sorted({0, max(0, size // 2 - _BLOCK // 2), max(0, size - _BLOCK)}):
                 file.seek(start)
                 digest.update(file.read(_BLOCK))

@@ -31,7 +31,7 @@ def list_images(folder: Path, recursive: bool = True) -> list[Path]:
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")] if recursive else []
         found += [path for name in files if is_image(path := Path(root, name))]
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+    return sorted(found, key=Path.as_posix)  # the same on every system
 
 
 def sizes_of(store: Store, places: Sequence[Any]) -> list[Size]:

@@ -13,6 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from dmp_common import PatchError
 from dmp_common.patchfile import write_atomically
@@ -69,8 +71,10 @@ def expand(text: str) -> list[str]:
                 "programs here; give the URL itself."
             )
         for place in braceexpand(pattern.replace("\\", "/"), escape=False):
+            if place.startswith("file://"):
+                place = url2pathname(urlparse(place).path)
             if remote.is_url(place):
-                found.append(place.removeprefix("file://"))
+                found.append(place)
                 continue
             matches = sorted(glob.glob(f"{place}/*.tar" if Path(place).is_dir() else place))
             if not matches:

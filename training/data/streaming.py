@@ -17,7 +17,7 @@ from training.data import draws, remote
 from training.data.batch import Batch, BucketRow, Data, DataSummary, Position, Progress
 from training.data.kind import DataKind
 from training.data.lanes import Visit, lane_count, samples_of
-from training.data.loading import Item, Recipe, Request, unpacked
+from training.data.loading import Item, Recipe, Request, own_generator, unpacked
 from training.data.order import share
 from training.data.rules import make_subset, values_of
 from training.data.shards import Counts, Shard, find_shards
@@ -91,7 +91,9 @@ class StreamData(Data):
             )
         reader = _Reader(self._stream, global_batch, places, first)
         workers = min(workers, len(reader.lanes))
-        loader: DataLoader[Any] = DataLoader(reader, batch_size=None, num_workers=workers)
+        loader: DataLoader[Any] = DataLoader(
+            reader, batch_size=None, num_workers=workers, generator=own_generator()
+        )
         return self._joined(unpacked(loader), max(1, workers), first, per_epoch)
 
     def _joined(

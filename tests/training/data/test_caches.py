@@ -113,6 +113,20 @@ def test_a_replaced_image_is_never_stale(folder: Path) -> None:
     assert encoders.images == 1
 
 
+@pytest.mark.parametrize("ending", ["bmp", "png"])
+def test_one_changed_pixel_of_a_large_image_is_noticed(tmp_path: Path, ending: str) -> None:
+    from training.data.samples import FileStore
+
+    path = tmp_path / f"a.{ending}"
+    image = picture(1, (500, 400))
+    found = []
+    for value in (0, 1):
+        image.putpixel((250, 120), (value, 0, 0))
+        image.save(path)
+        found.append(FileStore().fingerprint(str(path)))
+    assert found[0] != found[1]
+
+
 def test_a_copied_data_set_keeps_its_cache(folder: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -184,6 +184,15 @@ def test_workers_change_nothing(place: Path, name: str) -> None:
             assert_equal(expected, found)
 
 
+@pytest.mark.parametrize("name", ["folder", "shards"])
+def test_the_global_generator_is_left_alone(place: Path, name: str) -> None:
+    """A run that loads data once more, after a resume, must not draw other numbers."""
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        next(source(place, name).batches(global_batch=4, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.slow
 def test_workers_may_be_spawned(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows and macOS: everything that goes to a worker can be pickled."""

@@ -43,6 +43,7 @@ def test_ways_to_name_shards(tmp_path: Path) -> None:
     assert shards.expand(f"{folder}/{{00000..00002}}.tar") == three
     assert shards.expand(f"{folder}/*.tar") == shards.expand(folder) == three
     assert shards.expand(f"{three[2]}::{three[0]}") == [three[2], three[0]]
+    assert shards.expand((tmp_path / "00001.tar").as_uri()) == [three[1]]
     assert shards.expand("https://x.org/{0..2}.tar")[2] == "https://x.org/2.tar"
     with pytest.raises(PatchError, match=r"a shard at .*/9\.tar, found none"):
         shards.expand(f"{folder}/9.tar")
