@@ -113,6 +113,15 @@ def differ(one: Made, two: Made) -> None:
     assert any((a != b).any() for a, b in zip(one.images, two.images, strict=True))
 
 
+def distance(one: Made, two: Made) -> int:
+    return int(np.abs(one.image.astype(int) - two.image.astype(int)).max())
+
+
+def forge(server: Server) -> bool:
+    """Whether it is Forge itself, not one of its siblings."""
+    return "forge_preset" in server.get("/sdapi/v1/options")
+
+
 def attached(calls: list[dict[str, Any]]) -> list[int]:
     return [call["attached"] for call in calls]
 
@@ -300,9 +309,11 @@ def test_img2img_and_inpainting(server):
         made, calls = server.log(A, **settings)
         assert set(attached(calls)) == {1}
         before = server.make(**settings)
-        differ(made, before)
-        same(server.make(ZERO, **settings), before)
-        same(server.make(**settings, **script(A)), made)
+        assert distance(made, before) > 60
+        # Forge's own inpainting differs a little from run to run.
+        rounding = 40 if distance(server.make(**settings), before) else 0
+        assert distance(server.make(ZERO, **settings), before) <= rounding
+        assert distance(server.make(**settings, **script(A)), made) <= rounding
 
 
 VARIATIONS: dict[str, dict[str, Any]] = {
@@ -397,7 +408,8 @@ def test_infotext_and_what_reading_it_restores(server, folder):
     assert (fields["dmp/Patch 3"], fields["dmp/Strength 3"]) == ("None", 1.0)
     plain = server.post("/dmp-test/paste", text=server.make().infotext)["fields"]
     assert (plain["dmp/DMP"], plain["dmp/Patch 1"]) == (False, "None")
-    same(server.make(infotext=text, prompt=f"a cat <dmp:{ZERO}:0.3>"), made)
+    if not forge(server):  # its API cannot read any infotext
+        same(server.make(infotext=text, prompt=f"a cat <dmp:{ZERO}:0.3>"), made)
 
 
 def test_the_infotext_of_the_script(server):
