@@ -64,6 +64,7 @@ class Fit:
         return int(x * (spare[0] + 1)), int(y * (spare[1] + 1))
 
 
+@lru_cache(maxsize=4096)
 def fit(size: Size, rules: SizeRules, given: Size | None = None) -> Fit:
     """The bucket of an image of `size` (or the one `given` for it). Every image has one."""
     if given is not None:
