@@ -72,7 +72,8 @@ def _repeated(
     options: Any,
     kind: DataKind,
 ) -> Found:
-    samples, notes = [], []
+    samples: list[Sample] = []
+    notes: list[str] = []
     by_part: dict[Path | None, list[Path]] = {part: [] for part in parts}
     for path in images:
         part = folder / path.relative_to(folder).parts[0]

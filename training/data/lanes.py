@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from training.data import draws
 from training.data.shards import Counts, Raw, Shard, read_shard
 
@@ -44,13 +46,15 @@ def visits(
 ) -> Iterator[Visit]:
     """The endless list of what a lane reads."""
     parts = math.ceil(lanes / len(shards))
-    count, known, order = len(shards) * parts, -1, range(0)
+    count, known = len(shards) * parts, -1
+    order = np.arange(count)
     number = lane
     while True:
         epoch, place = divmod(number, count)
         if epoch != known:
             known = epoch
-            order = draws.permutation(count, seed, epoch, "shards") if shuffle else range(count)
+            if shuffle:
+                order = draws.permutation(count, seed, epoch, "shards")
         shard, part = divmod(int(order[place]), parts)
         yield Visit(epoch, shards[shard], part, parts)
         number += lanes

@@ -56,7 +56,8 @@ class _HttpFile(io.RawIOBase):
     """A file behind http(s). A broken connection is taken up again where it broke."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._offset, self._size = url, 0, None
+        self._url, self._offset = url, 0
+        self._size: int | None = None
         self._response: Any = None
         self._retrying(self._connect)
 
