@@ -42,7 +42,8 @@ def find_folder(options: Any, kind: DataKind) -> Found:
     values = values_of(options)
     if kind.conditioning == "label":
         return _class_folders(folder, images, options, kind)
-    parts = _repeat_folders(folder)
+    # Without captions, `0_airplane` is a name like any other.
+    parts = _repeat_folders(folder) if kind.conditioning == "caption" else {}
     if not parts:
         subset = make_subset(values, kind, folder.name)
         samples, notes = samples_of(images, folder, folder, subset, kind, _source(options))

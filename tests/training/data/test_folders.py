@@ -158,6 +158,12 @@ def test_unconditional_folders_need_nothing_else(tmp_path: Path) -> None:
     assert "captions" not in data.summary().text(1)
 
 
+def test_numbered_folders_mean_nothing_without_captions(tmp_path: Path) -> None:
+    making.folder_of(tmp_path / "0_plane", 2, captions=False)
+    making.folder_of(tmp_path / "3_cat", 1, captions=False)
+    assert opened(NOTHING, train_data_dir=str(tmp_path)).size == 3
+
+
 def test_grey_bases(tmp_path: Path) -> None:
     making.folder_of(tmp_path, 1, captions=False)
     kind = DataKind("none", channels=1, resolution=16, multiple=1)
