@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from dmp_common import Patch, PatchError, attach
@@ -316,3 +319,20 @@ def test_no_mutation_escapes_the_one_error(mutate: Callable[[bytes], bytes], goo
         assert str(path) in str(error)
         return
     assert all(bool(tensor.isfinite().all()) for tensor in patch.tensors().values())
+
+
+def test_equal_patches_make_equal_bytes_in_every_process(tmp_path: Path) -> None:
+    """The hash that hosts show must not depend on the order of a hash table."""
+    code = (
+        "import sys, dmp_common as dmp\n"
+        "dmp.Patch.create('digits').save(sys.argv[1], "
+        "{f'ss_{n}': chr(233) * n for n in range(20)} | {'modelspec.date': 'then'})"
+    )
+    root = Path(__file__).resolve().parents[2]
+    files = [tmp_path / "same.safetensors", tmp_path / "other" / "same.safetensors"]
+    for file in files:
+        subprocess.run([sys.executable, "-c", code, str(file)], cwd=root, check=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with safe_open(files[0], "pt") as opened:
+        assert opened.metadata()["ss_19"] == chr(233) * 19
+    assert Patch.load(files[0]).metadata["ss_3"] == chr(233) * 3

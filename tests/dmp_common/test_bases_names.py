@@ -1,0 +1,295 @@
+"""The bases: original names by diffusers."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn as nn
+from diffusers.loaders import single_file_utils as single_file
+from torch import Tensor
+
+from dmp_common import detect_base, get_base, known_bases
+from dmp_common.detect import naming_of
+from dmp_common.sites import find_module
+from dmp_common.timesteps import frequency_shift
+from tests.dmp_common.realbases import MODELS, meta, model_of, seen
+
+
+class Asked(dict):
+    """A checkpoint that has every tensor it is asked for, each filled with its own number.
+
+    diffusers' converters take tensors out by their original names; what they ask for is the list
+    of original names, and the numbers show where each tensor goes.
+    """
+
+    def __init__(self, known: dict[str, Tensor], rows: Callable[[str], int]) -> None:
+        super().__init__(known)
+        self.rows = rows
+        self.names: list[str] = []
+
+    def pop(self, name: str) -> Tensor:
+        super().pop(name, None)
+        self.names.append(name)
+        return torch.full((self.rows(name), 1), float(len(self.names) - 1))
+
+
+def _unet_original(key: str, levels: int) -> str:
+    """What we think the original name of a diffusers UNet's parameter is; the test proves it."""
+    head, _, rest = key.partition(".")
+    if head not in ("down_blocks", "mid_block", "up_blocks"):
+        names = {
+            "conv_in": "input_blocks.0.0",
+            "time_embedding.linear_1": "time_embed.0",
+            "time_embedding.linear_2": "time_embed.2",
+            "add_embedding.linear_1": "label_emb.0.0",
+            "add_embedding.linear_2": "label_emb.0.2",
+            "conv_norm_out": "out.0",
+            "conv_out": "out.2",
+        }
+        module, _, parameter = key.rpartition(".")
+        return f"{names[module]}.{parameter}"
+    level, kind, n, tail = ("0", *rest.split(".", 2)) if head == "mid_block" else rest.split(".", 3)
+    for diffusers_name, original in {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }.items():
+        if kind == "resnets" and tail.startswith(diffusers_name):
+            tail = tail.replace(diffusers_name, original, 1)
+    block, place = int(level) * 3, int(n)
+    if head == "mid_block":
+        return f"middle_block.{2 * place if kind == 'resnets' else 1}.{tail}"
+    if head == "down_blocks":
+        if kind == "downsamplers":
+            return f"input_blocks.{block + 3}.0.{tail.replace('conv', 'op')}"
+        return f"input_blocks.{block + 1 + place}.{int(kind == 'attentions')}.{tail}"
+    if kind == "upsamplers":
+        index = 2 if f"up_blocks.{level}.attentions" in key or _attends(levels, int(level)) else 1
+        return f"output_blocks.{block + 2}.{index}.{tail}"
+    return f"output_blocks.{block + place}.{int(kind == 'attentions')}.{tail}"
+
+
+def _attends(levels: int, up: int) -> bool:
+    """Whether a decoder level of SD (4 levels) or SDXL (3) has attention."""
+    return up > 0 if levels == 4 else up < 2
+
+
+@functools.cache
+def original_names(name: str) -> dict[str, str]:
+    """From diffusers' names of parameters to the original ones, as diffusers converts them."""
+    model, base = model_of(name), get_base(MODELS[name].base)
+    state = model.state_dict()
+    if base.layout == "map":
+        levels = len(model.down_blocks)
+        originals = [_unet_original(key, levels) for key in state]
+        # This converter hands values on untouched, so names may stand for tensors.
+        checkpoint = {f"model.diffusion_model.{key}": key for key in originals}
+        return single_file.convert_ldm_unet_checkpoint(checkpoint, dict(model.config))
+    depth = len(model.transformer_blocks)
+    if base.name == "flux":
+        singles = len(model.single_transformer_blocks)
+        known = {f"double_blocks.{n}.x": None for n in range(depth)}
+        known |= {f"single_blocks.{n}.x": None for n in range(singles)}
+        known |= {"guidance_in": None} if model.config.guidance_embeds else {}
+        checkpoint = Asked(known, lambda key: 3072 * 7 if ".linear1." in key else 6)
+        converted = single_file.convert_flux_transformer_checkpoint_to_diffusers(checkpoint)
+    else:
+        known = {f"joint_blocks.{n}.x": None for n in range(depth)}
+        known |= {
+            f"joint_blocks.{n}.x_block.attn2.x": None
+            for n in range(len(getattr(model.config, "dual_attention_layers", ())))
+        }
+        known |= {"joint_blocks.0.x_block.attn.ln_q.x": None} if model.config.qk_norm else {}
+        known["context_embedder.weight"] = torch.zeros(base.embedding, 1)
+        rows = lambda key: 2 * base.embedding  # noqa: E731
+        checkpoint = Asked(known, lambda key: 3 * rows(key))
+        converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
+    names = {}
+    for key, value in converted.items():
+        assert len(value.unique()) == 1
+        names[key] = checkpoint.names[int(value.flatten()[0])]
+    return names
+
+
+CONVERTED = [name for name in MODELS if "dit" not in name and "pixart" not in name]
+ORIGINAL = pytest.mark.parametrize("name", CONVERTED)
+
+
+@ORIGINAL
+def test_original_names_are_complete(name):
+    """Every parameter of the diffusers model has one, so the map is the real model's."""
+    names = original_names(name)
+    assert set(names) == set(model_of(name).state_dict())
+    assert None not in names.values()
+
+
+def _under(names: dict[str, str], path: str) -> set[str]:
+    return {original for key, original in names.items() if key.startswith(f"{path}.")}
+
+
+@ORIGINAL
+def test_ldm_paths_hold_the_parameters_of_the_diffusers_paths(name):
+    names, base = original_names(name), get_base(MODELS[name].base)
+    for site in base.sites:
+        here, there = site.paths["diffusers"], site.paths["ldm"]
+        expected = {v for v in names.values() if v.startswith(f"{there}.")}
+        assert expected, site.name
+        assert _under(names, here) == expected, site.name
+    times = base.times
+    for part in ("mlp", "path"):
+        expected = {v for v in names.values() if v.startswith(f"{getattr(times['ldm'], part)}.")}
+        assert _under(names, getattr(times["diffusers"], part)) == expected != set()
+
+
+def tree(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """Modules with these parameters: what a model of a host looks like to a path and a probe."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        *path, owner, parameter = f"root.{name}".split(".")
+        module = root
+        for part in path[1:]:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        if owner == "root":
+            module = root
+        elif owner not in module._modules:
+            if parameter == "weight" and len(shape) == 4:
+                leaf = nn.Conv2d(shape[1], shape[0], shape[2:], device="meta")
+            elif parameter == "weight" and len(shape) == 2:
+                leaf = nn.Linear(shape[1], shape[0], device="meta")
+            else:
+                leaf = nn.Module()
+            module.add_module(owner, leaf)
+            module = leaf
+        else:
+            module = module._modules[owner]
+        if parameter not in module._parameters:
+            module.register_parameter(parameter, nn.Parameter(meta(*shape)))
+    return root
+
+
+def original_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Joined projections have the sum of their parts' rows."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    state = model_of(name).state_dict()
+    for key, original in original_names(name).items():
+        shape = tuple(state[key].shape)
+        if original in shapes:
+            shape = (shapes[original][0] + shape[0], *shape[1:])
+        shapes[original] = shape
+    return shapes
+
+
+@ORIGINAL
+def test_original_naming_is_detected(name):
+    model, expected = tree(original_shapes(name)), MODELS[name].base
+    assert detect_base(model).name == expected
+    matching = {base.name: naming_of(model, base) for base in known_bases()}
+    assert {k: v for k, v in matching.items() if v} == {expected: "ldm"}
+    holders = (
+        types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=model)),
+        types.SimpleNamespace(diffusion_model=model),
+    )
+    for holder in holders:
+        assert detect_base(holder).name == expected
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_original_unet_widths(name):
+    """From the first layer's own parameters: the norm sees the stream and the skip connection."""
+    shapes, base = original_shapes(name), get_base(name)
+    for site in base.sites:
+        path = site.paths["ldm"]
+        first = shapes.get(f"{path}.in_layers.0.weight") or shapes[f"{path}.op.weight"][1:2]
+        assert first == (site.width + seen(name).skips.get(site.name, 0),), site.name
+
+
+def official_pixart(alpha: bool) -> dict[str, tuple[int, ...]]:
+    """Parameters of the released PixArt-XL-2 checkpoints (scripts/convert_pixart_*.py)."""
+    d = 1152
+    shapes = {
+        "x_embedder.proj.weight": (d, 4, 2, 2),
+        "t_embedder.mlp.0.weight": (d, 256),
+        "t_embedder.mlp.2.weight": (d, d),
+        "t_block.1.weight": (6 * d, d),
+        "y_embedder.y_embedding": (120, 4096),
+        "y_embedder.y_proj.fc1.weight": (d, 4096),
+        "y_embedder.y_proj.fc2.weight": (d, d),
+        "final_layer.linear.weight": (32, d),
+        "final_layer.scale_shift_table": (2, d),
+    }
+    if alpha:
+        shapes |= {f"{n}_embedder.mlp.0.weight": (d // 3, 256) for n in ("csize", "ar")}
+    for n in range(28):
+        block = {
+            "scale_shift_table": (6, d),
+            "attn.qkv.weight": (3 * d, d),
+            "attn.proj.weight": (d, d),
+            "cross_attn.q_linear.weight": (d, d),
+            "cross_attn.kv_linear.weight": (2 * d, d),
+            "cross_attn.proj.weight": (d, d),
+            "mlp.fc1.weight": (4 * d, d),
+            "mlp.fc2.weight": (d, 4 * d),
+        }
+        shapes |= {f"blocks.{n}.{key}": shape for key, shape in block.items()}
+    return shapes
+
+
+def _official_dit(depth: int, d: int, patch: int) -> dict[str, tuple[int, ...]]:
+    """Parameters of the released DiT checkpoints (facebookresearch/DiT, models.py)."""
+    shapes = {
+        "pos_embed": (1, (32 // patch) ** 2, d),
+        "x_embedder.proj.weight": (d, 4, patch, patch),
+        "t_embedder.mlp.0.weight": (d, 256),
+        "t_embedder.mlp.2.weight": (d, d),
+        "y_embedder.embedding_table.weight": (1001, d),
+        "final_layer.linear.weight": (8 * patch**2, d),
+        "final_layer.adaLN_modulation.1.weight": (2 * d, d),
+    }
+    for n in range(depth):
+        block = {
+            "attn.qkv.weight": (3 * d, d),
+            "attn.proj.weight": (d, d),
+            "mlp.fc1.weight": (4 * d, d),
+            "mlp.fc2.weight": (d, 4 * d),
+            "adaLN_modulation.1.weight": (6 * d, d),
+        }
+        shapes |= {f"blocks.{n}.{key}": shape for key, shape in block.items()}
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        (official_pixart(alpha=True), "pixart"),
+        (official_pixart(alpha=False), "pixart"),
+        *(
+            (_official_dit(depth, width, patch), f"dit-{size}/{patch}")
+            for size, depth, width in (
+                *(("s", 12, 384), ("b", 12, 768)),
+                *(("l", 24, 1024), ("xl", 28, 1152)),
+            )
+            for patch in (2, 4, 8)
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_original_names_without_a_converter_in_diffusers(shapes, expected):
+    model = tree(shapes)
+    matching = {base.name: naming_of(model, base) for base in known_bases()}
+    assert {k: v for k, v in matching.items() if v} == {expected: "ldm"}
+    base = get_base(expected)
+    assert find_module(model, base.times["ldm"].path) is not None
+    assert find_module(model, base.times["ldm"].mlp)._modules["0"].in_features == base.sinusoid
+    for site in base.sites:
+        module = find_module(model, site.paths["ldm"])
+        assert module.attn.proj.in_features == site.width
+    assert frequency_shift(model, base, "ldm") == 0.0
