@@ -23,7 +23,7 @@ from dmp_common import drawing
 from dmp_common.drawing import ColourScale, Layout, Values
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
-from dmp_common.patchfile import write_atomically
+from dmp_common.serialize import write_atomically
 from dmp_common.timefile import even_timesteps, time_embedding_of
 
 __all__ = [

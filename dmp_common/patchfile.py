@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +22,11 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
 
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
+from dmp_common.serialize import serialize, write_atomically
 from dmp_common.variant import Variant
 
 FORMAT_VERSION = "1"
@@ -90,25 +89,9 @@ def save_patch(
     header = {**patch.metadata, **_modelspec(patch, path), **(metadata or {}), **_own(patch)}
     if any(not isinstance(text, str) for pair in header.items() for text in pair):
         raise PatchError("expected metadata of text keys and text values: convert the others.")
-    data = serialize_safetensors(tensors, metadata=header)
+    data = serialize(tensors, header)
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()[:HASH_DIGITS]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it is never seen half-written, not even after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are closed to other users, such as the account a host runs under.
-    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with name.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise
 
 
 def load_patch(path: str | os.PathLike[str]) -> Patch:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach
 from dmp_common.balancing import GateNoise
-from dmp_common.patchfile import save_patch, write_atomically
+from dmp_common.patchfile import save_patch
+from dmp_common.serialize import serialize, write_atomically
 from training.config import TrainConfig
 from training.families import dit
 from training.frozen import TEXT_FILE, FrozenBase
@@ -144,7 +145,6 @@ class LoraMethod(Method):
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """A file that `load_lora_weights` of a diffusers pipeline reads."""
         from peft.utils import get_peft_model_state_dict
-        from safetensors.torch import save as serialize
 
         prefix = self.frozen.family.denoiser
         state = get_peft_model_state_dict(self.frozen.model)
@@ -159,7 +159,7 @@ class LoraMethod(Method):
         }
         told = json.dumps({f"{prefix}.{k}": v for k, v in described.items()})
         header = {**metadata, "format": "pt", "lora_adapter_metadata": told}
-        write_atomically(path, serialize(tensors, metadata=header))
+        write_atomically(path, serialize(tensors, header))
 
     def remove(self) -> None:
         """Puts the original layers back."""
@@ -191,8 +191,6 @@ class FullMethod(Method):
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """A folder with the denoiser and its scheduler, in the layout of diffusers."""
-        from safetensors.torch import save_file
-
         frozen = self.frozen
         partial = path.with_name(f".{path.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
@@ -202,9 +200,9 @@ class FullMethod(Method):
         model.save_config(folder)
         # Copies: the blocks of a DiT share their embedding here, and do not in diffusers' files.
         tensors = {n: t.detach().to("cpu", dtype, copy=True) for n, t in _state(model).items()}
-        save_file(
-            tensors, folder / "diffusion_pytorch_model.safetensors", {**metadata, "format": "pt"}
-        )
+        # Held in memory twice for a moment, which fits where the optimiser of all weights did.
+        data = serialize(tensors, {**metadata, "format": "pt"})
+        write_atomically(folder / "diffusion_pytorch_model.safetensors", data)
         frozen.scheduler.save_pretrained(partial / "scheduler")
         if isinstance(frozen.family, dit.DiT) and dit.takes_text(model):
             size = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.in_features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -122,7 +124,10 @@ def load_state(folder: Path) -> State:
             rest=rest,
             facts=info["facts"],
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:  # fmt: skip
         raise _no_state(folder, " ".join(str(error).split())) from error
     return state
 
