@@ -213,8 +213,8 @@ class Loader:
             options = {"config": self.config.base_config, "torch_dtype": self.dtype}
             if _is_whole(names):
                 cls = getattr(diffusers, self.family.pipeline)
-                extra = {"safety_checker": None} if "safety" in str(cls.__init__.__doc__) else {}
-                self._whole = cls.from_single_file(str(place), **options, **extra)
+                # Pipelines that know no safety checker ignore it.
+                self._whole = cls.from_single_file(str(place), safety_checker=None, **options)
                 return self._whole
             cls = getattr(diffusers, self.family.model)
             folder = self.family.denoiser if self.config.base_config else None

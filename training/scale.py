@@ -77,11 +77,16 @@ def shard(frozen: FrozenBase, accelerator: Accelerator) -> None:
         raise PatchError(
             f"expected torch 2.6 or later for --fsdp, found {torch.__version__}: update it."
         ) from error
+    sharded = 0
     time = find_module(frozen.model, frozen.base.times[frozen.naming].mlp)
     for module in _blocks(frozen.model):
         # The time embedding is also called by itself, for the balancing losses: it stays whole.
         if all(part is not time for part in module.modules()):
             fully_shard(module)
+            sharded += 1
+    if accelerator.is_main_process:
+        count = accelerator.num_processes
+        print(f"{sharded} blocks of the base are shared out over {count} processes")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
