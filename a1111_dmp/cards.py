@@ -70,18 +70,20 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
         stem = str(path.with_suffix(""))
         try:
             record = inspect_file(path)
-            base, text, digest = record["base"], as_text(record), record["hash"]
-            metadata = {"base": base, **record["metadata"], "summary": text.splitlines()}
+            base, digest = record["base"], record["hash"]
+            summary = as_text({**record, "file": path.name})
+            metadata = {"base": base, **record["metadata"], "summary": summary}
+            described = self.find_description(stem) or f"for {base}"
         except PatchError as error:
-            base, text, digest, metadata = "unusable", str(error), "", {"error": str(error)}
-        described = self.find_description(stem) or f"{base}; {path.name}"
+            base, digest, metadata = "", "", {"error": str(error)}
+            described = f"unusable: {str(error).removeprefix(f'{path}: ')}"
         prompt = f"{quote_js(f'<{_NAME}:{name}:')} + opts.extra_networks_default_multiplier"
         return {
             "name": name,
             "filename": str(path),
             "shorthash": digest,
             "preview": self.find_preview(stem),
-            "description": described if base != "unusable" else text,
+            "description": described,
             "search_terms": [self.search_terms_from_path(str(path)), base, digest],
             "local_preview": f"{stem}.{shared.opts.samples_format}",
             "metadata": metadata,

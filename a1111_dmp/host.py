@@ -95,7 +95,7 @@ def _to_timestep(sampling: Any, base: Base, percent: float) -> float:
     if sampling is None:
         return (1.0 - percent) * 999.0
     sigma = torch.tensor([sampling.percent_to_sigma(percent)])
-    return float(sampling.timestep(sigma)) * base.times["ldm"].scale
+    return float(base.times["ldm"].timesteps(sampling.timestep(sigma)))
 
 
 def session_of(p: Any) -> Session:

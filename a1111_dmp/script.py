@@ -65,7 +65,13 @@ class Controls:
                     self._slot(slot)
         gr.HTML(f"<p>{_HELP}</p>")
         button = gr.Button("Show what the gate does", elem_id=self._id("gate", 0))
-        picture = gr.Image(label="Gate", elem_id=self._id("picture", 0), interactive=False)
+        picture = gr.Image(
+            label="Gate",
+            show_label=False,
+            visible=False,
+            elem_id=self._id("picture", 0),
+            interactive=False,
+        )
         button.click(fn=draw, inputs=self.all, outputs=[picture])
 
     def _slot(self, slot: int) -> None:
@@ -110,7 +116,14 @@ def _choices() -> list[str]:
     return [NONE, *host.folder().names()]
 
 
+def _used(prefix: str, texts: dict[str, Any]) -> bool:
+    """Whether an infotext tells of any patch in these controls."""
+    return any(label(prefix, "patch", slot) in texts for slot in range(SLOTS))
+
+
 def _pasted(prefix: str, slot: int, name: str, texts: dict[str, Any]) -> Any:
+    if not _used(prefix, texts):
+        return None  # the switch goes off; what the user has set there stays
     return from_infotext(texts, prefix, slot, name, host.folder())
 
 
@@ -119,7 +132,7 @@ def draw(*values: Any) -> Any:
     size = len(FIELDS)
     try:
         slots = [Choice.of(values[n * size : (n + 1) * size]) for n in range(SLOTS)]
-        return host.heat_map(slots)
+        return gr.update(value=host.heat_map(slots), visible=True)
     except PatchError as error:
         raise gr.Error(f"DMP: {error}") from error
 
@@ -137,8 +150,7 @@ class Accordion(scripts.Script):  # type: ignore[misc]
         controls = Controls(self, "DMP")
         with InputAccordion(False, label="DMP", elem_id=self.elem_id("enabled")) as enabled:
             controls.build()
-        used = [label("DMP", "patch", slot) for slot in range(SLOTS)]
-        switch = (enabled, lambda texts: any(key in texts for key in used))
+        switch = (enabled, partial(_used, "DMP"))
         self.infotext_fields = [switch, *controls.fields]
         self.paste_field_names = controls.paste_names()
         return [enabled, *controls.all]

@@ -145,7 +145,9 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
         setattr(root, name, module)
     gradio = types.ModuleType("gradio")
     kinds = ("Row", "Accordion", "Dropdown", "Slider", "HTML", "Button", "Image", "Checkbox")
-    vars(gradio).update({kind: type(kind, (Component,), {}) for kind in kinds}, Error=ToastError)
+    vars(gradio).update(
+        {kind: type(kind, (Component,), {}) for kind in kinds}, Error=ToastError, update=dict
+    )
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     for name in OURS:
         monkeypatch.delitem(sys.modules, f"a1111_dmp.{name}", raising=False)

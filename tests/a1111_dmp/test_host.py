@@ -339,7 +339,8 @@ def test_what_is_written_is_restored(host):
     restored = {component: read(texts) for component, read in script.infotext_fields}
     assert [restored[c] for c in controls] == [True, *values, *DEFAULTS[len(values) :]]
     assert set(texts) <= set(script.paste_field_names)
-    assert {read({}) for c, read in script.infotext_fields if c is controls[0]} == {False}
+    switch, *others = [read({}) for _, read in script.infotext_fields]
+    assert switch is False and set(others) == {None}  # what the user has set there stays
 
 
 def test_drop_down_and_accordion_keep_their_own_infotext(host):
@@ -353,8 +354,8 @@ def test_drop_down_and_accordion_keep_their_own_infotext(host):
 
 
 def test_the_heat_map(host):
-    picture = host.script.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])
-    alone = host.script.draw("ink", *DEFAULTS[1:])
+    picture = host.script.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])["value"]
+    alone = host.script.draw("ink", *DEFAULTS[1:])["value"]
     assert picture.height > alone.height > 100
     with pytest.raises(stand_in.ToastError, match="DMP: expected a patch to draw, found none"):
         host.script.draw(*DEFAULTS)
@@ -419,6 +420,8 @@ def test_cards(host, tmp_path):
     assert ink["metadata"]["ss_output_name"] == "ink"
     assert len(ink["shorthash"]) == 10
     assert "expected" in items["broken"]["metadata"]["error"]
+    assert items["broken"]["description"].startswith("unusable: expected a header")
+    assert ink["description"] == f"for {TINY.base.name}"
     assert page.allowed_directories_for_previews() == [str(root)]
     assert page.create_item("ink")["name"] == "ink"
 
