@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,10 @@ def gate_embedding(
 
 def register_folder() -> None:
     """Makes models/dmp known to ComfyUI, besides the folders of extra_model_paths.yaml."""
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    folder = Path(folder_paths.models_dir) / FOLDER
+    with suppress(OSError):  # models that nobody may write to: the other folders still serve
+        folder.mkdir(parents=True, exist_ok=True)
+    folder_paths.add_model_folder_path(FOLDER, str(folder))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
 

@@ -92,6 +92,7 @@ def test_folder_is_registered_with_a_filter(nodes, comfyui_path):
 
     paths, extensions = folder_paths.folder_names_and_paths["dmp"]
     assert os.path.join(folder_paths.models_dir, "dmp") in paths
+    assert os.path.isdir(os.path.join(folder_paths.models_dir, "dmp"))
     assert extensions == {".safetensors"}
 
 
