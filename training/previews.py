@@ -98,6 +98,8 @@ def _parse(line: str, number: int, config: TrainConfig, frozen: FrozenBase) -> P
             label = int(prompt.text)
             if not 0 <= label < (kind.num_classes or 0):
                 raise ValueError(f"class {label} of {kind.num_classes}")
+        if kind.square and prompt.width != prompt.height:
+            raise ValueError(f"{prompt.width} x {prompt.height}; this base takes squares only")
         if min(prompt.width, prompt.height, prompt.steps) < 1 or given:
             raise ValueError(f"--{next(iter(given))}" if given else "a size or number below 1")
     except ValueError as error:
