@@ -35,8 +35,8 @@ class DiT(Family):
 class TextEmbedding(nn.Module):
     """Stands where diffusers' DiT embeds its class: one linear layer from pooled text (B, P).
 
-    Our choice for data sets with captions (the paper's COCO runs do not say how text enters): the
-    smallest change that leaves every other weight of a class-conditional DiT as it is.
+    Our choice for data sets with captions, such as COCO: the smallest change that leaves every
+    other weight of a class-conditional DiT as it is.
 
     Args:
         text: P, 768 for CLIP-L.
