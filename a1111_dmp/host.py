@@ -105,7 +105,7 @@ def session_of(p: Any) -> Session:
     """
     session: Session | None = getattr(p, "dmp_session", None)
     sampling = vars(p).get("sample")
-    if session is None or session is not _owned(p):
+    if session is None or p.dmp_owner() is not p:
         session = Session(current_model, _stopped, partial(_tell, weakref.ref(p)))
         p.dmp_session, p.dmp_owner = session, weakref.ref(p)
     if isinstance(sampling, Sampling) and sampling.session is not session:
@@ -114,11 +114,6 @@ def session_of(p: Any) -> Session:
         # An attribute, because others put theirs there too; it hides the method of the class.
         p.sample = Sampling(p, session, sampling)
     return session
-
-
-def _owned(p: Any) -> Session | None:
-    owner = getattr(p, "dmp_owner", None)
-    return p.dmp_session if owner is not None and owner() is p else None
 
 
 class Sampling:
@@ -202,7 +197,10 @@ def say_unused(p: Any, why: str) -> None:
 
 
 def heat_map(choices: list[Choice]) -> Image.Image:
-    """The gates of the chosen patches for the model that is loaded, below one another.
+    """The gates of the chosen patches for the checkpoint that is loaded, below one another.
+
+    The time embedding is read from the checkpoint's file: the loaded one may be sampling with hooks
+    on it, in half precision, or partly on another device.
 
     Raises:
         PatchError: no patch is chosen, or one is for another base.
@@ -210,13 +208,12 @@ def heat_map(choices: list[Choice]) -> Image.Image:
     chosen = [choice for choice in choices if not choice.empty]
     if not chosen:
         raise PatchError("expected a patch to draw, found none: choose one above.")
-    model, pictures = current_model(), []
+    checkpoint, pictures = current_model().checkpoint, []
     for choice in chosen:
         known = folder().load(choice.patch)
         patch, steps = known.loaded.patch, even_timesteps()
         try:
-            with torch.inference_mode(False):
-                e = time_embedding_of(model.denoiser, patch, steps).cpu()
+            e = time_embedding_of(checkpoint, patch, steps)
         except PatchError as error:
             raise PatchError(f"{known.loaded.name}: {error}") from error
         pictures.append(gate_heatmap(patch, steps, e, title=f"Gate of {known.name}"))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from a1111_dmp.choice import DEFAULTS
@@ -353,7 +354,12 @@ def test_drop_down_and_accordion_keep_their_own_infotext(host):
     assert texts["Script"] == "DMP script"
 
 
-def test_the_heat_map(host):
+def test_the_heat_map(host, tmp_path):
+    """Of the checkpoint's file; the loaded model may be busy."""
+    own = tmp_path / "own.safetensors"
+    weights = {f"model.diffusion_model.{k}": v for k, v in host.unet.state_dict().items()}
+    safetensors.torch.save_file({k: v.clone().half() for k, v in weights.items()}, own)
+    host.modules.shared.sd_model.sd_checkpoint_info.filename = str(own)
     picture = host.script.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])["value"]
     alone = host.script.draw("ink", *DEFAULTS[1:])["value"]
     assert picture.height > alone.height > 100
