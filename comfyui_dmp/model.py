@@ -10,11 +10,11 @@ from torch import Tensor
 from comfyui_dmp.slots import slot_of
 from dmp_common import Base, PatchError
 from dmp_common.sites import grid_cells
-from dmp_common.timesteps import sinusoid
+from dmp_common.timesteps import time_features
 
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
-    "PixArt, SD 3, SD 3.5, Flux.1"
+    "PixArt, SD 3, SD 3.5, Flux.1, Qwen-Image"
 )
 # What the wrappers of compile nodes are called: comfy_api.torch_helpers and, like it, KJNodes.
 _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
@@ -35,8 +35,9 @@ def denoiser_of(model: Any) -> nn.Module:
 def time_embedding(model: Any, base: Base, timesteps: Tensor) -> Tensor:
     """The pure time embedding of a ComfyUI model, in the precision it computes in.
 
-    The same as the model's own: in v0.8.0 SD3 (`mmdit.py`, TimestepEmbedder) and Flux
-    (`flux/model.py`, `time_in`) cast the same float32 sinusoid to the model's type.
+    The same as the model's own: in v0.8.0 SD3, Lumina 2 and Z-Image (`mmdit.py`, TimestepEmbedder),
+    Flux (`flux/model.py`, `time_in`) and Qwen-Image (`qwen_image/model.py`) cast the same float32
+    sinusoid to the model's type.
 
     Args:
         model: ComfyUI's `BaseModel`.
@@ -48,7 +49,7 @@ def time_embedding(model: Any, base: Base, timesteps: Tensor) -> Tensor:
     """
     mlp = denoiser_of(model).get_submodule(base.times["ldm"].mlp)
     dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
-    e: Tensor = mlp(sinusoid(timesteps, base.sinusoid).to(dtype))
+    e: Tensor = mlp(time_features(timesteps, base).to(dtype))
     return e
 
 
@@ -60,8 +61,7 @@ def is_compiled(model: Any, options: dict[str, Any]) -> bool:
 
 def timesteps_of(model_sampling: Any, base: Base, sigmas: Tensor) -> Tensor:
     """Timesteps (B,) on the scale 0..1000 of sigmas (B,)."""
-    timesteps: Tensor = model_sampling.timestep(sigmas).float() * base.times["ldm"].scale
-    return timesteps
+    return base.times["ldm"].timesteps(model_sampling.timestep(sigmas).float())
 
 
 def latent_hw(x: Tensor, base: Base) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def latent_hw(x: Tensor, base: Base) -> tuple[int, int]:
 
 
 def image_tokens(x: Tensor, base: Base, references: list[Tensor] | None) -> int | None:
-    """Image tokens of a stream that may carry reference pictures after its own (Flux Kontext)."""
+    """Image tokens of a stream that may carry references after its own (Kontext, Qwen-Edit)."""
     if base.positions is None:
         return None
     stride = base.sites[0].stride

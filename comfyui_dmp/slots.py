@@ -25,10 +25,11 @@ _SLOTS: dict[str, Slot] = {
     "joint_blocks": "dit",
     "double_blocks": "dit",
     "single_blocks": "dit",
+    "transformer_blocks": "dit",
     "blocks": "hooks",
 }
-# ComfyUI calls both the joint blocks of SD3 and the double blocks of Flux "double_block".
-_BLOCKS = {"joint_blocks": "double_block", "double_blocks": "double_block"}
+# ComfyUI calls the joint blocks of SD3, the blocks of Qwen-Image and the double blocks of Flux so.
+_BLOCKS = dict.fromkeys(("joint_blocks", "transformer_blocks", "double_blocks"), "double_block")
 _BLOCKS["single_blocks"] = "single_block"
 _AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block_patch", "emb_patch"
 

@@ -24,6 +24,7 @@ from dmp_common.detect import (
     require_same_timesteps,
 )
 from dmp_common.errors import PatchError
+from dmp_common.latents import latent_of, tokens_multiple
 from dmp_common.patch import Patch
 from dmp_common.schedule import ALWAYS, Schedule
 from dmp_common.sites import Argument, Naming, Site, find_module
@@ -90,6 +91,8 @@ class Attachment:
         # replaced model (TensorRT) calls the denoiser but none of its parts.
         self.calls = 0
         self._base: Base = patch.base
+        self._multiple = tokens_multiple(denoiser)
+        self._mask = patch.base.caption_mask if naming == "diffusers" else None
         self._source = patch.base.times[naming]
         self._time = _module(denoiser, self._source.path)
         self._active = True
@@ -141,10 +144,9 @@ class Attachment:
         sample = (
             args[0] if args else kwargs.get("hidden_states", kwargs.get("sample", kwargs.get("x")))
         )
-        timestep = _argument(self._source.argument, args, kwargs)
-        labels = _argument(self._base.labels, args, kwargs) if self._base.labels else None
-        positions = _argument(self._base.positions, args, kwargs) if self._base.positions else None
-        self._call = _Call(self, sample, timestep, labels, positions)
+        wanted = self._source.argument, self._base.labels, self._base.positions, self._mask
+        timestep, labels, positions, mask = (_argument(a, args, kwargs) for a in wanted)
+        self._call = _Call(self, timestep, labels, (sample, positions, mask))
         if torch.is_grad_enabled() and not is_compiling():
             for part in self._checkpointing:
                 bind(part, self)
@@ -226,13 +228,12 @@ class _Call:
     """One forward call of the model: its arguments and, once known, its context."""
 
     def __init__(
-        self, attachment: Attachment, sample: Any, timestep: Any, labels: Any, positions: Any
+        self, attachment: Attachment, timestep: Any, labels: Any, described: tuple[Any, Any, Any]
     ) -> None:
         self.attachment = attachment
-        self.sample = sample
         self.timestep = timestep
         self.labels = labels
-        self.positions = positions
+        self.described = described  # sample, positions and mask, see `latent_of`
         self.context: Context | None = None
         # How many embeddings the gate sees the sum of, and the sum of those seen so far.
         both = attachment.patch.variant.condition == "t+y" and not attachment._source.inside
@@ -248,15 +249,16 @@ class _Call:
             return
         timesteps = None
         if not attachment.settings.schedule.always:
-            timesteps = self._timesteps(e) * attachment._source.scale
-        packed = self.sample.dim() == 3
+            timesteps = attachment._source.timesteps(self._timesteps(e))
+        latent = latent_of(attachment._base, *self.described, attachment._multiple)
         attachment.calls += 0 if is_compiling() else 1
         self.context = attachment.patch.prepare(
-            e,
-            self._latent_hw(),
+            e[: latent.batch],  # Qwen-Image-Edit embeds timestep 0 after them, for its references
+            latent.size,
             attachment.settings,
             timesteps=timesteps,
-            image_tokens=self.sample.shape[1] if packed else None,
+            image_tokens=latent.image_tokens,
+            text_tokens=latent.text_tokens,
         )
 
     def context_for(self, x: Tensor) -> Context:
@@ -282,17 +284,10 @@ class _Call:
     def _timesteps(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self.timestep, device=like.device).reshape(-1)
 
-    def _latent_hw(self) -> tuple[int, int]:
-        """Height and width of the latent, from position ids where it is packed 2 x 2 (Flux)."""
-        if self.sample.dim() == 4:
-            return self.sample.shape[2], self.sample.shape[3]
-        ids = self.positions.reshape(-1, 3)
-        own = ids[ids[:, 0] == 0]  # reference pictures (Kontext) have another first id
-        rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
-        return 2 * rows, 2 * columns
 
-
-def _argument(argument: Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _argument(argument: Argument | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if argument is None:
+        return None
     return args[argument.index] if len(args) > argument.index else kwargs.get(argument.name)
 
 

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from dmp_common.errors import PatchError
+from dmp_common.schedule import LAST
 from dmp_common.sites import Argument, Naming, Site
 
 Layout = Literal["map", "tokens"]
@@ -28,6 +31,7 @@ class TimeSource:
         projection: the module that knows the sinusoid's `downscale_freq_shift`, where there is
             one; elsewhere the shift is the base's own.
         scale: the argument times this is the timestep on the scale 0..1000.
+        inverted: the argument rises from noise to picture: what it gives is 1000 - timestep.
         inside: e is computed inside a block, after the block's input is needed, so we compute it
             before the first site (diffusers' DiT). `path` then takes (timestep, labels).
         labels: the module that embeds class labels, where the base has them; its `embedding_table`
@@ -39,8 +43,14 @@ class TimeSource:
     mlp: str
     projection: str | None = None
     scale: float = 1.0
+    inverted: bool = False
     inside: bool = False
     labels: str | None = None
+
+    def timesteps(self, argument: Tensor) -> Tensor:
+        """Timesteps, 1000 (noise) to 0 (picture), of the model's argument; any shape."""
+        scaled = argument * self.scale
+        return LAST - scaled if self.inverted else scaled
 
 
 @dataclass(frozen=True)
@@ -65,15 +75,24 @@ class Base:
         layout: feature maps (B, D, H, W) or image tokens (B, H*W, D).
         embedding: size E of the time embedding.
         sinusoid: channels of the sinusoid the time embedding is computed from.
+        time_hidden: channels between the two layers of the time embedding, None where they are E.
         times: where the time embedding comes from, for each naming.
         probes: how the model is recognised, for each naming.
         site_sets: named choices of sites besides "all".
         default_sites: the choice a new patch takes.
         prediction: what the family's models usually predict; a patch records its own.
         frequency_shift: `downscale_freq_shift` of the sinusoid.
+        inverted: the model counts from noise to picture: its sinusoid is that of 1000 - timestep.
+        sinusoid_scale: what the (inverted) timestep is multiplied by in the sinusoid.
         grid: rows and columns of the default prompt grid.
         labels: argument of the model that carries class labels, where the base has them.
-        positions: argument that carries packed position ids, where the latent is packed (Flux).
+        positions: argument that tells rows and columns, where the latent is packed: position ids
+            (Flux) or shapes (Qwen-Image).
+        shared: text and image tokens share a sequence, in all blocks or in some.
+        image_first: the namings in which image tokens come first in a shared sequence; in the
+            others they come after the text.
+        caption_mask: argument that masks the captions (B, L), where the image tokens of each item
+            follow right after its own caption (Lumina 2 in diffusers).
         architecture: first part of the `modelspec.architecture` of a patch.
         hub_id: the usual source of the weights, for model cards and the trainer.
     """
@@ -89,9 +108,15 @@ class Base:
     default_sites: str = "all"
     prediction: Prediction = "epsilon"
     frequency_shift: float = 0.0
+    inverted: bool = False
+    sinusoid_scale: float = 1.0
+    time_hidden: int | None = None
     grid: tuple[int, int] = (16, 16)
     labels: Argument | None = None
     positions: Argument | None = None
+    shared: bool = False
+    image_first: tuple[Naming, ...] = ()
+    caption_mask: Argument | None = None
     architecture: str = ""
     hub_id: str | None = None
 

@@ -83,7 +83,9 @@ class Context:
         latent_hw: height and width of the latent; needed where the stream is tokens.
         image_tokens: image tokens of the model's stream, where there are more than the latent's
             own (Flux Kontext appends reference pictures after them).
-        shared: whether text may come before the image tokens in one sequence (Flux).
+        text_tokens: text before the image tokens, of all items or of each; None where the image
+            tokens come last.
+        shared: whether text and image tokens may share a sequence.
         key, cache: where finished fields are kept; None with gradients and in compiled code.
     """
 
@@ -97,6 +99,7 @@ class Context:
     rows: Tensor | None
     latent_hw: tuple[int, int] | None
     image_tokens: int | None
+    text_tokens: int | tuple[int, ...] | None
     shared: bool
     key: FieldKey | None
     cache: FieldCache | None
@@ -110,7 +113,7 @@ class Context:
         Args:
             site: name of the site.
             x: (B, C, H, W) with the block's own stream in the first D channels, or (B, L, D)
-                with the image tokens after any text.
+                with the image tokens among text where the base has them so.
 
         Returns:
             The same shape; x itself for sites that do not act, or at strength 0.
@@ -163,7 +166,9 @@ class Context:
         weights = self.weights[:, self.columns[site]]  # (T, K*N)
         if self.tokens:
             length = size[0] * size[1]
-            start = x.shape[1] - (self.image_tokens or length)
+            start = self.text_tokens
+            if start is None:
+                start = x.shape[1] - (self.image_tokens or length)
             part = (0, None) if length == x.shape[1] else (start, length)
             literal = part[1] is None and size == self.grid and len(pool.prompts) == 1
             if literal and x.dtype == torch.float32:  # half precision would round both factors
@@ -196,7 +201,9 @@ class Context:
             # A sequence shared with text: diffusers packs even latents only, ComfyUI pads.
             size = padded if self.shared or own == padded[0] * padded[1] else dropped
             tokens = self.image_tokens or size[0] * size[1]
-            fits = tokens == x.shape[1] or (self.shared and tokens < x.shape[1])
+            text = self.text_tokens or 0
+            text = text if isinstance(text, int) else max(text)
+            fits = tokens + text == x.shape[1] or (self.shared and tokens + text < x.shape[1])
             if fits and size[0] * size[1] <= tokens:
                 return size
         raise _shape_error(spec, x, f"(B, tokens of a {height} x {width} latent, {spec.width})")

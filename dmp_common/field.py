@@ -17,13 +17,13 @@ class Field(NamedTuple):
         values: the field (T, D, H, W) or (T, H*W, D); or, where `weights` are given, the prompts
             (N, D) themselves, so that nothing need be built and remembered.
         weights: None, or (T, N, 1).
-        start, length: the part of axis 1 of the input that the field belongs to; length None for
-            all of it.
+        start, length: the part of axis 1 of the input that the field belongs to, `start` for all
+            items or for each; length None for all of it.
     """
 
     values: Tensor
     weights: Tensor | None = None
-    start: int = 0
+    start: int | tuple[int, ...] = 0
     length: int | None = None
 
     @property
@@ -61,6 +61,13 @@ class Field(NamedTuple):
             if out.stride() == x.stride():
                 return out
         out = x.clone()
+        addend = scaled if self.weights is None else scaled * self.values
+        if isinstance(self.start, tuple):
+            assert self.length is not None
+            for item, start in enumerate(self.start):
+                own = addend[item if len(addend) > 1 else 0]
+                out[item].narrow(0, start, self.length).add_(own, alpha=strength)
+            return out
         part = out if self.length is None else out.narrow(1, self.start, self.length)
-        part.add_(scaled if self.weights is None else scaled * self.values, alpha=strength)
+        part.add_(addend, alpha=strength)
         return out

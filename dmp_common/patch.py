@@ -121,6 +121,7 @@ class Patch(nn.Module):
         *,
         timesteps: Tensor | None = None,
         image_tokens: int | None = None,
+        text_tokens: int | tuple[int, ...] | None = None,
     ) -> Context:
         """What one forward call of the model will add: all gates at once, in float32.
 
@@ -129,7 +130,7 @@ class Patch(nn.Module):
             latent_hw: height and width of the latent; may be None for UNets.
             settings: strength, schedule and so on.
             timesteps: (B,) on the scale 0..1000; needed by a schedule.
-            image_tokens: see `Context`.
+            image_tokens, text_tokens: see `Context`.
 
         Returns:
             An immutable context; call `context.add(site, x)` at each site.
@@ -143,7 +144,12 @@ class Patch(nn.Module):
         device = next(self.parameters()).device
         if device != e.device:
             return self._replica(e.device).prepare(
-                e, latent_hw, settings, timesteps=timesteps, image_tokens=image_tokens
+                e,
+                latent_hw,
+                settings,
+                timesteps=timesteps,
+                image_tokens=image_tokens,
+                text_tokens=text_tokens,
             )
         strength = settings.strengths(timesteps)
         columns = self._active_columns(settings.sites)
@@ -161,8 +167,9 @@ class Patch(nn.Module):
             rows=rows,
             latent_hw=latent_hw,
             image_tokens=image_tokens,
-            shared=self.base.positions is not None,
-            key=(key, latent_hw, image_tokens),
+            text_tokens=text_tokens,
+            shared=self.base.shared,
+            key=(key, latent_hw, image_tokens, text_tokens),
             cache=None if key is None else self.cache,
         )
 

@@ -123,6 +123,7 @@ def _fill() -> None:
             "flux", double=19, single=38, width=3072, hub_id="black-forest-labs/FLUX.1-dev"
         )
     )
+    register_base(families.qwen_image("qwen-image", depth=60, width=3072, hub_id="Qwen/Qwen-Image"))
 
 
 _fill()

@@ -22,7 +22,7 @@ from dmp_common.detect import PREFIXES, attribute_of_shape, find_denoiser, requi
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
 from dmp_common.sites import NAMINGS, Naming, find_module
-from dmp_common.timesteps import embed_timesteps, frequency_shift, sinusoid
+from dmp_common.timesteps import embed_timesteps, frequency_shift, time_features
 
 # The two linear layers of a time embedding, in diffusers, LDM and Flux; SiLU is between them.
 _LAYERS = (("linear_1", "linear_2"), ("0", "2"), ("in_layer", "out_layer"))
@@ -147,8 +147,9 @@ def _embed_from_disk(
                 f"found {found}: give the model this patch was made for."
             )
     first, second = (files.linear(prefix + name) for name in names)
-    features = sinusoid(timesteps, base.sinusoid, patch.variant.frequency_shift)
-    shapes = (base.embedding, base.sinusoid), (base.embedding, base.embedding)
+    features = time_features(timesteps, base, patch.variant.frequency_shift)
+    hidden = base.embedding if base.time_hidden is None else base.time_hidden
+    shapes = (hidden, base.sinusoid), (base.embedding, hidden)
     for name, (weight, bias), shape in zip(names, (first, second), shapes, strict=True):
         if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
             raise PatchError(

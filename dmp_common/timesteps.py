@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmp_common.bases import Base
 from dmp_common.errors import PatchError
+from dmp_common.schedule import LAST
 from dmp_common.sites import Naming, find_module
 
 
@@ -28,6 +29,20 @@ def sinusoid(timesteps: Tensor, channels: int, shift: float = 0.0) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * steps / (half - shift))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def time_features(timesteps: Tensor, base: Base, shift: float = 0.0) -> Tensor:
+    """What the time embedding of a base's models is computed from.
+
+    Args:
+        timesteps: (T,), on the scale 0..1000.
+        shift: of the frequencies, see `sinusoid`.
+
+    Returns:
+        (T, channels), float32.
+    """
+    times = LAST - timesteps if base.inverted else timesteps
+    return sinusoid(times * base.sinusoid_scale, base.sinusoid, shift)
 
 
 def embed_timesteps(
@@ -51,9 +66,8 @@ def embed_timesteps(
             f"module in a {type(model).__name__}: give the denoiser this patch was made for."
         )
     weight = next(mlp.parameters())
-    features = sinusoid(
-        timesteps.to(weight.device), base.sinusoid, frequency_shift(model, base, naming)
-    )
+    shift = frequency_shift(model, base, naming)
+    features = time_features(timesteps.to(weight.device), base, shift)
     e: Tensor = mlp(features.to(weight.dtype))
     if labels is None:
         return e

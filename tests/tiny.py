@@ -3,70 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import diffusers
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common import Base, Patch, families, register_base
+from dmp_common import families, register_base
+from tests import tinyllm
+from tests.tinymodel import Tiny, noise
 
-
-@dataclass(frozen=True)
-class Tiny:
-    """A family in small.
-
-    Args:
-        base: describes the model; registered, so that patches for it can be made and saved.
-        build: makes the model with random weights from a seed.
-        inputs: keyword arguments of a call: (timesteps (B,), latent (H, W), dtype, seed).
-        square_only: the architecture takes square latents only.
-    """
-
-    name: str
-    base: Base
-    build: Callable[[], nn.Module]
-    inputs: Callable[..., dict[str, Tensor]]
-    square_only: bool = False
-
-    def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model in evaluation mode, without gradients for its own weights."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = self.build()
-            for parameter in model.parameters():  # also those that start at zero
-                if not parameter.any():
-                    nn.init.normal_(parameter, std=0.05)
-        return model.to(dtype).eval().requires_grad_(False)
-
-    def run(
-        self,
-        model: nn.Module,
-        timesteps: Tensor | list[float] = (10.0, 900.0),
-        size: tuple[int, int] = (8, 8),
-        dtype: torch.dtype = torch.float32,
-        seed: int = 1,
-    ) -> Tensor:
-        """The model's output for inputs that depend on the seed only."""
-        timesteps = torch.as_tensor(timesteps, dtype=torch.float32)
-        return model(**self.inputs(timesteps, size, dtype, seed), return_dict=False)[0]
-
-    def patch(self, seed: int | None = 0, std: float = 0.5, **variant: object) -> Patch:
-        """A patch in evaluation mode, random unless the seed is None."""
-        patch = Patch.create(self.base, **variant).eval()
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            count = patch.variant.count
-            with torch.no_grad():
-                for name, parameter in patch.named_parameters():
-                    scale = std * count if name.startswith("pools") else std
-                    parameter.normal_(0.0, scale, generator=generator)
-        return patch
-
-
-def _noise(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+__all__ = ["FAMILIES", "Tiny"]
 
 
 def _unet_inputs(context: int, xl: bool) -> Callable[..., dict[str, Tensor]]:
@@ -75,13 +22,13 @@ def _unet_inputs(context: int, xl: bool) -> Callable[..., dict[str, Tensor]]:
     ) -> dict[str, Tensor]:
         count = len(t)
         result = {
-            "sample": _noise(seed, dtype, count, 4, *size),
+            "sample": noise(seed, dtype, count, 4, *size),
             "timestep": t,
-            "encoder_hidden_states": _noise(seed + 1, dtype, count, 3, context),
+            "encoder_hidden_states": noise(seed + 1, dtype, count, 3, context),
         }
         if xl:
             result["added_cond_kwargs"] = {
-                "text_embeds": _noise(seed + 2, dtype, count, 16),
+                "text_embeds": noise(seed + 2, dtype, count, 16),
                 "time_ids": torch.ones(count, 6, dtype=dtype),
             }
         return result
@@ -139,7 +86,7 @@ def _dit() -> Tiny:
         t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
     ) -> dict[str, Tensor]:
         return {
-            "hidden_states": _noise(seed, dtype, len(t), 4, *size),
+            "hidden_states": noise(seed, dtype, len(t), 4, *size),
             "timestep": t,
             "class_labels": torch.arange(len(t)) % 10,
         }
@@ -168,8 +115,8 @@ def _pixart() -> Tiny:
         t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
     ) -> dict[str, Tensor]:
         return {
-            "hidden_states": _noise(seed, dtype, len(t), 4, *size),
-            "encoder_hidden_states": _noise(seed + 1, dtype, len(t), 5, 12),
+            "hidden_states": noise(seed, dtype, len(t), 4, *size),
+            "encoder_hidden_states": noise(seed + 1, dtype, len(t), 5, 12),
             "timestep": t,
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
@@ -200,9 +147,9 @@ def _sd3(name: str, dual: bool) -> Tiny:
         t: Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
     ) -> dict[str, Tensor]:
         return {
-            "hidden_states": _noise(seed, dtype, len(t), 4, *size),
-            "encoder_hidden_states": _noise(seed + 1, dtype, len(t), 5, 12),
-            "pooled_projections": _noise(seed + 2, dtype, len(t), 10),
+            "hidden_states": noise(seed, dtype, len(t), 4, *size),
+            "encoder_hidden_states": noise(seed + 1, dtype, len(t), 5, 12),
+            "pooled_projections": noise(seed + 2, dtype, len(t), 10),
             "timestep": t,
         }
 
@@ -231,9 +178,9 @@ def _flux() -> Tiny:
         rows, columns = size[0] // 2, size[1] // 2
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         return {
-            "hidden_states": _noise(seed, dtype, len(t), rows * columns, 16),
-            "encoder_hidden_states": _noise(seed + 1, dtype, len(t), 5, 12),
-            "pooled_projections": _noise(seed + 2, dtype, len(t), 10),
+            "hidden_states": noise(seed, dtype, len(t), rows * columns, 16),
+            "encoder_hidden_states": noise(seed + 1, dtype, len(t), 5, 12),
+            "pooled_projections": noise(seed + 2, dtype, len(t), 10),
             "timestep": t / 1000,
             "img_ids": torch.cat([torch.zeros(len(grid), 1), grid], dim=1).to(dtype),
             "txt_ids": torch.zeros(5, 3, dtype=dtype),
@@ -253,5 +200,6 @@ FAMILIES: dict[str, Tiny] = {
         _sd3("sd3", dual=False),
         _sd3("sd35", dual=True),
         _flux(),
+        *tinyllm.known(),
     )
 }

@@ -6,9 +6,10 @@ from dmp_common.bases import Base, Probe, TimeSource
 from dmp_common.sites import Argument, Site
 
 _X = Argument("x", 0)
+_HIDDEN = Argument("hidden_states", 0)
 
 
-def _block_sites(
+def block_sites(
     prefix: str,
     count: int,
     width: int,
@@ -16,6 +17,7 @@ def _block_sites(
     *,
     diffusers: str,
     ldm: str,
+    diffusers_argument: Argument = _HIDDEN,
     ldm_argument: Argument = _X,
 ) -> tuple[Site, ...]:
     return tuple(
@@ -24,13 +26,13 @@ def _block_sites(
             width,
             stride,
             paths={"diffusers": f"{diffusers}.{n}", "ldm": f"{ldm}.{n}"},
-            arguments={"diffusers": Argument("hidden_states", 0), "ldm": ldm_argument},
+            arguments={"diffusers": diffusers_argument, "ldm": ldm_argument},
         )
         for n in range(count)
     )
 
 
-def _depth_probes(path: str, count: int) -> tuple[Probe, Probe]:
+def depth_probes(path: str, count: int) -> tuple[Probe, Probe]:
     return Probe(f"{path}.{count - 1}", None, True), Probe(f"{path}.{count}", None, False)
 
 
@@ -53,7 +55,7 @@ def dit(
     emb = "transformer_blocks.0.norm1.emb"
     return Base(
         name=name,
-        sites=_block_sites(
+        sites=block_sites(
             "block", depth, width, patch_size, diffusers="transformer_blocks", ldm="blocks"
         ),
         layout="tokens",
@@ -78,14 +80,14 @@ def dit(
                 Probe("pos_embed.proj", "in_channels", in_channels),
                 Probe("pos_embed.proj", "kernel_size", (patch_size, patch_size)),
                 Probe(f"{emb}.class_embedder", None, True),
-                *_depth_probes("transformer_blocks", depth),
+                *depth_probes("transformer_blocks", depth),
             ),
             "ldm": (
                 Probe("x_embedder.proj", "out_channels", width),
                 Probe("x_embedder.proj", "in_channels", in_channels),
                 Probe("x_embedder.proj", "kernel_size", (patch_size, patch_size)),
                 Probe("y_embedder.embedding_table", None, True),
-                *_depth_probes("blocks", depth),
+                *depth_probes("blocks", depth),
             ),
         },
         frequency_shift=frequency_shift,
@@ -100,7 +102,7 @@ def pixart(name: str, *, depth: int, width: int, patch_size: int = 2, hub_id: st
     """PixArt-alpha and PixArt-Sigma, whose transformers have the same blocks."""
     return Base(
         name=name,
-        sites=_block_sites(
+        sites=block_sites(
             "block", depth, width, patch_size, diffusers="transformer_blocks", ldm="blocks"
         ),
         layout="tokens",
@@ -121,14 +123,14 @@ def pixart(name: str, *, depth: int, width: int, patch_size: int = 2, hub_id: st
                 Probe("pos_embed.proj", "kernel_size", (patch_size, patch_size)),
                 Probe("adaln_single.emb.timestep_embedder", None, True),
                 Probe("caption_projection", None, True),
-                *_depth_probes("transformer_blocks", depth),
+                *depth_probes("transformer_blocks", depth),
             ),
             "ldm": (
                 Probe("x_embedder.proj", "out_channels", width),
                 Probe("x_embedder.proj", "kernel_size", (patch_size, patch_size)),
                 Probe("y_embedder.y_proj", None, True),
                 Probe("t_block", None, True),
-                *_depth_probes("blocks", depth),
+                *depth_probes("blocks", depth),
             ),
         },
         architecture="pixart",
@@ -142,7 +144,7 @@ def sd3(
     """Stable Diffusion 3 and 3.5; `dual` tells 3.5 medium, whose first blocks attend twice."""
     return Base(
         name=name,
-        sites=_block_sites(
+        sites=block_sites(
             "joint",
             depth,
             width,
@@ -168,12 +170,12 @@ def sd3(
                 Probe("pos_embed.proj", "out_channels", width),
                 Probe("time_text_embed.timestep_embedder", None, True),
                 Probe("transformer_blocks.0.attn2", None, dual),
-                *_depth_probes("transformer_blocks", depth),
+                *depth_probes("transformer_blocks", depth),
             ),
             "ldm": (
                 Probe("x_embedder.proj", "out_channels", width),
                 Probe("joint_blocks.0.x_block.attn2", None, dual),
-                *_depth_probes("joint_blocks", depth),
+                *depth_probes("joint_blocks", depth),
             ),
         },
         prediction="flow",
@@ -187,7 +189,7 @@ def flux(name: str, *, double: int, single: int, width: int, hub_id: str | None)
     return Base(
         name=name,
         sites=(
-            *_block_sites(
+            *block_sites(
                 "double",
                 double,
                 width,
@@ -196,7 +198,7 @@ def flux(name: str, *, double: int, single: int, width: int, hub_id: str | None)
                 ldm="double_blocks",
                 ldm_argument=Argument("img", 0),
             ),
-            *_block_sites(
+            *block_sites(
                 "single",
                 single,
                 width,
@@ -222,18 +224,19 @@ def flux(name: str, *, double: int, single: int, width: int, hub_id: str | None)
             "diffusers": (
                 Probe("x_embedder", "out_features", width),
                 Probe("time_text_embed.timestep_embedder", None, True),
-                *_depth_probes("transformer_blocks", double),
-                *_depth_probes("single_transformer_blocks", single),
+                *depth_probes("transformer_blocks", double),
+                *depth_probes("single_transformer_blocks", single),
             ),
             "ldm": (
                 Probe("img_in", "out_features", width),
                 Probe("time_in", None, True),
-                *_depth_probes("double_blocks", double),
-                *_depth_probes("single_blocks", single),
+                *depth_probes("double_blocks", double),
+                *depth_probes("single_blocks", single),
             ),
         },
         prediction="flow",
         positions=Argument("img_ids", 4),
+        shared=True,
         architecture="flux-1",
         hub_id=hub_id,
     )

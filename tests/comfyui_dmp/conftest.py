@@ -28,6 +28,7 @@ from tests.comfyui_dmp.server import Server, made, save_random, started
 collect_ignore = [
     "family.py",
     "real.py",
+    "realllm.py",
     "running.py",
     "checkpoints.py",
     "pack",

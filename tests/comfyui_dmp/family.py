@@ -46,6 +46,7 @@ class Family:
         size: of the latent, height and width.
         call: the arguments of the twin for (latent, timesteps 0..1000, caption, summary).
         unpack: the twin's output as a latent of a height and width.
+        frames: what the latent has between its channels and its height.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Family:
     size: tuple[int, int] = (16, 8)
     unpack: Callable[[Tensor, tuple[int, int]], Tensor] = field(default=lambda out, size: out)
     adm: bool = False
+    frames: tuple[int, ...] = ()
 
     def diffusers(self, seed: int = 0) -> nn.Module:
         return randomised(self.twin(), seed)
@@ -106,7 +108,7 @@ class Family:
     def inputs(self, count: int, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
         """Latents, captions and their summaries."""
         return (
-            noise(1, count, self.channels, *(size or self.size)),
+            noise(1, count, self.channels, *self.frames, *(size or self.size)),
             noise(2, count, TEXT, self.context),
             noise(3, count, self.pooled),
         )

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import families, register_base
+from tests.comfyui_dmp import realllm
 from tests.comfyui_dmp.family import TEXT, Family, noise, randomised
 
 __all__ = ["FAMILIES", "noise", "randomised"]
@@ -271,5 +272,6 @@ FAMILIES: dict[str, Family] = {
         _sd3("sd35", dual=True),
         _flux(),
         _pixart(),
+        *realllm.known(),
     )
 }

@@ -48,7 +48,7 @@ def call(
         model.model_sampling = object_patches or before
         with torch.inference_mode():
             return model.apply_model(
-                x * sigmas.reshape(-1, 1, 1, 1).clamp(max=15),
+                x * sigmas.reshape(-1, *[1] * (x.dim() - 1)).clamp(max=15),
                 sigmas,
                 c_crossattn=text,
                 transformer_options=options,

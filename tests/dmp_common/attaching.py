@@ -85,14 +85,16 @@ def same_weights(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 def pick(inputs: dict, rows: list[int], batch: int) -> dict:
     """Items of a batch; position ids are those of all items."""
-    return {
-        key: pick(value, rows, batch)
-        if isinstance(value, dict)
-        else value[rows]
-        if value is not None and not key.endswith("_ids")
-        else value
-        for key, value in inputs.items()
-    } | ({"time_ids": inputs["time_ids"][rows]} if "time_ids" in inputs else {})
+
+    def some_of(key: str, value: object) -> object:
+        if isinstance(value, dict):
+            return pick(value, rows, batch)
+        if isinstance(value, list):
+            return [value[row] for row in rows]
+        shared = value is None or (key.endswith("_ids") and key != "time_ids")
+        return value if shared else value[rows]
+
+    return {key: some_of(key, value) for key, value in inputs.items()}
 
 
 def plain_field(patch: Patch, site: str, e: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffusers
 import pytest
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 import dmp_common as dmp
 from dmp_common import get_base
 from dmp_common.sites import find_module
+from tests.dmp_common import realllm
+from tests.dmp_common.realmodel import Real, meta
 
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(*shape, dtype=dtype, device="meta")
-
-
-@dataclass(frozen=True)
-class Real:
-    """A released model: its configuration, and a call at its native size.
-
-    Args:
-        base: name of its base.
-        build: makes the model.
-        inputs: makes the arguments of a call with a batch of 2.
-        latent: height and width.
-        parameters: of the released model.
-    """
-
-    base: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], dict]
-    latent: tuple[int, int]
-    parameters: int | None = None
+__all__ = ["ALL", "MODELS", "Seen", "count", "meta", "model_of", "seen"]
 
 
 def _unet(base: str, context: int, parameters: int, **config) -> Real:
@@ -137,7 +116,7 @@ def _flux(guidance: bool, parameters: int) -> Real:
             "guidance": meta(2) if guidance else None,
         }
 
-    return Real("flux", build, inputs, (128, 96), parameters)
+    return Real("flux", build, inputs, (128, 96), parameters, text=512)
 
 
 MODELS = {
@@ -182,6 +161,7 @@ MODELS = {
     "sd35-large": _sd3("sd35-large", 38, 38, 8_056_627_520, qk_norm="rms_norm"),
     "flux-dev": _flux(guidance=True, parameters=11_901_408_320),
     "flux-schnell": _flux(guidance=False, parameters=11_891_178_560),
+    **realllm.known(),
 }
 ALL = pytest.mark.parametrize("name", MODELS)
 

@@ -165,11 +165,9 @@ def test_unequal_timesteps_of_a_batch_equal_single_runs(tiny):
     for train, settings in itertools.product((False, True), ({}, {"schedule": schedule})):
         patch.train(train)
         with attach(model, patch, **settings), torch.no_grad():
-            batch = model(**inputs, return_dict=False)[0]
-            singles = torch.cat(
-                [model(**pick(inputs, [i], 4), return_dict=False)[0] for i in range(4)]
-            )
-            turned = model(**pick(inputs, [3, 2, 1, 0], 4), return_dict=False)[0]
+            batch = tiny.call(model, inputs)
+            singles = torch.cat([tiny.call(model, pick(inputs, [i], 4)) for i in range(4)])
+            turned = tiny.call(model, pick(inputs, [3, 2, 1, 0], 4))
         assert close(batch, singles)
         assert close(turned.flip(0), batch)
         assert not close(batch[0], batch[3], 1e-2)
@@ -233,12 +231,26 @@ def test_arguments_by_position_and_by_name_are_the_same(kind):
             "img_ids",
             "txt_ids",
         ),
+        "qwen-image": (
+            "hidden_states",
+            "encoder_hidden_states",
+            "encoder_hidden_states_mask",
+            "timestep",
+            "img_shapes",
+        ),
+        "lumina2": (
+            "hidden_states",
+            "timestep",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+        ),
+        "z-image": ("x", "t", "cap_feats"),
     }["unet" if kind in UNETS else "sd3" if kind.name == "sd35" else kind.name]
     schedule = Schedule(first=500.0)
     for variant in ({}, {"condition": "t+y"} if kind is DIT else {}):
         patch = make(kind, **variant)
         with attach(model, patch, schedule=schedule):
-            by_name = model(**inputs, return_dict=False)[0]
+            by_name = kind.call(model, inputs)
             rest = {key: value for key, value in inputs.items() if key not in order}
-            found = model(*(inputs[key] for key in order), **rest, return_dict=False)[0]
+            found = kind.call(model, rest, *(inputs[key] for key in order))
         assert torch.equal(found, by_name)

@@ -167,7 +167,7 @@ def test_shapes_that_cannot_be_a_site(kind):
     else:
         good = (2, 16, site.width)
         wrong = [(2, 15, site.width), (2, 16, site.width + 1), (2, 16, 4, 4)]
-        if not patch.base.positions:
+        if not patch.base.shared:
             wrong.append((2, 17, site.width))
     assert context.add(name, torch.zeros(good)).any()
     for shape in wrong:

@@ -23,7 +23,8 @@ def mlp_of(tiny: Tiny, model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def write_original(path: Path, tiny: Tiny, model: torch.nn.Module, prefix: str = "") -> Path:
     """A file as the original code names its tensors: the time embedding, and what probes ask."""
-    layers = ("in_layer", "out_layer") if tiny.name == "flux" else ("0", "2")
+    layers = {"flux": ("in_layer", "out_layer"), "qwen-image": ("linear_1", "linear_2")}
+    layers = layers.get(tiny.name, ("0", "2"))
     tensors = {}
     for probe in tiny.base.probes["ldm"]:
         shape = {"in_channels": (1, probe.value), "out_channels": (probe.value, 1)}

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dmp_common import Patch, attach
 from tests.tiny import FAMILIES
-from tests.training.tinybases import OPTIONS, make_base, make_classes, make_pictures
+from tests.training.tinybases import OPTIONS, TRAINED, make_base, make_classes, make_pictures
 from training.train_dmp import main
 
 Folders = Callable[[str], Path]
@@ -66,7 +66,7 @@ def prompts(folder: Path, text: str) -> list[str]:
     return ["--sample_prompts", str(path)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_base_trains_validates_and_shows(name: str, train: Train, tmp_path: Path) -> None:
     line = "1 --s 2" if name == "dit" else "a red cat --s 2 --w 16 --h 16 --d 5"
     out = train(

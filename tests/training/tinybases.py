@@ -22,16 +22,18 @@ SIZE = 16  # pixels of a picture, 8 cells of a latent
 WORDS = ["red", "green", "blue", "cat", "dog", "a", "of", "picture", "square"]
 BEGIN, END, UNKNOWN = len(WORDS), len(WORDS) + 1, len(WORDS) + 2
 
-for _name, _family, _multiple in (
-    ("sd15", table.SD1, 16),
-    ("sd21", table.SD1, 16),
-    ("sdxl", table.SDXL, 8),
-    ("dit", table.DIT, 4),
-    ("pixart", table.PIXART, 4),
-    ("sd3", table.STABLE3, 4),
-    ("sd35", table.STABLE3, 4),
-    ("flux", table.FLUX, 4),
-):
+# The families the trainer knows, by the name of the tiny model.
+TRAINED = {
+    "sd15": (table.SD1, 16),
+    "sd21": (table.SD1, 16),
+    "sdxl": (table.SDXL, 8),
+    "dit": (table.DIT, 4),
+    "pixart": (table.PIXART, 4),
+    "sd3": (table.STABLE3, 4),
+    "sd35": (table.STABLE3, 4),
+    "flux": (table.FLUX, 4),
+}
+for _name, (_family, _multiple) in TRAINED.items():
     register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple))
 
 # What each family needs on the command line besides its name.

@@ -1,0 +1,74 @@
+"""A family in small: a tiny model, the base that describes it, and inputs to run it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common import Base, Patch
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family in small.
+
+    Args:
+        base: describes the model; registered, so that patches for it can be made and saved.
+        build: makes the model with random weights from a seed.
+        inputs: keyword arguments of a call: (timesteps (B,), latent (H, W), dtype, seed).
+        square_only: the architecture takes square latents only.
+    """
+
+    name: str
+    base: Base
+    build: Callable[[], nn.Module]
+    inputs: Callable[..., dict[str, Any]]
+    square_only: bool = False
+
+    def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model in evaluation mode, without gradients for its own weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = self.build()
+            for parameter in model.parameters():  # also those that start at zero
+                if not parameter.any():
+                    nn.init.normal_(parameter, std=0.05)
+        return model.to(dtype).eval().requires_grad_(False)
+
+    def run(
+        self,
+        model: nn.Module,
+        timesteps: Tensor | list[float] = (10.0, 900.0),
+        size: tuple[int, int] = (8, 8),
+        dtype: torch.dtype = torch.float32,
+        seed: int = 1,
+    ) -> Tensor:
+        """The model's output for inputs that depend on the seed only."""
+        timesteps = torch.as_tensor(timesteps, dtype=torch.float32)
+        return self.call(model, self.inputs(timesteps, size, dtype, seed))
+
+    def call(self, model: nn.Module, inputs: dict[str, Any], *positional: Any) -> Tensor:
+        """The model's output for these arguments; lists of pictures as one batch."""
+        out = model(*positional, **inputs, return_dict=False)[0]
+        return torch.stack(out) if isinstance(out, list) else out
+
+    def patch(self, seed: int | None = 0, std: float = 0.5, **variant: object) -> Patch:
+        """A patch in evaluation mode, random unless the seed is None."""
+        patch = Patch.create(self.base, **variant).eval()
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            count = patch.variant.count
+            with torch.no_grad():
+                for name, parameter in patch.named_parameters():
+                    scale = std * count if name.startswith("pools") else std
+                    parameter.normal_(0.0, scale, generator=generator)
+        return patch
+
+
+def noise(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
