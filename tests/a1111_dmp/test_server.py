@@ -11,6 +11,7 @@ WEBUI_OTHER=...      the name of a second checkpoint, `tiny-b` unless set; empty
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,7 +312,8 @@ def test_img2img_and_inpainting(server):
         assert set(attached(calls)) == {1}
         before = server.make(**settings)
         assert distance(made, before) > 60
-        rounding = 40 if forge(server) else 0  # its inpainting differs from run to run
+        # In Forge and its siblings plain inpainting itself differs from run to run.
+        rounding = 0 if re.search(r"Version: v?\d", before.infotext) else 40
         assert distance(server.make(**settings), before) <= rounding
         assert distance(server.make(ZERO, **settings), before) <= rounding
         assert distance(server.make(**settings, **script(A)), made) <= rounding
