@@ -106,10 +106,10 @@ def train(run: Run, events: Events) -> None:
                 batch = next(batches)
                 inputs = encode(batch, run.encoders, config, _names(run, batch, micro), run.device)
                 with accelerator.accumulate(run.wrapped):
-                    losses = _losses(run, inputs, micro)
+                    losses = losses_of(run, inputs, micro)
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients:
-                        _update(run)
+                        update(run)
                 sums.update({name: float(value.detach()) for name, value in losses.items()})
                 micro += 1
             run.step, run.position = run.step + 1, batch.next
@@ -137,7 +137,7 @@ def _names(run: Run, batch: Batch, micro: int) -> list[tuple[object, ...]]:
     return [(run.config.seed, "sample", micro, first + row) for row in range(len(batch))]
 
 
-def _losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
+def losses_of(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
     """The losses of this process's samples, checked."""
     draws = inputs.draws
     t = run.process.times(draws.u, draws.z, tuple(inputs.clean.shape[-2:]))
@@ -160,7 +160,8 @@ def _mean(run: Run, sums: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(sums, (values / run.config.gradient_accumulation_steps).tolist(), strict=True))
 
 
-def _update(run: Run) -> None:
+def update(run: Run) -> None:
+    """One optimiser step with the gradients that are there."""
     accelerator, config = run.accelerator, run.config
     if run.sharded:
         average_gradients(run.method.trainable().values())

@@ -27,6 +27,7 @@ from training.scale import accumulation, is_sharded, shard
 from training.state import History, State, find_resumed, load_state, require_same
 from training.validation import Validation
 
+IMAGE_CACHES = ("cache_latents", "cache_latents_to_disk")
 TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 
 
@@ -47,10 +48,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, Trainin
     if previews is not None:
         with accelerator.autocast():
             previews.base = previews.draw()
-    if any(getattr(config, name) for name in TEXT_CACHES):
+    if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
         frozen.release_encoders()
 
-    prepared = _assemble(config, accelerator, frozen, process, encoders, data)
+    prepared = assemble(config, accelerator, frozen, process, encoders, data)
+    require_room(config, prepared.method.saved_parameters(), total)
     facts = _facts(prepared)
     if state is not None:
         _resume(prepared, state, facts)
@@ -61,7 +63,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, Trainin
     return prepared, TrainingEvents(outputs, metadata, facts, validation, previews)
 
 
-def _assemble(
+def assemble(
     config: TrainConfig,
     accelerator: Accelerator,
     frozen: FrozenBase,
@@ -73,7 +75,6 @@ def _assemble(
     set_seed(config.seed)
     total = config.max_train_steps
     method: Method = METHODS[config.method](frozen, config).to(accelerator.device)
-    require_room(config, method.saved_parameters(), total)
     sharded = is_sharded(config, accelerator)
     student = _student(frozen, method, process, config, accelerator, sharded)
     optimiser = make_optimiser(config, method.groups(config))
@@ -110,6 +111,8 @@ def _data(
     accelerator: Accelerator,
     split: Split,
 ) -> Data:
+    if config.dry_run:  # looks at the data, does not encode all of it
+        config = config.model_copy(update=dict.fromkeys((*IMAGE_CACHES, *TEXT_CACHES), False))
     data = open_data(config, frozen.kind, encoders, seed=config.seed, split=split)
     data.prepare_caches(accelerator.process_index, accelerator.num_processes, _Said(accelerator))
     accelerator.wait_for_everyone()

@@ -19,12 +19,10 @@ from training.hub import push
 from training.loop import Run, train
 from training.optimisers import make_optimiser
 from training.outputs import require_writable
-from training.prepare import TEXT_CACHES, prepare
+from training.prepare import prepare
 from training.presets import SOURCES
 from training.scale import make_accelerator
 from training.state import find_resumed
-
-_CACHES = ("cache_latents", "cache_latents_to_disk")
 
 
 def run(config: TrainConfig) -> Path | None:
@@ -81,8 +79,6 @@ def _checked(config: TrainConfig) -> TrainConfig:
         )
     if config.report_samples and config.method not in ("dmp", "prompt"):
         config = config.model_copy(update={"report_samples": 0})
-    if config.dry_run:
-        config = config.model_copy(update=dict.fromkeys((*_CACHES, *TEXT_CACHES), False))
     return config
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -130,7 +130,11 @@ def peak_memory(device: torch.device) -> int:
     """Most memory used so far, in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    used: Any = psutil.Process().memory_info()
-    return int(getattr(used, "peak_wset", used.rss))
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
