@@ -34,8 +34,17 @@ from comfyui_dmp.model import (
     time_embedding,
     timesteps_of,
 )
-from comfyui_dmp.slots import Prepare, block_keys, dit_options, hooked, slot_of, unet_options
+from comfyui_dmp.slots import (
+    Prepare,
+    after_options,
+    block_keys,
+    dit_options,
+    hooked,
+    slot_of,
+    unet_options,
+)
 from dmp_common import Context, Patch, PatchError, Settings
+from dmp_common.latents import tokens_multiple
 from dmp_common.record import LoadedPatch, PatchRecord
 
 KEY = "dmp"  # of our wrappers on a model
@@ -109,13 +118,13 @@ class Wrapper:
         model = executor.class_obj
         settings = self.settings(model.model_sampling)
         timesteps = None
-        if self._slot == "dit" or not settings.schedule.always:
+        if self._slot in ("dit", "after") or not settings.schedule.always:
             timesteps = timesteps_of(model.model_sampling, self._base, t)
         strength = settings.strengths(timesteps)
         if isinstance(strength, float) and strength == 0.0:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
-        prepare = self._prepare(x, settings, timesteps, conds)
+        prepare = self._prepare(model, x, settings, timesteps, conds)
         with ExitStack() as stack:
             compiled = is_compiled(model, options)
             if self._slot == "hooks":
@@ -129,7 +138,11 @@ class Wrapper:
                 context = prepare(time_embedding(model, self._base, timesteps))
                 facts = settings, context.weights.shape
                 context = _for_compiled(context) if compiled else context
-                options = dit_options(options, self._keys, context)
+                if self._slot == "dit":
+                    options = dit_options(options, self._keys, context)
+                else:
+                    refiners = len(denoiser_of(model).get_submodule("noise_refiner"))
+                    options = after_options(options, self._keys, context, refiners)
             if compiled:
                 variant = self.record.loaded.patch.variant
                 stack.enter_context(own_graph(denoiser_of(model), (variant, facts)))
@@ -160,10 +173,16 @@ class Wrapper:
         return self
 
     def _prepare(
-        self, x: Tensor, settings: Settings, timesteps: Tensor | None, conds: dict[str, Any]
+        self,
+        model: Any,
+        x: Tensor,
+        settings: Settings,
+        timesteps: Tensor | None,
+        conds: dict[str, Any],
     ) -> Prepare:
         """What makes the context of a call, once its time embedding is known."""
         patch = self.record.loaded.on(x.device)
+        references, multiple = conds.get("ref_latents"), tokens_multiple(denoiser_of(model))
 
         def prepare(e: Tensor) -> Context:
             return patch.prepare(
@@ -171,7 +190,7 @@ class Wrapper:
                 latent_hw(x, self._base),
                 settings,
                 timesteps=timesteps,
-                image_tokens=image_tokens(x, self._base, conds.get("ref_latents")),
+                image_tokens=image_tokens(x, self._base, references, multiple),
             )
 
         return prepare

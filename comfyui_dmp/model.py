@@ -9,12 +9,14 @@ from torch import Tensor
 
 from comfyui_dmp.slots import slot_of
 from dmp_common import Base, PatchError
+from dmp_common.latents import padded_tokens
 from dmp_common.sites import grid_cells
 from dmp_common.timesteps import time_features
 
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
-    "PixArt, SD 3, SD 3.5, Flux.1, Qwen-Image"
+    "PixArt, SD 3, SD 3.5, Flux.1, Qwen-Image, Z-Image, "
+    "Lumina 2"
 )
 # What the wrappers of compile nodes are called: comfy_api.torch_helpers and, like it, KJNodes.
 _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
@@ -68,15 +70,22 @@ def latent_hw(x: Tensor, base: Base) -> tuple[int, int]:
     """Height and width of the latent as the model sees it: transformers pad it to whole tokens."""
     height, width = x.shape[-2:]
     stride = base.sites[0].stride
-    if slot_of(base) != "dit":
+    if slot_of(base) not in ("dit", "after"):
         return height, width
     return -(-height // stride) * stride, -(-width // stride) * stride
 
 
-def image_tokens(x: Tensor, base: Base, references: list[Tensor] | None) -> int | None:
-    """Image tokens of a stream that may carry references after its own (Kontext, Qwen-Edit)."""
+def image_tokens(
+    x: Tensor, base: Base, references: list[Tensor] | None, multiple: int | None = None
+) -> int | None:
+    """Image tokens of a stream that may carry more than the latent's own, None elsewhere.
+
+    Args:
+        references: pictures whose tokens come after them (Kontext, Qwen-Edit).
+        multiple: of what they are filled up to (Z-Image), see `tokens_multiple`.
+    """
     if base.positions is None:
-        return None
+        return padded_tokens(base, latent_hw(x, base), multiple)
     stride = base.sites[0].stride
     return sum(
         grid_cells(height, stride) * grid_cells(width, stride)

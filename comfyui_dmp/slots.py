@@ -1,4 +1,4 @@
-"""Where ComfyUI's models take a patch in: three kinds of slots, filled for one call of a model.
+"""Where ComfyUI's models take a patch in: four kinds of slots, filled for one call of a model.
 
 Nothing here outlives the call, so that nothing can leak into another branch of a workflow.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from dmp_common import Base, Context, PatchError, Site
 from dmp_common.sites import find_module
 
-Slot = Literal["unet", "dit", "hooks"]
+Slot = Literal["unet", "dit", "after", "hooks"]
 Prepare = Callable[[Tensor], Context]  # from the time embedding (B, E)
 
 _SLOTS: dict[str, Slot] = {
@@ -26,11 +26,13 @@ _SLOTS: dict[str, Slot] = {
     "double_blocks": "dit",
     "single_blocks": "dit",
     "transformer_blocks": "dit",
+    "layers": "after",
     "blocks": "hooks",
 }
 # ComfyUI calls the joint blocks of SD3, the blocks of Qwen-Image and the double blocks of Flux so.
 _BLOCKS = dict.fromkeys(("joint_blocks", "transformer_blocks", "double_blocks"), "double_block")
 _BLOCKS["single_blocks"] = "single_block"
+_REFINER = "noise_refiner"
 _AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block_patch", "emb_patch"
 
 
@@ -43,7 +45,8 @@ def block_keys(base: Base) -> dict[tuple[str, int], str]:
     """ComfyUI's name of the slot of each site: the block before it, or the block itself.
 
     A UNet's encoder patch runs after a block, so what it changes is the input of the next one;
-    `transformer_options["block"]` then names the block before the site.
+    `transformer_options["block"]` then names the block before the site. The same with the blocks of
+    Lumina 2 and Z-Image, the first of which follows the last (-1) of those that refine the noise.
 
     >>> from dmp_common import get_base
     >>> keys = block_keys(get_base("sd15"))
@@ -60,6 +63,9 @@ def block_keys(base: Base) -> dict[tuple[str, int], str]:
             keys["input", len(encoder)] = site.name
         elif kind == "output_blocks":
             keys["output", int(rest[0])] = site.name
+        elif kind == "layers":
+            number = int(rest[0])
+            keys["double_block" if number else _REFINER, number - 1] = site.name
         else:
             keys[_BLOCKS.get(kind, kind), int(rest[0])] = site.name
     return keys
@@ -120,6 +126,33 @@ def dit_options(
         blocks[key] = _adding(context, site, blocks.get(key))
     replace["dit"] = blocks
     return {**options, "patches_replace": replace}
+
+
+def after_options(
+    options: Mapping[str, Any],
+    sites: Mapping[tuple[str, int], str],
+    context: Context,
+    refiners: int,
+) -> dict[str, Any]:
+    """A copy of a call's options in which a patch acts after blocks, before the next ones.
+
+    Ours come last, after what others make of a block's output.
+
+    Args:
+        refiners: blocks of the model that refine the noise.
+    """
+
+    def adding(kind: str, first: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def add(args: dict[str, Any]) -> dict[str, Any]:
+            site = sites.get((kind, args["block_index"] - first))
+            return {} if site is None else {"img": context.add(site, args["img"])}
+
+        return add
+
+    patches = dict(options.get("patches", {}))
+    for kind, first in ((_REFINER, refiners), ("double_block", 0)):
+        patches[kind] = [*patches.get(kind, ()), adding(kind, first)]
+    return {**options, "patches": patches}
 
 
 def _adding(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dmp_common.errors import PatchError
@@ -50,7 +51,8 @@ class TimeSource:
     def timesteps(self, argument: Tensor) -> Tensor:
         """Timesteps, 1000 (noise) to 0 (picture), of the model's argument; any shape."""
         scaled = argument * self.scale
-        return LAST - scaled if self.inverted else scaled
+        # Near 1 a float32 knows a timestep to 6e-5 only; the ends of a schedule are to be met.
+        return torch.round(LAST - scaled, decimals=3) if self.inverted else scaled
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,6 @@ class Base:
         positions: argument that tells rows and columns, where the latent is packed: position ids
             (Flux) or shapes (Qwen-Image).
         shared: text and image tokens share a sequence, in all blocks or in some.
-        image_first: the namings in which image tokens come first in a shared sequence; in the
-            others they come after the text.
         caption_mask: argument that masks the captions (B, L), where the image tokens of each item
             follow right after its own caption (Lumina 2 in diffusers).
         architecture: first part of the `modelspec.architecture` of a patch.
@@ -115,7 +115,6 @@ class Base:
     labels: Argument | None = None
     positions: Argument | None = None
     shared: bool = False
-    image_first: tuple[Naming, ...] = ()
     caption_mask: Argument | None = None
     architecture: str = ""
     hub_id: str | None = None

@@ -35,7 +35,8 @@ def latent_of(
     """The latents of a call of a model.
 
     Args:
-        sample: its input: (B, C, H, W), packed tokens (B, L, D), or a list of (C, 1, H, W).
+        sample: its input: (B, C, H, W); packed tokens (B, L, D); or a list of (C, 1, H, W), whose
+            tokens come before the text (Z-Image in diffusers).
         positions: what its argument `base.positions` holds, for packed tokens.
         mask: what its argument `base.caption_mask` holds, (B, L).
         multiple: see `tokens_multiple`.

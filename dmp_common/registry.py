@@ -124,6 +124,12 @@ def _fill() -> None:
         )
     )
     register_base(families.qwen_image("qwen-image", depth=60, width=3072, hub_id="Qwen/Qwen-Image"))
+    register_base(
+        families.z_image("z-image", depth=30, width=3840, hub_id="Tongyi-MAI/Z-Image-Turbo")
+    )
+    register_base(
+        families.lumina2("lumina2", depth=26, width=2304, hub_id="Alpha-VLLM/Lumina-Image-2.0")
+    )
 
 
 _fill()

@@ -137,7 +137,15 @@ def _embed_from_disk(
     files: _ModelFiles, patch: Patch, timesteps: Tensor, classes: Tensor | None
 ) -> Tensor:
     base = patch.base
-    naming, prefix, names = _find_layers(files, base)
+    candidates = _find_layers(files, base)
+    naming, prefix, names = next(
+        (
+            (naming, prefix, names)
+            for naming, prefix, names in candidates
+            if all(files.probe(prefix, probe) == probe.value for probe in base.probes[naming])
+        ),
+        candidates[0],
+    )
     for probe in base.probes[naming]:
         found = files.probe(prefix, probe)
         if found != probe.value:
@@ -164,14 +172,17 @@ def _embed_from_disk(
     return e + rows[classes]
 
 
-def _find_layers(files: _ModelFiles, base: Base) -> tuple[Naming, str, tuple[str, str]]:
-    """The naming and prefix of a model's tensors, and the names of its two time layers."""
+def _find_layers(files: _ModelFiles, base: Base) -> list[tuple[Naming, str, tuple[str, str]]]:
+    """The namings and prefixes a model's tensors may have, and the names of its time layers."""
+    found: list[tuple[Naming, str, tuple[str, str]]] = []
     for prefix in PREFIXES:
         for naming in NAMINGS:
             for layers in _LAYERS:
                 first, second = (f"{base.times[naming].mlp}.{layer}" for layer in layers)
                 if all(f"{prefix}{name}.weight" in files.where for name in (first, second)):
-                    return naming, prefix, (first, second)
+                    found.append((naming, prefix, (first, second)))
+    if found:
+        return found
     listed = ", ".join(list(files.where)[:3])[:200] or "none"
     raise PatchError(
         f"{files.path}: expected the time embedding of base {base.name} (as "

@@ -19,7 +19,11 @@ TEXT = 5  # tokens of a caption
 
 def known() -> list[Tiny]:
     """The families this release of diffusers knows."""
-    makers = {"QwenImageTransformer2DModel": qwen_image}
+    makers = {
+        "QwenImageTransformer2DModel": qwen_image,
+        "Lumina2Transformer2DModel": lumina2,
+        "ZImageTransformer2DModel": z_image,
+    }
     return [make() for name, make in makers.items() if hasattr(diffusers, name)]
 
 
@@ -51,3 +55,67 @@ def qwen_image() -> Tiny:
         }
 
     return Tiny("qwen-image", base, build, inputs)
+
+
+def lumina2() -> Tiny:
+    """Captions of two lengths, so that the image tokens of a batch begin at two places."""
+    base = register_base(families.lumina2("tiny-lumina2", depth=2, width=32, hub_id=None))
+    lengths = (TEXT, TEXT - 2)
+
+    def build() -> nn.Module:
+        return diffusers.Lumina2Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 6, 6),
+            axes_lens=(40, 40, 40),
+            cap_feat_dim=12,
+        )
+
+    def inputs(
+        t: torch.Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Any]:
+        own = torch.tensor([lengths[item % 2] for item in range(len(t))])
+        return {
+            "hidden_states": noise(seed, dtype, len(t), 4, *size),
+            "timestep": 1 - t / 1000,
+            "encoder_hidden_states": noise(seed + 1, dtype, len(t), TEXT, 12),
+            "encoder_attention_mask": torch.arange(TEXT) < own[:, None],
+        }
+
+    return Tiny("lumina2", base, build, inputs, text=lengths)
+
+
+def z_image() -> Tiny:
+    """Sequences filled up to multiples of 32, from 16 image tokens and 5 or 3 of the captions."""
+    base = register_base(families.z_image("tiny-z-image", depth=2, width=48, hub_id=None))
+
+    def build() -> nn.Module:
+        return diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=48,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=12,
+            axes_dims=[8, 8, 8],
+            axes_lens=[80, 40, 40],
+        )
+
+    def inputs(
+        t: torch.Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Any]:
+        captions = noise(seed + 1, dtype, len(t), TEXT, 12)
+        return {
+            "x": list(noise(seed, dtype, len(t), 4, 1, *size).unbind()),
+            "t": 1 - t / 1000,
+            "cap_feats": [text[: TEXT - 2 * (n % 2)] for n, text in enumerate(captions)],
+        }
+
+    return Tiny("z-image", base, build, inputs, text=(0,))

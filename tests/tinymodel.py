@@ -22,6 +22,7 @@ class Tiny:
         build: makes the model with random weights from a seed.
         inputs: keyword arguments of a call: (timesteps (B,), latent (H, W), dtype, seed).
         square_only: the architecture takes square latents only.
+        text: tokens before the image tokens, of items by turns; None where these come last.
     """
 
     name: str
@@ -29,6 +30,13 @@ class Tiny:
     build: Callable[[], nn.Module]
     inputs: Callable[..., dict[str, Any]]
     square_only: bool = False
+    text: tuple[int, ...] | None = None
+
+    def starts(self, count: int, length: int, tokens: int) -> list[int]:
+        """Where the image tokens of `count` items begin in sequences of a length."""
+        if self.text is None:
+            return [length - tokens] * count
+        return [self.text[item % len(self.text)] for item in range(count)]
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model in evaluation mode, without gradients for its own weights."""

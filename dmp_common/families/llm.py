@@ -6,6 +6,19 @@ from dmp_common.bases import Base, Probe, TimeSource
 from dmp_common.families.transformer import block_sites, depth_probes
 from dmp_common.sites import Argument
 
+# ComfyUI has one class for Lumina 2 and Z-Image. It is given sigma, and inverts it itself.
+_NEXT_TIME = TimeSource("t_embedder", Argument("timesteps", 1), "t_embedder.mlp", scale=1000.0)
+
+
+def _next_probes(depth: int, width: int, embedding: int) -> tuple[Probe, ...]:
+    return (
+        Probe("x_embedder", "out_features", width),
+        Probe("t_embedder.mlp.2", "out_features", embedding),
+        Probe("cap_embedder", None, True),
+        Probe("clip_text_pooled_proj", None, False),  # NewBie, of another depth and gate
+        *depth_probes("layers", depth),
+    )
+
 
 def qwen_image(name: str, *, depth: int, width: int, hub_id: str | None) -> Base:
     """Qwen-Image and Qwen-Image-Edit. The latent is packed 2 x 2; text has a stream of its own.
@@ -48,5 +61,91 @@ def qwen_image(name: str, *, depth: int, width: int, hub_id: str | None) -> Base
         prediction="flow",
         positions=Argument("img_shapes", 4),
         architecture="qwen-image",
+        hub_id=hub_id,
+    )
+
+
+def lumina2(name: str, *, depth: int, width: int, hub_id: str | None) -> Base:
+    """Lumina-Image 2.0 (Neta Lumina too); naming "ldm" is the original code's.
+
+    Its time runs from 0 (noise) to 1 (picture), and the sinusoid is of that. Text and image tokens
+    share a sequence, text first.
+    """
+    time, embedding = "time_caption_embed.timestep_embedder", min(width, 1024)
+    return Base(
+        name=name,
+        sites=block_sites("layer", depth, width, 2, diffusers="layers", ldm="layers"),
+        layout="tokens",
+        embedding=embedding,
+        sinusoid=256,
+        times={
+            "diffusers": TimeSource(
+                time,
+                Argument("timestep", 1),
+                time,
+                "time_caption_embed.time_proj",
+                scale=1000.0,
+                inverted=True,
+            ),
+            "ldm": _NEXT_TIME,
+        },
+        probes={
+            "diffusers": (
+                Probe("x_embedder", "out_features", width),
+                Probe(time, None, True),
+                *depth_probes("layers", depth),
+            ),
+            "ldm": _next_probes(depth, width, embedding),
+        },
+        prediction="flow",
+        inverted=True,
+        sinusoid_scale=0.001,
+        shared=True,
+        caption_mask=Argument("encoder_attention_mask", 3),
+        architecture="lumina-2",
+        hub_id=hub_id,
+    )
+
+
+def z_image(name: str, *, depth: int, width: int, hub_id: str | None) -> Base:
+    """Z-Image; naming "ldm" is ComfyUI's, diffusers kept the original code's names.
+
+    Its time runs from noise to picture. Text and image tokens share a sequence, each filled up to
+    multiples of 32: the image first in diffusers, the text first in ComfyUI.
+    """
+    embedding = min(width, 256)
+    return Base(
+        name=name,
+        sites=block_sites(
+            "layer",
+            depth,
+            width,
+            2,
+            diffusers="layers",
+            diffusers_argument=Argument("x", 0),
+            ldm="layers",
+        ),
+        layout="tokens",
+        embedding=embedding,
+        sinusoid=256,
+        times={
+            "diffusers": TimeSource(
+                "t_embedder", Argument("t", 1), "t_embedder.mlp", scale=1000.0, inverted=True
+            ),
+            "ldm": _NEXT_TIME,
+        },
+        probes={
+            "diffusers": (
+                Probe("all_x_embedder.2-1", "out_features", width),
+                Probe("siglip_embedder", None, False),  # Omni, which takes references
+                *depth_probes("layers", depth),
+            ),
+            "ldm": _next_probes(depth, width, embedding),
+        },
+        prediction="flow",
+        inverted=True,
+        time_hidden=1024,
+        shared=True,
+        architecture="z-image",
         hub_id=hub_id,
     )

@@ -46,6 +46,7 @@ class Family:
         size: of the latent, height and width.
         call: the arguments of the twin for (latent, timesteps 0..1000, caption, summary).
         unpack: the twin's output as a latent of a height and width.
+        conds: what a call takes besides the caption and its summary.
         frames: what the latent has between its channels and its height.
     """
 
@@ -63,6 +64,7 @@ class Family:
     unpack: Callable[[Tensor, tuple[int, int]], Tensor] = field(default=lambda out, size: out)
     adm: bool = False
     frames: tuple[int, ...] = ()
+    conds: dict[str, Any] = field(default_factory=dict)
 
     def diffusers(self, seed: int = 0) -> nn.Module:
         return randomised(self.twin(), seed)
@@ -79,6 +81,11 @@ class Family:
         model.diffusion_model.requires_grad_(False)
         cpu = torch.device("cpu")
         return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+    def run(self, twin: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """The output of the twin; lists of pictures as one batch."""
+        out = twin(**arguments, return_dict=False)[0]
+        return torch.stack(out) if isinstance(out, list) else out
 
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """diffusers' weights under ComfyUI's names, by ComfyUI's own table."""

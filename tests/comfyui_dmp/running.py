@@ -42,6 +42,7 @@ def call(
         )
     elif family.channels == 16:  # SD3 and Flux
         conds["y"] = pooled
+    conds = family.conds | conds
     object_patches = patcher.object_patches.get("model_sampling")
     before = model.model_sampling
     try:

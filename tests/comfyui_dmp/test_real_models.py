@@ -14,7 +14,7 @@ from dmp_common import PatchError, attach
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
-NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image"]
+NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
 
 
 @pytest.fixture(params=NAMES)
@@ -57,11 +57,11 @@ def compare_with_diffusers(family, patcher, run, patch, percents=(0.3, 0.7)) -> 
     twin = family.diffusers()
     with torch.inference_mode():
         if patch is None:
-            out = twin(**arguments, return_dict=False)[0]
+            out = family.run(twin, arguments)
         else:
-            plain = twin(**arguments, return_dict=False)[0]
+            plain = family.run(twin, arguments)
             with attach(twin, patch, strength=0.7):
-                out = twin(**arguments, return_dict=False)[0]
+                out = family.run(twin, arguments)
             assert (out - plain).norm() > 0.01 * plain.norm()
     theirs = sampling.calculate_denoised(sigmas, family.unpack(out, tuple(x.shape[2:])), x)
     noise = (ours - x) / levels
@@ -139,7 +139,7 @@ def test_samplings(family, run, host, options):
 @pytest.mark.parametrize("size", [(16, 24), (9, 15)], ids=str)
 def test_sizes(real, run, host, size):
     """Any size the host's model takes; transformers pad an odd one to whole tokens."""
-    for name in {"sd15", "sd3", "flux", "qwen-image"} & set(real.FAMILIES):
+    for name in {"sd15", "sd3", "flux", "qwen-image", "z-image"} & set(real.FAMILIES):
         family = real.FAMILIES[name]
         patcher = family.comfy()
         patched = host.attach(patcher, run.record(family.patch(sites="all")))

@@ -151,6 +151,14 @@ def watched(model: nn.Module, patch: Patch, **settings) -> Iterator[Seen]:
         handle.remove()
 
 
+def split_tokens(tiny: Tiny, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The image tokens (B, tokens, D) of sequences, and all others."""
+    inside = torch.zeros(values.shape[:2], dtype=torch.bool)
+    for item, start in enumerate(tiny.starts(len(values), values.shape[1], tokens)):
+        inside[item, start : start + tokens] = True
+    return values[inside].reshape(len(values), tokens, -1), values[~inside]
+
+
 def check_fields(tiny: Tiny, patch: Patch, seen: Seen, latent: tuple[int, int], strength=1.0):
     """What arrived at each block is what the model gave plus the plain field, nowhere else."""
     assert set(seen.before) == set(seen.after) == set(patch.sites)
@@ -170,8 +178,8 @@ def check_fields(tiny: Tiny, patch: Patch, seen: Seen, latent: tuple[int, int], 
         else:
             size = latent[0] // site.stride, latent[1] // site.stride
             tokens = size[0] * size[1]
-            own, rest = added[:, -tokens:], added[:, :-tokens]
-            x = before[:, -tokens:]
+            own, rest = split_tokens(tiny, added, tokens)
+            x = split_tokens(tiny, before, tokens)[0]
             expected = plain_field(patch, name, e, size).flatten(2).transpose(1, 2)
         assert expected.abs().max() > 0.01
         assert is_field(own, x, strength * expected), name

@@ -109,9 +109,11 @@ def test_patch_on_the_cpu_model_on_the_gpu(kind):
         def move(value):
             if isinstance(value, dict):
                 return {key: move(each) for key, each in value.items()}
+            if isinstance(value, list):
+                return [move(each) for each in value]
             return value.cuda() if isinstance(value, Tensor) else value
 
-        return model(**move(inputs), return_dict=False)[0].cpu()
+        return kind.call(model, move(inputs)).cpu()
 
     with attach(model, patch), torch.no_grad():
         assert close(run(), expected, 1e-3)

@@ -50,6 +50,8 @@ def test_changed_time_embedding_of_the_model_is_seen(kind):
         for module in model.modules():
             if type(module).__name__ == "TimestepEmbedding":
                 module.linear_2.weight.mul_(-1.0)
+            elif type(module).__name__ == "TimestepEmbedder":
+                module.mlp[2].weight.mul_(-1.0)
         found = kind.run(model)
     with attach(model, copy.deepcopy(patch)), torch.no_grad():
         assert torch.equal(found, kind.run(model))

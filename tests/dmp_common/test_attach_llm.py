@@ -6,9 +6,11 @@ import diffusers
 import pytest
 import torch
 
-from dmp_common import attach, detect_base
+from dmp_common import PatchError, Schedule, Settings, attach, detect_base
 from dmp_common.detect import naming_of
-from tests.dmp_common.attaching import make, plain_field, watched
+from dmp_common.latents import Latent, latent_of
+from dmp_common.timesteps import embed_timesteps
+from tests.dmp_common.attaching import check_fields, make, plain_field, watched
 from tests.tiny import FAMILIES, Tiny
 
 
@@ -58,3 +60,97 @@ def test_layered_qwen_image_is_no_model_of_the_base():
     assert detect_base(model) is tiny.base
     model.time_text_embed.addition_t_embedding = torch.nn.Embedding(2, 32)
     assert naming_of(model, tiny.base) is None
+
+
+@pytest.mark.parametrize("name", ["lumina2", "z-image"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_inverted_timesteps(name, train):
+    """The model counts from noise to picture; e and schedules are those of 1000 - timestep."""
+    tiny = family(name)
+    model, patch = tiny.model(), make(tiny).train(train)
+    for timestep in (0.0, 137.0, 333.25, 1000.0):
+        with watched(model, patch) as seen:
+            full = tiny.run(model, [timestep])
+        expected = embed_timesteps(model, tiny.base, "diffusers", torch.tensor([timestep]))
+        assert (seen.e[0] - expected).abs().max() < 1e-5
+        with attach(model, patch, schedule=Schedule(first=timestep, last=timestep)):
+            assert torch.equal(tiny.run(model, [timestep]), full)
+        with attach(model, patch, schedule=Schedule(first=timestep - 0.1)):
+            assert not torch.equal(tiny.run(model, [timestep]), full)
+    first, last = embed_timesteps(model, tiny.base, "diffusers", torch.tensor([0.0, 1000.0]))
+    assert not torch.allclose(first, last, atol=1e-2)
+
+
+@pytest.mark.parametrize("where", [(5, 3), (3, 3), (0, 5)])
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_image_tokens_that_begin_at_another_place_in_each_item(where, strength):
+    tiny = family("lumina2")
+    patch = make(tiny, grid=6)
+    e = torch.randn(2, tiny.base.embedding)
+    settings = Settings(strength)
+    context = patch.prepare(e, (8, 12), settings, text_tokens=where)
+    x = torch.randn(2, 5 + 24, 32)
+    for _ in range(2):  # the second time from the cache
+        added = context.add("layer.1", x) - x
+        expected = strength * plain_field(patch, "layer.1", e, (4, 6)).flatten(2).transpose(1, 2)
+        for item, start in enumerate(where):
+            own = added[item, start : start + 24]
+            assert (own - expected[item]).abs().max() < 2e-5
+            assert not added[item, :start].any()
+            assert not added[item, start + 24 :].any()
+    other = patch.prepare(e, (8, 12), settings, text_tokens=tuple(reversed(where)))
+    assert torch.equal(other.add("layer.1", x), context.add("layer.1", x)) is (where == (3, 3))
+    with pytest.raises(PatchError, match="expected an input of shape"):
+        context.add("layer.1", x[:, : 23 + max(where)])
+
+
+def test_one_timestep_for_items_with_captions_of_different_lengths():
+    tiny = family("lumina2")
+    model, patch = tiny.model(), make(tiny, sites="all")
+    with watched(model, patch) as seen, torch.no_grad():
+        tiny.run(model, [400.0, 400.0, 400.0])
+    check_fields(tiny, patch, seen, (8, 8))
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 16)],
+        [torch.zeros(4, 2, 8, 8)] * 2,
+        [[torch.zeros(4, 1, 8, 8)]] * 2,
+    ],
+    ids=["sizes", "frames", "omni"],
+)
+def test_latents_that_share_no_grid_are_refused(latents):
+    tiny = family("z-image")
+    with pytest.raises(
+        PatchError, match=r"one size \(C, 1, H, W\) in a batch of base tiny-z-image"
+    ):
+        latent_of(tiny.base, latents, None, None)
+    assert latent_of(tiny.base, [torch.zeros(4, 1, 8, 6)] * 3, None, None) == Latent(
+        3, (8, 6), text_tokens=0
+    )
+
+
+def test_models_with_references_are_no_z_image():
+    """Omni puts pictures it is shown into the sequence."""
+    tiny = family("z-image")
+    model = tiny.model()
+    assert detect_base(model) is tiny.base
+    model.siglip_embedder = torch.nn.Identity()
+    assert naming_of(model, tiny.base) is None
+
+
+def test_a_host_that_fills_up_its_tokens():
+    """ComfyUI's Z-Image: [text; image; fillers], here 3 rows of 5 tokens and 17 fillers."""
+    base = family("z-image").base
+    assert latent_of(base, torch.zeros(2, 4, 5, 9), None, None, 32).image_tokens == 32
+    assert latent_of(base, torch.zeros(2, 4, 5, 9), None, None).image_tokens is None
+    patch = make(family("z-image"), sites="all")
+    e = torch.randn(2, base.embedding)
+    x = torch.randn(2, 32 + 32, 48)
+    added = patch.prepare(e, (5, 9), image_tokens=32).add("layer.0", x) - x
+    expected = plain_field(patch, "layer.0", e, (3, 5)).flatten(2).transpose(1, 2)
+    assert (added[:, 32 : 32 + 15] - expected).abs().max() < 2e-5
+    assert not added[:, :32].any()
+    assert not added[:, 32 + 15 :].any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmp_common import Schedule, Settings, attach
-from tests.dmp_common.attaching import close, make, plain_field, rows_of_mix, watched
+from tests.dmp_common.attaching import close, make, plain_field, rows_of_mix, split_tokens, watched
 
 
 def test_settings_changed_between_calls_are_not_stale(kind):
@@ -61,7 +61,7 @@ def test_schedule_factor_is_applied_item_by_item(kind, train):
             own = added[:, : patch.sites[name].width]
             field = plain_field(patch, name, e, tuple(own.shape[2:]))
         else:
-            own = added[:, -16:]
+            own = split_tokens(kind, added, 16)[0]
             field = plain_field(patch, name, e, (4, 4)).flatten(2).transpose(1, 2)
         for item, factor in enumerate(factors):
             assert (own[item] - 0.8 * factor * field[item]).abs().max() < 2e-5

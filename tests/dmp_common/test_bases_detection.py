@@ -15,7 +15,8 @@ from tests.tiny import FAMILIES
 
 ORDER = ["digits", "sd15", "sd21", "sdxl"]
 ORDER += [f"dit-{size}/{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
-ORDER += ["pixart", "sd3", "sd35-medium", "sd35-large", "flux", "qwen-image"]
+ORDER += ["pixart", "sd3", "sd35-medium", "sd35-large", "flux"]
+ORDER += ["qwen-image", "z-image", "lumina2"]
 
 
 def test_known_bases_and_their_order():

@@ -62,7 +62,8 @@ def test_sites_have_the_widths_their_modules_state(name):
         elif isinstance(module, diffusers.models.resnet.Downsample2D):
             assert module.channels == site.width
         else:
-            attention = module.attn1 if hasattr(module, "attn1") else module.attn
+            names = ("attn1", "attn", "attention")
+            attention = next(getattr(module, name) for name in names if hasattr(module, name))
             assert attention.to_q.in_features == site.width
 
 
@@ -82,7 +83,8 @@ def test_arguments_are_those_of_the_forward_functions(name):
             check(type(module).forward, site.arguments["diffusers"])
         else:
             assert site.arguments["diffusers"].index == 0
-    for argument in (base.times["diffusers"].argument, base.labels, base.positions):
+    own = base.times["diffusers"].argument, base.labels, base.positions, base.caption_mask
+    for argument in own:
         if argument is not None:
             check(type(model).forward, argument)
 
@@ -127,5 +129,5 @@ def test_prediction_types():
     assert predictions["sd15"] == predictions["sdxl"] == predictions["pixart"] == "epsilon"
     assert predictions["dit-xl/2"] == predictions["digits"] == "epsilon"
     assert predictions["sd21"] == "v_prediction"
-    for name in ("sd3", "sd35-medium", "sd35-large", "flux", "qwen-image"):
+    for name in ("sd3", "sd35-medium", "sd35-large", "flux", "qwen-image", "z-image", "lumina2"):
         assert predictions[name] == "flow"

@@ -97,6 +97,8 @@ COMFY_CLASSES = {
     "flux-dev": ("comfy.ldm.flux.model", "Flux"),
     "flux-schnell": ("comfy.ldm.flux.model", "Flux"),
     "qwen-image": ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"),
+    "lumina2": ("comfy.ldm.lumina.model", "NextDiT"),
+    "z-image": ("comfy.ldm.lumina.model", "NextDiT"),
 }
 
 
@@ -136,11 +138,13 @@ def test_comfyui(comfyui, name, monkeypatch):
             y = meta(2, 2816) if name == "sdxl" else None
             return model(real["sample"], timesteps, context=real["encoder_hidden_states"], y=y)
         latent = meta(2, 4 if "pixart" in name else 16, *MODELS[name].latent)
-        text = real["encoder_hidden_states"]
+        text = real.get("encoder_hidden_states")
         if "pixart" in name:
             return model(latent, timesteps, text)
         if name == "qwen-image":
             return model(latent.unsqueeze(2), timesteps, text)
+        if class_name == "NextDiT":
+            return model(latent, timesteps, meta(2, 100, shapes["cap_embedder.0.weight"][0]), 100)
         y = real["pooled_projections"]
         if class_name == "Flux":
             return model(latent, timesteps, text, y, real["guidance"])

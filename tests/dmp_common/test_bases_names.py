@@ -94,6 +94,8 @@ def original_names(name: str) -> dict[str, str]:
         # This converter hands values on untouched, so names may stand for tensors.
         checkpoint = {f"model.diffusion_model.{key}": key for key in originals}
         return single_file.convert_ldm_unet_checkpoint(checkpoint, dict(model.config))
+    if base.name in ("lumina2", "z-image"):
+        return _next_names(base.name, state)
     depth = len(model.transformer_blocks)
     if base.name == "flux":
         singles = len(model.single_transformer_blocks)
@@ -117,6 +119,55 @@ def original_names(name: str) -> dict[str, str]:
     for key, value in converted.items():
         assert len(value.unique()) == 1
         names[key] = checkpoint.names[int(value.flatten()[0])]
+    return names
+
+
+def _next_names(name: str, state: dict[str, Tensor]) -> dict[str, str]:
+    """What we think the original names of Lumina 2 and Z-Image are; the converters prove it."""
+    parts = {
+        "lumina2": {
+            "time_caption_embed.caption_embedder": "cap_embedder",
+            "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+            "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+            "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+            "norm_out.linear_2": "final_layer.linear",
+            "norm1.norm.": "attention_norm1.",
+            "norm1.linear": "adaLN_modulation.1",
+            "refiner.0.norm1.weight": "refiner.0.attention_norm1.weight",
+            "refiner.1.norm1.weight": "refiner.1.attention_norm1.weight",
+            ".norm2.": ".attention_norm2.",
+            "feed_forward.linear_": "feed_forward.w",
+            ".attn.": ".attention.",
+        },
+        "z-image": {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder"},
+    }[name] | {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
+    parts |= dict.fromkeys(("to_q", "to_k", "to_v"), "qkv")
+    names = {}
+    for key in state:
+        original = key
+        for part, other in parts.items():
+            original = original.replace(part, other)
+        names[key] = original
+    rows = {key: tensor.shape[0] for key, tensor in state.items()}
+    checkpoint = {original: torch.zeros(1) for original in names.values()}
+    for original in checkpoint:  # joined projections, marked by their parts
+        if ".qkv." in original:
+            own = [key for key, other in names.items() if other == original]
+            marks = [torch.full((rows[key], 1), float(own.index(key))) for key in own]
+            checkpoint[original] = torch.cat(marks)
+    convert = {
+        "lumina2": single_file.convert_lumina2_to_diffusers,
+        "z-image": single_file.convert_z_image_transformer_checkpoint_to_diffusers,
+    }[name]
+    converted = convert(dict(checkpoint))
+    assert set(converted) == set(state)
+    for key, value in converted.items():
+        if ".qkv." in names[key]:
+            own = [k for k, other in names.items() if other == names[key]]
+            assert value.shape[0] == rows[key]
+            assert value.unique().tolist() == [float(own.index(key))], key
+        else:
+            assert value is checkpoint[names[key]], key
     return names
 
 

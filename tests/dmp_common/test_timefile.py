@@ -40,7 +40,7 @@ def write_original(path: Path, tiny: Tiny, model: torch.nn.Module, prefix: str =
             tensors[f"{probe.path}.weight"] = torch.zeros(wanted)
     for name, tensor in mlp_of(tiny, model).items():
         layer, kind = name.split(".")
-        layer = layers[layer == "linear_2"]
+        layer = layers[layer in ("linear_2", "2")]
         tensors[f"{tiny.base.times['ldm'].mlp}.{layer}.{kind}"] = tensor.clone()
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
     return path
