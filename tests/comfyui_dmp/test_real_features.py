@@ -220,10 +220,10 @@ def compiled(model: Any, backend: str = "eager") -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "z-image"])
 def test_compiled_graphs_are_told_apart(real, run, host, name):
     """ComfyUI's compile node ignores `transformer_options`: no graph may serve another patch."""
-    family = real.FAMILIES[name]
+    family = real.FAMILIES.get(name) or pytest.skip("this release of diffusers does not know it")
     torch._dynamo.reset()
     plain, sigmas = family.comfy(), torch.tensor([0.5, 0.5])
     patch = family.patch(sites="all", std=0.1)
