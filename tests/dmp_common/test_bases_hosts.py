@@ -19,8 +19,9 @@ import dmp_common as dmp
 from dmp_common import detect_base, get_base, known_bases
 from dmp_common.detect import naming_of
 from dmp_common.sites import find_module
+from tests.dmp_common.originalnames import original_shapes
 from tests.dmp_common.realbases import MODELS, meta, seen
-from tests.dmp_common.test_bases_names import official_pixart, original_shapes
+from tests.dmp_common.test_bases_names import official_pixart
 
 
 def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] | None) -> None:
@@ -166,6 +167,7 @@ UNET = {
     "model_channels": 320,
     "num_res_blocks": 2,
     "use_checkpoint": False,
+    "use_spatial_transformer": True,
 }
 WEBUI_UNETS = {
     "sd15": dict(
@@ -221,7 +223,6 @@ def _webui_class(path: Path, name: str, monkeypatch) -> tuple[type[nn.Module], d
         monkeypatch.setattr(sys, "argv", [sys.argv[0], "--always-cpu"])
         module, kind = "backend.nn.unet", "IntegratedUNet2DConditionModel"
         config = {**UNET, **WEBUI_UNETS[name], **FORGE_UNETS[name]}
-        config["use_spatial_transformer"] = True
         config.pop("attention_resolutions")
     else:
         folder, package = "stable-diffusion-stability-ai", "ldm"
@@ -239,7 +240,7 @@ def _webui_class(path: Path, name: str, monkeypatch) -> tuple[type[nn.Module], d
         module, kind = f"{package}.modules.diffusionmodules.openaimodel", "UNetModel"
         config = {**UNET, **WEBUI_UNETS[name]}
         if package == "ldm":
-            config |= {"image_size": 32, "use_spatial_transformer": True}
+            config["image_size"] = 32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

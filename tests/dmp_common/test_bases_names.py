@@ -2,174 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import types
-from collections.abc import Callable
 
 import pytest
-import torch
 import torch.nn as nn
-from diffusers.loaders import single_file_utils as single_file
-from torch import Tensor
 
 from dmp_common import detect_base, get_base, known_bases
 from dmp_common.detect import naming_of
 from dmp_common.sites import find_module
 from dmp_common.timesteps import frequency_shift
+from tests.dmp_common.originalnames import original_names, original_shapes
 from tests.dmp_common.realbases import MODELS, meta, model_of, seen
-
-
-class Asked(dict):
-    """A checkpoint that has every tensor it is asked for, each filled with its own number.
-
-    diffusers' converters take tensors out by their original names; what they ask for is the list
-    of original names, and the numbers show where each tensor goes.
-    """
-
-    def __init__(self, known: dict[str, Tensor], rows: Callable[[str], int]) -> None:
-        super().__init__(known)
-        self.rows = rows
-        self.names: list[str] = []
-
-    def pop(self, name: str) -> Tensor:
-        super().pop(name, None)
-        self.names.append(name)
-        return torch.full((self.rows(name), 1), float(len(self.names) - 1))
-
-
-def _unet_original(key: str, levels: int) -> str:
-    """What we think the original name of a diffusers UNet's parameter is; the test proves it."""
-    head, _, rest = key.partition(".")
-    if head not in ("down_blocks", "mid_block", "up_blocks"):
-        names = {
-            "conv_in": "input_blocks.0.0",
-            "time_embedding.linear_1": "time_embed.0",
-            "time_embedding.linear_2": "time_embed.2",
-            "add_embedding.linear_1": "label_emb.0.0",
-            "add_embedding.linear_2": "label_emb.0.2",
-            "conv_norm_out": "out.0",
-            "conv_out": "out.2",
-        }
-        module, _, parameter = key.rpartition(".")
-        return f"{names[module]}.{parameter}"
-    level, kind, n, tail = ("0", *rest.split(".", 2)) if head == "mid_block" else rest.split(".", 3)
-    for diffusers_name, original in {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1",
-        "conv_shortcut": "skip_connection",
-    }.items():
-        if kind == "resnets" and tail.startswith(diffusers_name):
-            tail = tail.replace(diffusers_name, original, 1)
-    block, place = int(level) * 3, int(n)
-    if head == "mid_block":
-        return f"middle_block.{2 * place if kind == 'resnets' else 1}.{tail}"
-    if head == "down_blocks":
-        if kind == "downsamplers":
-            return f"input_blocks.{block + 3}.0.{tail.replace('conv', 'op')}"
-        return f"input_blocks.{block + 1 + place}.{int(kind == 'attentions')}.{tail}"
-    if kind == "upsamplers":
-        index = 2 if f"up_blocks.{level}.attentions" in key or _attends(levels, int(level)) else 1
-        return f"output_blocks.{block + 2}.{index}.{tail}"
-    return f"output_blocks.{block + place}.{int(kind == 'attentions')}.{tail}"
-
-
-def _attends(levels: int, up: int) -> bool:
-    """Whether a decoder level of SD (4 levels) or SDXL (3) has attention."""
-    return up > 0 if levels == 4 else up < 2
-
-
-@functools.cache
-def original_names(name: str) -> dict[str, str]:
-    """From diffusers' names of parameters to the original ones, as diffusers converts them."""
-    model, base = model_of(name), get_base(MODELS[name].base)
-    state = model.state_dict()
-    if base.name == "qwen-image":  # ComfyUI took diffusers' names
-        return {key: key for key in state}
-    if base.layout == "map":
-        levels = len(model.down_blocks)
-        originals = [_unet_original(key, levels) for key in state]
-        # This converter hands values on untouched, so names may stand for tensors.
-        checkpoint = {f"model.diffusion_model.{key}": key for key in originals}
-        return single_file.convert_ldm_unet_checkpoint(checkpoint, dict(model.config))
-    if base.name in ("lumina2", "z-image"):
-        return _next_names(base.name, state)
-    depth = len(model.transformer_blocks)
-    if base.name == "flux":
-        singles = len(model.single_transformer_blocks)
-        known = {f"double_blocks.{n}.x": None for n in range(depth)}
-        known |= {f"single_blocks.{n}.x": None for n in range(singles)}
-        known |= {"guidance_in": None} if model.config.guidance_embeds else {}
-        checkpoint = Asked(known, lambda key: 3072 * 7 if ".linear1." in key else 6)
-        converted = single_file.convert_flux_transformer_checkpoint_to_diffusers(checkpoint)
-    else:
-        known = {f"joint_blocks.{n}.x": None for n in range(depth)}
-        known |= {
-            f"joint_blocks.{n}.x_block.attn2.x": None
-            for n in range(len(getattr(model.config, "dual_attention_layers", ())))
-        }
-        known |= {"joint_blocks.0.x_block.attn.ln_q.x": None} if model.config.qk_norm else {}
-        known["context_embedder.weight"] = torch.zeros(base.embedding, 1)
-        rows = lambda key: 2 * base.embedding  # noqa: E731
-        checkpoint = Asked(known, lambda key: 3 * rows(key))
-        converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
-    names = {}
-    for key, value in converted.items():
-        assert len(value.unique()) == 1
-        names[key] = checkpoint.names[int(value.flatten()[0])]
-    return names
-
-
-def _next_names(name: str, state: dict[str, Tensor]) -> dict[str, str]:
-    """What we think the original names of Lumina 2 and Z-Image are; the converters prove it."""
-    parts = {
-        "lumina2": {
-            "time_caption_embed.caption_embedder": "cap_embedder",
-            "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-            "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-            "norm_out.linear_1": "final_layer.adaLN_modulation.1",
-            "norm_out.linear_2": "final_layer.linear",
-            "norm1.norm.": "attention_norm1.",
-            "norm1.linear": "adaLN_modulation.1",
-            "refiner.0.norm1.weight": "refiner.0.attention_norm1.weight",
-            "refiner.1.norm1.weight": "refiner.1.attention_norm1.weight",
-            ".norm2.": ".attention_norm2.",
-            "feed_forward.linear_": "feed_forward.w",
-            ".attn.": ".attention.",
-        },
-        "z-image": {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder"},
-    }[name] | {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
-    parts |= dict.fromkeys(("to_q", "to_k", "to_v"), "qkv")
-    names = {}
-    for key in state:
-        original = key
-        for part, other in parts.items():
-            original = original.replace(part, other)
-        names[key] = original
-    rows = {key: tensor.shape[0] for key, tensor in state.items()}
-    checkpoint = {original: torch.zeros(1) for original in names.values()}
-    for original in checkpoint:  # joined projections, marked by their parts
-        if ".qkv." in original:
-            own = [key for key, other in names.items() if other == original]
-            marks = [torch.full((rows[key], 1), float(own.index(key))) for key in own]
-            checkpoint[original] = torch.cat(marks)
-    convert = {
-        "lumina2": single_file.convert_lumina2_to_diffusers,
-        "z-image": single_file.convert_z_image_transformer_checkpoint_to_diffusers,
-    }[name]
-    converted = convert(dict(checkpoint))
-    assert set(converted) == set(state)
-    for key, value in converted.items():
-        if ".qkv." in names[key]:
-            own = [k for k, other in names.items() if other == names[key]]
-            assert value.shape[0] == rows[key]
-            assert value.unique().tolist() == [float(own.index(key))], key
-        else:
-            assert value is checkpoint[names[key]], key
-    return names
-
 
 CONVERTED = [n for n in MODELS if not any(part in n for part in ("dit", "pixart", "qwen"))]
 ORIGINAL = pytest.mark.parametrize("name", CONVERTED)
@@ -227,18 +70,6 @@ def tree(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
         if parameter not in module._parameters:
             module.register_parameter(parameter, nn.Parameter(meta(*shape)))
     return root
-
-
-def original_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Joined projections have the sum of their parts' rows."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    state = model_of(name).state_dict()
-    for key, original in original_names(name).items():
-        shape = tuple(state[key].shape)
-        if original in shapes:
-            shape = (shapes[original][0] + shape[0], *shape[1:])
-        shapes[original] = shape
-    return shapes
 
 
 @ORIGINAL
