@@ -96,7 +96,6 @@ def test_script_hides_no_other_package(tmp_path: Path) -> None:
         (["--optimizer_type", "Quantum"], "expected one of the optimisers AdamW"),
         (["--optimizer_args", "betas"], "expected --optimizer_args as name=value"),
         (["--optimizer_args", "quantum=1"], "expected arguments that AdamW takes"),
-        (["--optimizer_type", "Prodigy"], "pip install prodigyopt"),
         (["--min_snr_gamma", "5", "--text_conditional", "--train_data_dir", "x"], "--method full"),
         (["--huggingface_repo_id", "a/b", "--method", "full"], "expected --huggingface_repo_id"),
         (["--base", "sd99"], "known bases"),
