@@ -11,6 +11,7 @@ from types import TracebackType
 import torch.nn as nn
 
 from dmp_common import Attachment, Base, PatchError, attach
+from dmp_common.detect import require_base
 from dmp_common.record import PatchRecord
 
 NAME = "DMP"  # begins every message, which the host shows among those of others
@@ -187,13 +188,14 @@ def attached(model: Model, record: PatchRecord) -> Attachment:
     loaded = record.loaded
     patch, name = loaded.patch, loaded.name
     expected = patch.variant.prediction
-    if model.prediction not in (None, expected):
-        raise PatchError(
-            f"{name}: expected a model with prediction type {expected}, found {model.prediction} "
-            f"in {Path(model.checkpoint).name}: load the model the patch was trained for, or a "
-            "patch for this one."
-        )
     try:
+        require_base(model.denoiser, patch.base)  # before what follows from it
+        if model.prediction not in (None, expected):
+            raise PatchError(
+                f"expected a model with prediction type {expected}, found {model.prediction} in "
+                f"{Path(model.checkpoint).name}: load the model the patch was trained for, or a "
+                "patch for this one."
+            )
         settings = record.settings(lambda percent: model.to_timestep(patch.base, percent))
         return attach(
             model.denoiser,

@@ -4,10 +4,13 @@
 
 WEBUI_PATH is that of A1111, and its own Python runs this; CLIP_TOKENIZER names a folder with the
 vocabulary of CLIP ViT-L. `tiny` writes two checkpoints of the architecture of SD 1.5, a tenth as
-wide, with their configuration beside them: a picture takes a quarter of a second. Forge builds text
-encoder and decoder by the book, so for it `narrow` makes the UNet alone a tenth as wide. `sd15`
-writes one of full size (two gigabytes). For the first two the server needs the extension in
-`tests/a1111_dmp/server_extension`. Pictures are noise, but every one is a function of all weights.
+wide, with their configuration beside them: a picture takes a quarter of a second. `tiny-v` does so
+for SD 2.x with v-prediction, and `tiny-xl` for SDXL; their OpenCLIP text encoder is the smallest
+that open_clip knows. Forge builds text encoder and decoder by the book, so for it `narrow` makes
+the UNet of SD 1.5 alone a tenth as wide, and `narrow-xl` that of SDXL (two gigabytes of text
+encoders each). `sd15` writes one of full size (two gigabytes). For all but the last the server
+needs the extension in `tests/a1111_dmp/server_extension`. Pictures are noise, but every one is a
+function of all weights.
 """
 
 from __future__ import annotations
@@ -21,10 +24,19 @@ from typing import Any
 
 import torch
 
-CONFIG = "configs/v1-inference.yaml"
-REPOSITORY = "repositories/stable-diffusion-stability-ai"
+LDM, SGM = "repositories/stable-diffusion-stability-ai", "repositories/generative-models"
+CONFIGS = {
+    "sd15": "configs/v1-inference.yaml",
+    "tiny": "configs/v1-inference.yaml",
+    "narrow": "configs/v1-inference.yaml",
+    "tiny-v": f"{LDM}/configs/stable-diffusion/v2-inference-v.yaml",
+    "tiny-xl": f"{SGM}/configs/inference/sd_xl_base.yaml",
+    "narrow-xl": f"{SGM}/configs/inference/sd_xl_base.yaml",
+}
 VOCABULARY = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 WIDTH, TEXT, VAE = 32, 64, 32  # channels of the tiny UNet (as in tiny_base.py), text encoder, VAE
+HEAD = 16  # channels of an attention head; SD 2.x and SDXL have a fixed number
+OPEN_CLIP, OPEN_CLIP_WIDTH = "ViT-S-32-alt", 256
 CLIP = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -35,30 +47,70 @@ CLIP = {
     "hidden_act": "quick_gelu",
     "projection_dim": 768,
 }
+TINY_CLIP = {
+    "hidden_size": TEXT,
+    "intermediate_size": 2 * TEXT,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "projection_dim": TEXT,
+}
 
 
 def main(kind: str, folder: Path) -> None:
     """Writes the checkpoints of a kind into a folder."""
     webui = Path(os.environ["WEBUI_PATH"]).resolve()
-    sys.path[:0] = [str(webui / REPOSITORY)]
+    sys.path[:0] = [str(webui / LDM), str(webui / SGM)]
     yaml = importlib.import_module("yaml")
-    config = yaml.safe_load((webui / CONFIG).read_text(encoding="utf-8"))
-    params, clip = config["model"]["params"], dict(CLIP)
-    if kind in ("tiny", "narrow"):
-        params["unet_config"]["params"]["model_channels"] = WIDTH
-    if kind == "tiny":
-        clip |= {"hidden_size": TEXT, "intermediate_size": 2 * TEXT, "num_hidden_layers": 2}
-        clip |= {"num_attention_heads": 4, "projection_dim": TEXT}
-        params["unet_config"]["params"]["context_dim"] = TEXT
+    config = yaml.safe_load((webui / CONFIGS[kind]).read_text(encoding="utf-8"))
+    params, tiny = config["model"]["params"], kind.startswith("tiny")
+    clip = CLIP | TINY_CLIP if tiny else CLIP
+    unet = unet_of(params)["params"]
+    if kind != "sd15":
+        unet["model_channels"] = WIDTH
+    if tiny:
         params["first_stage_config"]["params"]["ddconfig"]["ch"] = VAE
-        text = folder / "tiny-clip"
-        write_text_encoder(text, clip)
-        params["cond_stage_config"]["params"] = {"version": str(text)}
+        if "num_head_channels" in unet:
+            unet["num_head_channels"] = HEAD
+        write_text_encoder(folder / "tiny-clip", clip)
+        unet["context_dim"] = narrow_text(params, folder / "tiny-clip")
+        if "adm_in_channels" in unet:  # the pooled text, and three pairs of 256
+            unet["adm_in_channels"] = OPEN_CLIP_WIDTH + 6 * 256
     shapes = shapes_of(params, clip)
     for seed, letter in enumerate("ab"):
         write(folder / f"{kind}-{letter}.safetensors", shapes, seed, half=kind != "tiny")
-        if kind == "tiny":
-            (folder / f"tiny-{letter}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        if tiny:
+            (folder / f"{kind}-{letter}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def unet_of(params: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the UNet, which LDM and its successor call differently."""
+    found: dict[str, Any] = params.get("unet_config") or params["network_config"]
+    return found
+
+
+def text_encoders(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configurations of the text encoders, by their place in the checkpoint."""
+    if "cond_stage_config" in params:
+        return {"cond_stage_model.": params["cond_stage_config"]}
+    found = params["conditioner_config"]["params"]["emb_models"]
+    texts = [embedder for embedder in found if embedder["input_key"] == "txt"]
+    return {f"conditioner.embedders.{n}.": embedder for n, embedder in enumerate(texts)}
+
+
+def narrow_text(params: dict[str, Any], clip: Path) -> int:
+    """Makes the text encoders small; the width of what they give together."""
+    width = 0
+    for config in text_encoders(params).values():
+        settings = config.setdefault("params", {})
+        if "OpenCLIP" in config["target"]:
+            settings["arch"] = OPEN_CLIP
+            width += OPEN_CLIP_WIDTH
+        else:
+            settings["version"] = str(clip)
+            if "layer_idx" in settings:
+                settings["layer_idx"] = TINY_CLIP["num_hidden_layers"] - 1
+            width += TEXT
+    return width
 
 
 def write_text_encoder(folder: Path, clip: dict[str, Any]) -> None:
@@ -75,27 +127,41 @@ def write_text_encoder(folder: Path, clip: dict[str, Any]) -> None:
 
 def shapes_of(params: dict[str, Any], clip: dict[str, Any]) -> dict[str, torch.Size]:
     """Names and shapes of a whole checkpoint, from models without memory."""
-    unet = importlib.import_module("ldm.modules.diffusionmodules.openaimodel").UNetModel
+    place, kind = unet_of(params)["target"].rsplit(".", 1)
+    unet = getattr(importlib.import_module(place), kind)
     vae = importlib.import_module("ldm.modules.diffusionmodules.model")
-    transformers = importlib.import_module("transformers")
     dd = params["first_stage_config"]["params"]["ddconfig"]
+    settings = unet_of(params)["params"] | {"use_checkpoint": False}
     with torch.device("meta"):
         parts = {
-            "model.diffusion_model.": unet(**params["unet_config"]["params"]),
-            "first_stage_model.encoder.": vae.Encoder(**dd),
-            "first_stage_model.decoder.": vae.Decoder(**dd),
+            "model.diffusion_model.": unet(**settings),
+            "first_stage_model.encoder.": vae.Encoder(**dd | {"attn_type": "vanilla"}),
+            "first_stage_model.decoder.": vae.Decoder(**dd | {"attn_type": "vanilla"}),
             "first_stage_model.quant_conv.": torch.nn.Conv2d(2 * dd["z_channels"], 8, 1),
             "first_stage_model.post_quant_conv.": torch.nn.Conv2d(4, dd["z_channels"], 1),
-            "cond_stage_model.transformer.": transformers.CLIPTextModel(
-                transformers.CLIPTextConfig(**clip)
-            ),
         }
+        for prefix, config in text_encoders(params).items():
+            if "OpenCLIP" in config["target"]:
+                arch = config.get("params", {}).get("arch", "ViT-H-14")
+                parts[prefix + "model."] = open_clip(arch)
+            else:
+                transformers = importlib.import_module("transformers")
+                parts[prefix + "transformer."] = transformers.CLIPTextModel(
+                    transformers.CLIPTextConfig(**clip)
+                )
     return {
         prefix + name: tensor.shape
         for prefix, part in parts.items()
         for name, tensor in part.state_dict().items()
         if not name.endswith("position_ids")
     }
+
+
+def open_clip(arch: str) -> torch.nn.Module:
+    """OpenCLIP's text encoder."""
+    model: torch.nn.Module = importlib.import_module("open_clip").create_model(arch, device="meta")
+    del model.visual
+    return model
 
 
 def write(path: Path, shapes: dict[str, torch.Size], seed: int, half: bool) -> None:

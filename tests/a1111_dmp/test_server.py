@@ -3,9 +3,11 @@
 WEBUI_URL=...        a running server with `--api`, with this repository and
                      `tests/a1111_dmp/server_extension` linked into its `extensions` folder.
 WEBUI_DMP=...        its folder of patches; tests write some into it, named `test-...`.
-WEBUI_BASE=...       the base of its checkpoints: `tiny-a1111` (unless set) and `narrow-a1111` for
-                     those of `checkpoints.py tiny` and `narrow`, or `sd15`.
-WEBUI_OTHER=...      the name of a second checkpoint, `tiny-b` unless set; empty for none.
+WEBUI_BASE=...       the base of its checkpoints: `tiny-a1111` (unless set), `tiny-v-a1111` ...,
+                     for those of `checkpoints.py tiny`, `tiny-v` ..., or `sd15`.
+WEBUI_OTHER=...      the name of a second checkpoint of that base, `tiny-b` unless set; empty for
+                     none.
+WEBUI_FOREIGN=...    the name of a checkpoint of another base of those, for example `tiny-xl-a`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmp_common import Patch
+from dmp_common import Patch, get_base
 from dmp_common.patchfile import file_hash
 from tests.a1111_dmp import tiny_base
 from tests.a1111_dmp.server import FailedError, Made, Server, encoded
@@ -33,6 +35,7 @@ SETTINGS = {
     "token_merging_ratio": 0.0,
     "CLIP_stop_at_last_layers": 1,
     "sd_unet": "None",
+    "show_progress_type": "Approx cheap",  # the other previews of SDXL are fetched
 }
 A, B, ZERO = "test-a", "deep/test-b", "test-zero"
 
@@ -47,19 +50,28 @@ def save_random(path: Path, seed: int, base: str, **variant: object) -> None:
     patch.save(path)
 
 
+def base_name() -> str:
+    return os.environ.get("WEBUI_BASE", "tiny-a1111")
+
+
+def other_prediction() -> str:
+    """What the checkpoints do not predict."""
+    return "epsilon" if get_base(base_name()).prediction == "v_prediction" else "v_prediction"
+
+
 @pytest.fixture(scope="module")
 def folder() -> Path:
     if not os.environ.get("WEBUI_URL") or not os.environ.get("WEBUI_DMP"):
         pytest.skip("needs a running server: set WEBUI_URL and WEBUI_DMP (see the file's top)")
     folder = Path(os.environ["WEBUI_DMP"])
-    base = os.environ.get("WEBUI_BASE", "tiny-a1111")
+    base = base_name()
     tiny_base.register()
     (folder / "deep").mkdir(parents=True, exist_ok=True)
     save_random(folder / f"{A}.safetensors", 1, base)
     save_random(folder / f"{B}.safetensors", 2, base, sites="all")
     Patch.create(base).save(folder / f"{ZERO}.safetensors")
     Patch.create("sdxl").save(folder / "test-sdxl.safetensors")
-    Patch.create(base, prediction="v_prediction").save(folder / "test-v.safetensors")
+    Patch.create(base, prediction=other_prediction()).save(folder / "test-v.safetensors")
     good = (folder / f"{A}.safetensors").read_bytes()
     (folder / "test-cut.safetensors").write_bytes(good[:-1000])
     (folder / "test-text.safetensors").write_text("not a patch", encoding="utf-8")
@@ -196,11 +208,21 @@ def test_the_three_ways_are_the_same_and_add(server):
         ("/etc/passwd", "DMP: expected the name of a patch"),
         ("test-cut", r"DMP: .*test-cut.safetensors: expected"),
         ("test-text", r"DMP: .*test-text.safetensors: expected"),
-        ("test-sdxl", r"DMP: test-sdxl.safetensors: the patch is for base sdxl, and found"),
-        ("test-v", r"DMP: test-v.safetensors: expected a model with prediction type v_prediction"),
+        (
+            "test-sdxl",
+            r"DMP: test-sdxl.safetensors: the patch is for base sdxl, and found a model of base "
+            r"{base}: load a sdxl model, or a patch made for this one",
+        ),
+        (
+            "test-v",
+            r"DMP: test-v.safetensors: expected a model with prediction type {expected}, found "
+            r"{found} in .*: load the model the patch was trained for",
+        ),
     ],
 )
 def test_errors_fail_the_generation(server, patch, says):
+    found = get_base(base_name()).prediction
+    says = says.format(base=base_name(), expected=other_prediction(), found=found)
     for settings in (
         {"alwayson_scripts": {"DMP": {"args": [True, patch]}}},
         script(patch),
@@ -293,6 +315,36 @@ def test_another_checkpoint_by_override(server, other):
     made, calls = server.log(A, **settings)
     assert by_checkpoint(calls) == {other: {1}}
     differ(made, server.make(**settings))
+
+
+@pytest.fixture(scope="module")
+def foreign() -> str:
+    name = os.environ.get("WEBUI_FOREIGN")
+    if not name:
+        pytest.skip("needs a checkpoint of another base: set WEBUI_FOREIGN to its name")
+    return name
+
+
+def test_a_checkpoint_of_another_base_fails_the_generation(server, foreign):
+    settings = {"override_settings": {"sd_model_checkpoint": foreign}}
+    before = server.make(**settings)
+    says = f"DMP: {A}.safetensors: the patch is for base {base_name()}, and found a model of base "
+    with pytest.raises(FailedError, match=says):
+        server.make(A, **settings)
+    with pytest.raises(FailedError, match=says):
+        server.make(A, **HIRES, **settings)
+    after, calls = server.log(**settings)
+    assert by_checkpoint(calls) == {foreign: {0}}
+    same(after, before)
+
+
+def test_a_hires_checkpoint_of_another_base_is_left_alone(server, foreign):
+    made, calls = server.log(A, hr_checkpoint_name=foreign, **HIRES)
+    seen = by_checkpoint(calls)
+    assert seen.pop(foreign) == {0}
+    assert list(seen.values()) == [{1}]
+    assert f"the model is {foreign}.safetensors now" in server.told()
+    differ(made, server.make(hr_checkpoint_name=foreign, **HIRES))
 
 
 def picture(size: int = 64) -> str:

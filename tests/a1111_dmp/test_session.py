@@ -287,6 +287,13 @@ def test_a_patch_that_does_not_fit_fails_before_anything_is_sampled(
     assert hooks(host.unet) == 0
 
 
+def test_the_wrong_base_is_told_before_the_prediction_type_that_follows_from_it(host):
+    v_model(host)
+    says = r"DMP: p.safetensors: the patch is for base tiny-sdxl, and found"
+    with pytest.raises(PatchError, match=says), host.session(record(FAMILIES["sdxl"].patch())):
+        pytest.fail("sampled")
+
+
 def test_errors_kept_from_swallowing_callbacks_fail_the_sampling(host):
     session = host.session()
     session.fail("prompt", PatchError("expected that, found this: do so."))

@@ -15,7 +15,8 @@ import torch
 from fastapi import Body, FastAPI
 from modules import script_callbacks, sd_unet, shared
 
-from dmp_common.detect import find_denoiser
+from dmp_common.detect import detect_base, find_denoiser
+from dmp_common.sites import find_module
 
 FOLDER = Path(__file__).resolve().parents[2]
 calls: list[dict[str, object]] = []
@@ -30,21 +31,39 @@ class Kept(logging.Handler):
         told.append(record.getMessage())
 
 
-def load_base() -> None:
+def load_base():
     spec = importlib.util.spec_from_file_location("dmp_tiny_base", FOLDER / "tiny_base.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.register()
+    return module
 
 
-def know_narrow() -> None:
-    """Lets Forge and its siblings take an SD 1.5 with a UNet a tenth as wide for one.
+def know_narrow(sizes) -> None:
+    """Lets Forge and its siblings take a model with a UNet a tenth as wide for SD 1.5 or SDXL.
 
     They build text encoder and decoder by the book, so that only the UNet can be smaller.
     """
     for name in ("huggingface_guess.model_list", "ldm_patched.modules.supported_models"):
         if name in sys.modules:
-            sys.modules[name].SD15.unet_config["model_channels"] = 32
+            for kind in ("SD15", "SDXL"):
+                getattr(sys.modules[name], kind).unet_config["model_channels"] = sizes.WIDTH
+    if "backend.loader" in sys.modules:
+        know_narrow_flux(sizes, sys.modules["huggingface_guess"], sys.modules["backend.loader"])
+
+
+def know_narrow_flux(sizes, guesses, loader) -> None:
+    """Lets Forge build Flux and its T5 with other numbers; it reads none off the checkpoint."""
+    guess, read = guesses.guess, loader.read_arbitrary_config
+
+    def narrow_guess(state):
+        found = guess(state)
+        if isinstance(found, guesses.model_list.Flux):
+            found.unet_config |= sizes.FLUX
+        return found
+
+    guesses.guess = narrow_guess
+    loader.read_arbitrary_config = lambda folder: read(folder) | sizes.T5
 
 
 class Replaced(sd_unet.SdUnet):
@@ -65,6 +84,12 @@ def denoiser():
     return find_denoiser(shared.sd_model)
 
 
+def time_module():
+    """What a patch always has a hook on."""
+    model = denoiser()
+    return find_module(model, detect_base(model).times["ldm"].path)
+
+
 def hooks(model) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
@@ -77,7 +102,7 @@ def log(params) -> None:
             "size": list(params.x.shape),
             "sigma": float(params.sigma[0]),
             "checkpoint": Path(info.filename).stem,
-            "attached": len(denoiser().time_embed._forward_hooks),
+            "attached": len(time_module()._forward_hooks),
         }
     )
     if failure:
@@ -146,9 +171,9 @@ def routes(_, app: FastAPI) -> None:
         return {"fields": found, "prompt": params.get("Prompt")}
 
 
-load_base()
+bases = load_base()
 if os.environ.get("DMP_TEST_NARROW"):
-    know_narrow()
+    know_narrow(bases)
 logging.getLogger("a1111_dmp.host").handlers[:] = [Kept()]
 script_callbacks.on_cfg_denoiser(log)
 script_callbacks.on_list_unets(lambda options: options.append(Option()))
