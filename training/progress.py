@@ -45,7 +45,6 @@ class Progress:
             desc="training",
             unit="step",
             smoothing=0.1,
-            file=sys.stdout,
             mininterval=0.5,
             disable=not accelerator.is_local_main_process,
         )
