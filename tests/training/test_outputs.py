@@ -99,7 +99,7 @@ def test_tensorboard_gets_losses_pictures_and_gate(start: Start) -> None:
 
 def test_progress_line_has_what_users_look_for(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     go(max_train_steps=3)
-    line = capsys.readouterr().out.strip().splitlines()[-1]
+    line = capsys.readouterr().err.strip().splitlines()[-1]
     for part in ("loss=", "lr=1.00e-03", "s/step=", "GiB=", "3/3"):
         assert part in line
 

@@ -58,7 +58,8 @@ def test_quickstart_leaves_everything_it_promises(tmp_path: Path) -> None:
             assert min(picture.size) > 300
             assert len(picture.convert("L").getcolors(1 << 16) or []) > 2
     # The three lines it prints run as they are.
-    lines = [line[4:] for line in done.stdout.splitlines() if line.startswith("    ")]
+    told = done.stdout.rpartition("To use it:")[2]
+    lines = [line[4:] for line in told.splitlines() if line.startswith("    ")]
     assert len(lines) == 3
     code = "\n".join(lines).replace('"training/', f'"{ROOT.as_posix()}/training/')
     used = call(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"], tmp_path)
