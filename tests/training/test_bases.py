@@ -263,6 +263,7 @@ def test_options_of_flow_models(options: list[str], train: Train) -> None:
     assert any(bool(tensor.any()) for tensor in patch.tensors().values())
 
 
+@pytest.mark.slow
 def test_compiled_base_trains_alike(train: Train) -> None:
     """The patch is attached first, so that its hooks are in the compiled graph."""
     name = "tiny-dit-dmp.safetensors"
