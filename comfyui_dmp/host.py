@@ -167,7 +167,7 @@ class Wrapper:
     def release(self, patcher: Any, unload: bool) -> None:
         """The model was unloaded, or (not `unload`) another clone of it takes over."""
         if unload:
-            self.record.loaded.release()
+            self.record.loaded.patch.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wrapper:
         return self
@@ -181,7 +181,7 @@ class Wrapper:
         conds: dict[str, Any],
     ) -> Prepare:
         """What makes the context of a call, once its time embedding is known."""
-        patch = self.record.loaded.on(x.device)
+        patch = self.record.loaded.patch.on(x.device)  # now: compiled code cannot copy
         references, multiple = conds.get("ref_latents"), tokens_multiple(denoiser_of(model))
 
         def prepare(e: Tensor) -> Context:

@@ -141,9 +141,9 @@ class Patch(nn.Module):
                 f"expected a time embedding (B, {self.base.embedding}) of base {self.base.name}, "
                 f"found {tuple(e.shape)}: the patch was made for another base than this model."
             )
-        device = next(self.parameters()).device
-        if device != e.device:
-            return self._replica(e.device).prepare(
+        there = self.on(e.device)
+        if there is not self:
+            return there.prepare(
                 e,
                 latent_hw,
                 settings,
@@ -304,8 +304,20 @@ class Patch(nn.Module):
                 assert parameter is not None
                 yield parameter
 
+    def on(self, device: torch.device) -> Patch:
+        """The patch on a device: itself, or a copy, made again when a parameter has changed.
+
+        Raises:
+            PatchError: it is being trained elsewhere.
+        """
+        return self if next(self.parameters()).device == device else self._replica(device)
+
+    def release(self) -> None:
+        """Gives back the memory of copies on other devices and of finished fields."""
+        self._replicas.clear()
+        self.cache.clear()
+
     def _replica(self, device: torch.device) -> Patch:
-        """A copy on another device, made again when a parameter has changed."""
         if self.training and torch.is_grad_enabled():
             raise PatchError(
                 f"the patch is on {next(self.parameters()).device} and the model on {device}: for "

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dmp_common.context import Settings
 from dmp_common.errors import PatchError
@@ -17,9 +14,7 @@ from dmp_common.schedule import Schedule
 
 
 class LoadedPatch:
-    """A patch from a file, with a copy on each device a model runs on.
-
-    Hosts copy what hangs on a model again and again; this is never copied.
+    """A patch from a file. Hosts copy what hangs on a model again and again; this is never copied.
 
     Args:
         patch: in evaluation mode, on the CPU.
@@ -29,27 +24,11 @@ class LoadedPatch:
     def __init__(self, patch: Patch, path: Path) -> None:
         self.patch = patch.eval().requires_grad_(False)
         self.path = path
-        self._copies: dict[torch.device, Patch] = {}
 
     @property
     def name(self) -> str:
         """The file's name, for messages."""
         return self.path.name
-
-    def on(self, device: torch.device) -> Patch:
-        """The patch on a device; copied there once."""
-        if device == torch.device("cpu"):
-            return self.patch
-        if device not in self._copies:
-            with torch.inference_mode(False), torch.no_grad():
-                moved = copy.deepcopy(self.patch).to(device).requires_grad_(False)
-            self._copies[device] = moved.eval()
-        return self._copies[device]
-
-    def release(self) -> None:
-        """Gives back the memory on other devices; the next call copies again."""
-        self._copies.clear()
-        self.patch.cache.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadedPatch:
         return self

@@ -47,16 +47,16 @@ def test_loaded_patch_learns_nothing():
     loaded = LoadedPatch(patch, Path("p.safetensors"))
     assert not loaded.patch.training
     assert not any(p.requires_grad for p in loaded.patch.parameters())
-    assert loaded.on(torch.device("cpu")) is loaded.patch
+    assert loaded.patch.on(torch.device("cpu")) is loaded.patch
 
 
 def test_copies_on_other_devices_are_made_once_and_released():
     loaded = record().loaded
-    there = loaded.on(torch.device("meta"))
-    assert loaded.on(torch.device("meta")) is there
+    there = loaded.patch.on(torch.device("meta"))
+    assert loaded.patch.on(torch.device("meta")) is there
     assert there is not loaded.patch
-    loaded.release()
-    assert loaded.on(torch.device("meta")) is not there
+    loaded.patch.release()
+    assert loaded.patch.on(torch.device("meta")) is not there
 
 
 def test_settings_by_progress():
