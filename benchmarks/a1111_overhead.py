@@ -8,7 +8,6 @@ time inside our hooks, and the ratio of patched to plain calls, taken in turns i
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import statistics
@@ -21,8 +20,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from a1111_dmp.session import Model, Session
-from benchmarks.models import SD15, random_patch
-from benchmarks.timing import CLOCKS, clocked, interleaved, ratio
+from benchmarks.models import SD15, random_patch, randomised
+from benchmarks.timing import CLOCKS, clocked, host_options, interleaved, ratio
 from dmp_common import Patch, attach
 from dmp_common.record import LoadedPatch, PatchRecord
 
@@ -45,12 +44,7 @@ CONFIG = {
 
 def main() -> None:
     """Runs the benchmark of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latent", type=int, default=32, help="side of the latent")
-    parser.add_argument("--steps", type=int, default=4, help="timesteps of a picture")
-    parser.add_argument("--rounds", type=int, default=10, help="pairs for the ratio")
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    options = parser.parse_args()
+    options = host_options(__doc__)
     model, patch, now = unet(), random_patch("sd15"), CLOCKS[options.clock]
     timesteps = [999.0 * (1 - n / options.steps) for n in range(options.steps)]
     turn = iter(range(10**9))
@@ -90,13 +84,7 @@ def unet() -> Any:
     root = Path(os.environ["WEBUI_PATH"]) / "repositories" / "stable-diffusion-stability-ai"
     sys.path.append(str(root))
     kind = importlib.import_module("ldm.modules.diffusionmodules.openaimodel").UNetModel
-    model = kind(**CONFIG).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        ones = parameter.dim() == 1 and name.endswith("weight")
-        std = 0.02 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
-        parameter.normal_(float(ones), std, generator=generator)
-    return model
+    return randomised(kind(**CONFIG))
 
 
 def inputs(t: float, side: int) -> tuple[Tensor, Tensor, Tensor]:

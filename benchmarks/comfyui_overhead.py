@@ -7,7 +7,6 @@ calls, taken in turns in one process, the time inside our code, and that of load
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import os
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import random_patch
-from benchmarks.timing import CLOCKS, HookClock, interleaved, ratio
+from benchmarks.models import random_patch, randomised
+from benchmarks.timing import CLOCKS, HookClock, host_options, interleaved, ratio
 from dmp_common import Patch
 
 CONFIG = {
@@ -43,12 +42,7 @@ CONFIG = {
 
 def main() -> None:
     """Runs the benchmark of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latent", type=int, default=32, help="side of the latent")
-    parser.add_argument("--steps", type=int, default=4, help="timesteps of a picture")
-    parser.add_argument("--rounds", type=int, default=10, help="pairs for the ratio")
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    options = parser.parse_args()
+    options = host_options(__doc__)
     now = CLOCKS[options.clock]
     patcher = unet()
     host = importlib.import_module("comfyui_dmp.host")
@@ -93,12 +87,7 @@ def unet() -> Any:
     config = importlib.import_module("comfy.supported_models").SD15(CONFIG)
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.diffusion_model.named_parameters():
-            ones = parameter.dim() == 1 and name.endswith("weight")
-            std = 0.02 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
-            parameter.normal_(float(ones), std, generator=generator)
+    randomised(model.diffusion_model)
     cpu = torch.device("cpu")
     return importlib.import_module("comfy.model_patcher").ModelPatcher(model, cpu, cpu)
 

@@ -71,3 +71,14 @@ def random_patch(base: str, **variant: Any) -> Patch:
         for parameter in patch.parameters():
             parameter.normal_(std=0.02)
     return patch
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Random weights everywhere, also where a class starts at zero; frozen."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            ones = parameter.dim() == 1 and name.endswith("weight")
+            std = 0.02 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+            parameter.normal_(float(ones), std, generator=generator)
+    return model.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,16 @@ def ratio(seconds: dict[str, list[float]], over: str, under: str) -> tuple[float
 
 # Processor time, for a busy machine: only with one thread, where nothing waits for another core.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def host_options(about: str) -> argparse.Namespace:
+    """The command line of the benchmarks inside hosts."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--latent", type=int, default=32, help="side of the latent")
+    parser.add_argument("--steps", type=int, default=4, help="timesteps of a picture")
+    parser.add_argument("--rounds", type=int, default=10, help="pairs for the ratio")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    return parser.parse_args()
 
 
 class HookClock:

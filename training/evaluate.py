@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from torch import nn
 
 from training.options_model import ObjectiveOptions
-from training.process import process_of
+from training.process import Process, process_of
 
 
 def denoising_loss_by_bin(
@@ -52,6 +52,7 @@ def denoising_loss_by_bin(
     if draws < 1 or batch_size < 1:
         raise ValueError(f"expected draws and batch_size >= 1, found {draws} and {batch_size}")
     generator = torch.Generator().manual_seed(seed)
+    process = process_of(scheduler, ObjectiveOptions())
     loss = torch.zeros(bins, dtype=torch.float64)
     with _evaluating(model):
         for b in range(bins):
@@ -59,7 +60,7 @@ def denoising_loss_by_bin(
             for _ in range(draws):
                 t = torch.randint(first, end, labels.shape, generator=generator)
                 noise = torch.randn(images.shape, generator=generator)
-                loss[b] += _squared_error(model, scheduler, images, labels, t, noise, batch_size)
+                loss[b] += _squared_error(model, process, images, labels, t, noise, batch_size)
     return loss / (draws * images.numel())
 
 
@@ -162,7 +163,7 @@ def _predict(
 
 def _squared_error(
     model: nn.Module,
-    scheduler: SchedulerMixin,
+    process: Process,
     images: torch.Tensor,
     labels: torch.Tensor,
     t: torch.Tensor,
@@ -171,7 +172,6 @@ def _squared_error(
 ) -> float:
     """Squared error summed over all images (B, C, H, W) with noise of that shape, t (B,)."""
     like = next(model.parameters())
-    process = process_of(scheduler, ObjectiveOptions())
     total = 0.0
     for rows in torch.arange(len(labels)).split(batch_size):
         x0, eps = (part[rows].to(like.device, like.dtype) for part in (images, noise))

@@ -35,7 +35,6 @@ class TrainingEvents(Events):
         self.outputs, self.metadata, self.facts = outputs, metadata, facts
         self.validation, self.previews = validation, previews
         self.shown: list[Image.Image] = []
-        self._epochs = 0
 
     def before(self, run: Run, progress: Progress) -> None:
         """The first validation and preview; a resumed run has had them."""

@@ -22,6 +22,7 @@ from training.families import dit
 from training.families.family import Family
 from training.families.table import family_of
 from training.loading import Loader, find_source
+from training.process import is_flow
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_FILE = "text_conditioning.json"  # in the folder of a text-conditional DiT
@@ -52,7 +53,7 @@ class FrozenBase:
     @property
     def prediction(self) -> str:
         """epsilon, v_prediction, sample or flow."""
-        if "FlowMatch" in type(self.scheduler).__name__:
+        if is_flow(self.scheduler):
             return "flow"
         return str(self.scheduler.config.prediction_type)
 
@@ -254,13 +255,12 @@ def _text_dit(loader: Loader, text: dict[str, Any]) -> Any:
 
 def _adjusted(scheduler: Any, config: TrainConfig) -> Any:
     """The scheduler with the wishes of the command line."""
-    flow = "FlowMatch" in type(scheduler).__name__
     changes: dict[str, Any] = {}
     if config.v_parameterization:
         changes["prediction_type"] = "v_prediction"
     if config.zero_terminal_snr:
         changes["rescale_betas_zero_snr"] = True
-    if flow and changes:
+    if changes and is_flow(scheduler):
         raise PatchError(
             "expected a base with epsilon or v prediction for --v_parameterization and "
             "--zero_terminal_snr, found a flow model: leave them out."

@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.draws import generator
 from training.encoders import FrozenEncoders
 from training.frozen import FrozenBase
-from training.process import flux_shift
+from training.process import flux_shift, is_flow
 
 _OPTION = re.compile(r"\s--([a-z]+)\s+")
 _CLASSES = 8  # previews of a base with classes, where no file says which
@@ -202,7 +202,7 @@ class Previews:
 
 def _sampler(scheduler: Any, steps: int, tokens: int) -> Any:
     """Deterministic DDIM, or Euler for flow models."""
-    if "FlowMatch" not in type(scheduler).__name__:
+    if not is_flow(scheduler):
         sampler: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
         if scheduler.config.get("rescale_betas_zero_snr"):
             # The last timestep must be seen: only there the schedule is pure noise.

@@ -188,6 +188,11 @@ class Flow:
 Process = Discrete | Flow
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is of a flow model; it has no prediction type then."""
+    return "FlowMatch" in type(scheduler).__name__
+
+
 def flux_shift(tokens: int) -> float:
     """Logarithm of the shift that Flux takes for a picture of so many tokens."""
     return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
@@ -200,7 +205,7 @@ def process_of(scheduler: Any, options: ObjectiveOptions) -> Process:
         PatchError: an unknown prediction type, or weights that the process does not have.
     """
     snr = ("min_snr_gamma", "debiased_estimation_loss", "p2_gamma")
-    if "FlowMatch" not in type(scheduler).__name__:
+    if not is_flow(scheduler):
         return Discrete(scheduler, options)
     wrong = [name for name in (*snr, "noise_offset") if getattr(options, name)]
     if wrong:
