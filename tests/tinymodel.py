@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Base, Patch
+from tests.randomness import randomise
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,7 @@ class Tiny:
     def patch(self, seed: int | None = 0, std: float = 0.5, **variant: object) -> Patch:
         """A patch in evaluation mode, random unless the seed is None."""
         patch = Patch.create(self.base, **variant).eval()
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            count = patch.variant.count
-            with torch.no_grad():
-                for name, parameter in patch.named_parameters():
-                    scale = std * count if name.startswith("pools") else std
-                    parameter.normal_(0.0, scale, generator=generator)
-        return patch
+        return patch if seed is None else randomise(patch, seed, std)
 
 
 def noise(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dmp_common import Patch, get_base
 from dmp_common.patchfile import file_hash
 from tests.a1111_dmp import tiny_base
 from tests.a1111_dmp.server import FailedError, Made, Server, encoded
+from tests.randomness import randomise
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -41,13 +41,7 @@ A, B, ZERO = "test-a", "deep/test-b", "test-zero"
 
 
 def save_random(path: Path, seed: int, base: str, **variant: object) -> None:
-    patch = Patch.create(base, **variant)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in patch.named_parameters():
-            scale = 0.5 * 256 if name.startswith("pools") else 0.5
-            parameter.normal_(0.0, scale, generator=generator)
-    patch.save(path)
+    randomise(Patch.create(base, **variant), seed).save(path)
 
 
 def base_name() -> str:

@@ -13,12 +13,27 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Base, Patch
+from tests.randomness import randomise
 
 TEXT = 5  # tokens of a caption
 
 
 def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(x: Tensor) -> Tensor:
+    """A latent (B, 16, ..., H, W) as tokens (B, H W / 4, 64), as Flux and Qwen-Image take it."""
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    tiles = x.reshape(len(x), 16, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(len(x), rows * columns, 64)
+
+
+def unpacked(out: Tensor, *size: int) -> Tensor:
+    """Tokens as a latent (B, 16, *size)."""
+    rows, columns = size[-2] // 2, size[-1] // 2
+    tiles = out.reshape(len(out), rows, columns, 16, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return tiles.reshape(len(out), 16, *size)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -105,12 +120,7 @@ class Family:
     def patch(self, seed: int | None = 0, std: float = 0.5, **variant: Any) -> Patch:
         """A patch for it, random unless the seed is None."""
         patch = Patch.create(self.base, **variant).eval().requires_grad_(False)
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            for name, parameter in patch.named_parameters():
-                scale = std * patch.variant.count if name.startswith("pools") else std
-                parameter.normal_(0.0, scale, generator=generator)
-        return patch
+        return patch if seed is None else randomise(patch, seed, std)
 
     def inputs(self, count: int, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
         """Latents, captions and their summaries."""

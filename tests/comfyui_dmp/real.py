@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmp_common import families, register_base
 from tests.comfyui_dmp import realllm
-from tests.comfyui_dmp.family import TEXT, Family, noise, randomised
+from tests.comfyui_dmp.family import TEXT, Family, noise, packed, randomised, unpacked
 
 __all__ = ["FAMILIES", "noise", "randomised"]
 
@@ -181,9 +181,8 @@ def _flux() -> Family:
     def call(x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Any]:
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        packed = x.reshape(len(x), 16, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
         return {
-            "hidden_states": packed.reshape(len(x), rows * columns, 64),
+            "hidden_states": packed(x),
             "encoder_hidden_states": text,
             "pooled_projections": pooled,
             "timestep": t / 1000,
@@ -192,9 +191,7 @@ def _flux() -> Family:
         }
 
     def unpack(out: Tensor, size: tuple[int, int]) -> Tensor:
-        rows, columns = size[0] // 2, size[1] // 2
-        out = out.reshape(len(out), rows, columns, 16, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return out.reshape(len(out), 16, *size)
+        return unpacked(out, *size)
 
     base = register_base(families.flux("comfy-flux", double=2, single=2, width=64, hub_id=None))
     keys = {"depth": 2, "depth_single_blocks": 2, "hidden_size": 64}

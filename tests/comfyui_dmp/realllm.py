@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import families, register_base
-from tests.comfyui_dmp.family import TEXT, Family
+from tests.comfyui_dmp.family import TEXT, Family, packed, unpacked
 
 
 def known() -> list[Family]:
@@ -41,9 +41,8 @@ def _qwen_image() -> Family:
 
     def call(x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Any]:
         rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-        packed = x.reshape(len(x), 16, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
         return {
-            "hidden_states": packed.reshape(len(x), rows * columns, 64),
+            "hidden_states": packed(x),
             "encoder_hidden_states": text,
             "encoder_hidden_states_mask": torch.ones(len(x), TEXT, dtype=torch.bool),
             "timestep": t / 1000,
@@ -51,9 +50,7 @@ def _qwen_image() -> Family:
         }
 
     def unpack(out: Tensor, size: tuple[int, int]) -> Tensor:
-        rows, columns = size[-2] // 2, size[-1] // 2
-        out = out.reshape(len(out), rows, columns, 16, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return out.reshape(len(out), 16, 1, *size[-2:])
+        return unpacked(out, 1, *size[-2:])
 
     base = families.qwen_image("comfy-qwen-image", depth=2, width=64, hub_id=None)
     return Family(

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from PIL import Image
 
 from dmp_common import Patch
+from tests.randomness import randomise
 
 ROOT = Path(__file__).resolve().parents[2]
 A, ZERO = "test-a.safetensors", "test-zero.safetensors"  # patches `conftest.py` makes
@@ -124,13 +124,8 @@ def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:
 
 def save_random(path: Path, patch: Patch, seed: int) -> None:
     """Saves a patch with random values that make a difference."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in patch.named_parameters():
-            scale = 0.5 * patch.variant.prompts if name.startswith("pools") else 0.5
-            parameter.normal_(0.0, scale, generator=generator)
     path.parent.mkdir(exist_ok=True)
-    patch.save(path)
+    randomise(patch, seed).save(path)
 
 
 def message_of(entry: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dmp_common import Base, Patch, attach, families, register_base
+from tests.randomness import randomise
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
@@ -73,12 +74,7 @@ def test_dit_of_extramodels(patcher, base, host, run, real):
     timesteps = patcher.model.model_sampling.timestep(sigmas)
     plain = call(patcher, x, sigmas, labels)
     for condition in ("t", "t+y"):
-        patch = Patch.create(base, condition=condition, grid=(4, 4)).eval()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in patch.named_parameters():
-                scale = 8.0 if name.startswith("pools") else 0.5
-                parameter.normal_(0.0, scale, generator=generator)
+        patch = randomise(Patch.create(base, condition=condition, grid=(4, 4)).eval(), 0)
         patched = host.attach(patcher, run.record(patch, strength=0.5))
         ours = call(patched, x, sigmas, labels)
         model = patcher.model.diffusion_model

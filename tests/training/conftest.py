@@ -12,12 +12,16 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from dmp_common import Patch, families, register_base
+from tests.tiny import FAMILIES
+from tests.training.tinybases import OPTIONS, make_base, make_classes, make_pictures
 from training.command_line import resolve
 from training.events import TrainingEvents
 from training.families.table import DIGITS, register_family
-from training.loop import Run, train
+from training.loop import Run
+from training.loop import train as run_training
 from training.methods import PatchMethod
 from training.prepare import prepare
+from training.train_dmp import main
 
 TINY = register_base(
     families.dit(
@@ -90,7 +94,7 @@ def go(start: Start) -> Go:
             events.validation = validation
             run.history.base = [1.0]
         try:
-            train(run, events)
+            run_training(run, events)
             events.finish(run)
         finally:
             run.method.remove()
@@ -103,3 +107,47 @@ def patch_of(run: Run) -> Patch:
     """The patch of a run."""
     assert isinstance(run.method, PatchMethod)
     return run.method.patch
+
+
+Folders = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The folder of a tiny base, or of "pictures" or "classes", made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            make = {"pictures": make_pictures, "classes": make_classes}.get(name)
+            make(path) if make else make_base(path, name)
+        return path
+
+    return folder
+
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def train(folders: Folders, tmp_path: Path) -> Train:
+    """Runs the command for a base with a few more options; returns the folder of its output."""
+
+    def train(name: str, *options: str, data: str | None = None, code: int = 0) -> Path:
+        chosen = ("classes" if name == "dit" else "pictures") if data is None else data
+        arguments = {
+            "--base": FAMILIES[name].base.name,
+            "--pretrained_model_name_or_path": str(folders(name)),
+            "--resolution": "16",
+            "--max_train_steps": "3",
+            "--lr_scheduler": "constant",
+            "--output_dir": str(tmp_path / "out"),
+        }
+        if chosen:  # "" for options that bring their own
+            arguments["--train_data_dir"] = str(folders(chosen))
+        line = [part for pair in arguments.items() for part in pair]
+        assert main([*line, *OPTIONS.get(name, []), *options]) == code
+        return tmp_path / "out"
+
+    return train

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -14,51 +13,8 @@ from safetensors import safe_open
 
 from dmp_common import Patch, attach
 from tests.tiny import FAMILIES
-from tests.training.tinybases import OPTIONS, TRAINED, make_base, make_classes, make_pictures
-from training.train_dmp import main
-
-Folders = Callable[[str], Path]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """The folder of a tiny base, or of "pictures" or "classes", made once."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def folder(name: str) -> Path:
-        path = root / name
-        if not path.exists():
-            make = {"pictures": make_pictures, "classes": make_classes}.get(name)
-            make(path) if make else make_base(path, name)
-        return path
-
-    return folder
-
-
-Train = Callable[..., Path]
-
-
-@pytest.fixture
-def train(folders: Folders, tmp_path: Path) -> Train:
-    """Runs the command for a base with a few more options; returns the folder of its output."""
-
-    def train(name: str, *options: str, data: str | None = None, code: int = 0) -> Path:
-        chosen = ("classes" if name == "dit" else "pictures") if data is None else data
-        arguments = {
-            "--base": FAMILIES[name].base.name,
-            "--pretrained_model_name_or_path": str(folders(name)),
-            "--resolution": "16",
-            "--max_train_steps": "3",
-            "--lr_scheduler": "constant",
-            "--output_dir": str(tmp_path / "out"),
-        }
-        if chosen:  # "" for options that bring their own
-            arguments["--train_data_dir"] = str(folders(chosen))
-        line = [part for pair in arguments.items() for part in pair]
-        assert main([*line, *OPTIONS.get(name, []), *options]) == code
-        return tmp_path / "out"
-
-    return train
+from tests.training.conftest import Folders, Train
+from tests.training.tinybases import TRAINED
 
 
 def prompts(folder: Path, text: str) -> list[str]:

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmp_common import Patch
+from tests.training.conftest import Train
 from tests.training.data.making import encoded, folder_of, picture, shards_of
-from tests.training.test_bases import Train, folders, train
-
-__all__ = ["folders", "train"]  # fixtures
 
 
 def repeats(root: Path) -> list[str]:
