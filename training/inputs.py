@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class Inputs:
     given: dict[str, Tensor]
     weights: Tensor | None
     keys: list[str]
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on a device; the draws stay where they are."""
+        return replace(
+            self,
+            clean=self.clean.to(device),
+            given={name: value.to(device) for name, value in self.given.items()},
+            weights=None if self.weights is None else self.weights.to(device),
+        )
 
 
 def encode(

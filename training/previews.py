@@ -6,9 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -18,8 +16,8 @@ from dmp_common import PatchError
 from training.config import TrainConfig
 from training.draws import generator
 from training.encoders import FrozenEncoders
+from training.evaluation.sampling import condition, draw_images, is_guided
 from training.frozen import FrozenBase
-from training.process import flux_shift, is_flow
 
 _OPTION = re.compile(r"\s--([a-z]+)\s+")
 _CLASSES = 8  # previews of a base with classes, where no file says which
@@ -156,25 +154,13 @@ class Previews:
         self, prompt: Prompt, encoders: FrozenEncoders
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """What the model is told of a prompt, and of none where there is guidance."""
-        frozen, kind = self.frozen, self.frozen.kind
-        told_scale = bool(getattr(frozen.model.config, "guidance_embeds", False))
-        guided = prompt.scale != 1.0 and not told_scale and kind.conditioning != "none"
-        sizes = [prompt.height, prompt.width, 0, 0, prompt.height, prompt.width]
-        shared = {
-            "sizes": torch.tensor([sizes]),
-            "guidance": torch.tensor([prompt.scale]),
-        }
-        sides: list[dict[str, Tensor]] = []
-        for text in (prompt.text, prompt.negative)[: 2 if guided else 1]:
-            if kind.conditioning == "caption":
-                sides.append({**shared, **encoders.encode_text([text])})
-            else:
-                wanted = kind.conditioning == "label" and not sides
-                label = int(text) if wanted else frozen.null_label
-                sides.append({**shared, "labels": torch.tensor([label])})
-        return sides[0], sides[1] if guided else None
+        frozen, size = self.frozen, (prompt.height, prompt.width)
+        told = condition(frozen, encoders, prompt.text, size, prompt.scale)
+        if not is_guided(frozen, prompt.scale):
+            return told, None
+        negative = prompt.negative if frozen.kind.conditioning == "caption" else None
+        return told, condition(frozen, encoders, negative, size, prompt.scale)
 
-    @torch.no_grad()
     def _draw(
         self, prompt: Prompt, told: dict[str, Tensor], untold: dict[str, Tensor] | None
     ) -> Tensor:
@@ -182,39 +168,7 @@ class Previews:
         height, width = (side // frozen.factor for side in (prompt.height, prompt.width))
         source = generator("preview", prompt.seed)
         x = torch.randn(1, frozen.channels, height, width, generator=source).to(self.device)
-        sampler = _sampler(frozen.scheduler, prompt.steps, (height // 2) * (width // 2))
-        dtype = next(frozen.model.parameters()).dtype
-
-        def predict(given: dict[str, Tensor], step: Tensor) -> Tensor:
-            moved = {name: value.to(self.device) for name, value in given.items()}
-            t = step.to(self.device).expand(1)
-            output = frozen.family.predict(frozen.model, x.to(dtype), t, moved)
-            return output[:, : x.shape[1]].float()
-
-        for step in sampler.timesteps:
-            prediction = predict(told, step)
-            if untold is not None:
-                other = predict(untold, step)
-                prediction = other + prompt.scale * (prediction - other)
-            x = sampler.step(prediction, step, x).prev_sample
-        return frozen.decode(x)[0]
-
-
-def _sampler(scheduler: Any, steps: int, tokens: int) -> Any:
-    """Deterministic DDIM, or Euler for flow models."""
-    if not is_flow(scheduler):
-        sampler: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
-        if scheduler.config.get("rescale_betas_zero_snr"):
-            # The last timestep must be seen: only there the schedule is pure noise.
-            sampler.register_to_config(timestep_spacing="trailing")
-        sampler.set_timesteps(min(steps, sampler.config.num_train_timesteps))
-        return sampler
-    sampler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    if scheduler.config.get("use_dynamic_shifting"):
-        sampler.set_timesteps(steps, mu=flux_shift(tokens))
-    else:
-        sampler.set_timesteps(steps)
-    return sampler
+        return draw_images(frozen, x, told, untold, steps=prompt.steps, scale=prompt.scale)[0]
 
 
 def _beside(left: Tensor, right: Tensor) -> Image.Image:

@@ -16,7 +16,9 @@ from dmp_common.timefile import even_timesteps, time_embedding_of
 from training.config import TrainConfig
 from training.data.digits import NUM_CLASSES, DigitsSplit, load_digits_split
 from training.digits.classifier import load_classifier
-from training.evaluate import denoising_loss_by_bin, frechet_distance, sample
+from training.evaluation.frechet import frechet_distance
+from training.evaluation.losses import denoising_loss_by_bin
+from training.evaluation.sampling import sample
 from training.frozen import FrozenBase
 from training.state import History
 

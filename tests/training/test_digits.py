@@ -13,7 +13,9 @@ from training.data.digits import DigitsDataset, load_digits_split, split_indices
 from training.digits.classifier import DigitClassifier, load_classifier
 from training.digits.make_base import NULL_LABEL, Recipe, build_base, train_base, untie
 from training.digits.muon import Muon, orthogonalise
-from training.evaluate import denoising_loss_by_bin, frechet_distance, sample
+from training.evaluation.frechet import frechet_distance
+from training.evaluation.losses import denoising_loss_by_bin
+from training.evaluation.sampling import sample
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "training" / "digits" / "base"

@@ -30,7 +30,7 @@ sys.path[:] = [str(_ROOT), *(p for p in sys.path if not p or Path(p).resolve() !
 from training.data.digits import NUM_CLASSES, DigitsSplit, load_digits_split  # noqa: E402
 from training.digits.classifier import DigitClassifier  # noqa: E402
 from training.digits.muon import Muon  # noqa: E402
-from training.evaluate import denoising_loss_by_bin  # noqa: E402
+from training.evaluation.losses import denoising_loss_by_bin  # noqa: E402
 
 NULL_LABEL = NUM_CLASSES  # the class embedding's extra row, "no class"
 

@@ -20,7 +20,9 @@ sys.path[:] = [str(_ROOT), *(p for p in sys.path if not p or Path(p).resolve() !
 
 from training.data.digits import DigitsSplit, load_digits_split  # noqa: E402
 from training.digits.classifier import load_classifier  # noqa: E402
-from training.evaluate import denoising_loss_by_bin, frechet_distance, sample  # noqa: E402
+from training.evaluation.frechet import frechet_distance  # noqa: E402
+from training.evaluation.losses import denoising_loss_by_bin  # noqa: E402
+from training.evaluation.sampling import sample  # noqa: E402
 
 
 def labels_like(split: DigitsSplit, count: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ _KEPT = 600  # steps between states of the constant part
 
 def make_base(out: Path, recipe: Recipe, data: ImageSplit, held_out: ImageSplit) -> torch.Tensor:
     """Trains a base, or goes on from the nearest kept state; returns its validation loss (10,)."""
-    from training.evaluate import denoising_loss_by_bin
+    from training.evaluation.losses import denoising_loss_by_bin
 
     run, states = Pretraining(recipe, data.images, data.labels, compiled=True), out / "states"
     states.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from training.evaluate import (
-    denoising_loss_by_bin,
-    frechet_distance,
-    sample,
-)
+from training.evaluation.frechet import frechet_distance
+from training.evaluation.losses import denoising_loss_by_bin
+from training.evaluation.sampling import sample
 
 
 class ConstantModel(torch.nn.Module):

@@ -1,0 +1,1 @@
+"""Judging a further-trained model against its base and against the controls."""
