@@ -32,6 +32,11 @@ class TrainConfig(
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @property
+    def trains_base(self) -> bool:
+        """Whether the weights of the base are trained too."""
+        return self.method in ("full", "joint")
+
+    @property
     def variant(self) -> dict[str, Any]:
         """The options of `Patch.create`."""
         names = ("gate", "selection", "across_depth", "mix", "condition", "prompt_init")
@@ -68,7 +73,7 @@ class TrainConfig(
                 "by --dmp_sites, --dmp_depth and --grid",
             ),
             (
-                self.network_weights is not None and self.method in ("lora", "full"),
+                self.network_weights is not None and self.method not in ("dmp", "prompt"),
                 "network_weights names a patch to go on from: use --method dmp or prompt",
             ),
             (

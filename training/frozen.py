@@ -26,6 +26,7 @@ from training.process import is_flow
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_FILE = "text_conditioning.json"  # in the folder of a text-conditional DiT
+TIME_FILE = "time_embedding.json"  # in the folder of a DiT that came from an original checkpoint
 
 
 @dataclass
@@ -161,11 +162,13 @@ def load_frozen(config: TrainConfig) -> FrozenBase:
     if base is None:
         base = find_base(config)
     family = family_of(base)
-    dtype = torch.float32 if config.method == "full" else DTYPES[config.mixed_precision]
+    dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
     loader = Loader(config, base, family, source, dtype)
     text = _text_facts(Path(source.place))
     _check_text(config, family, text)
     model = _text_dit(loader, text) if text else loader.denoiser()
+    if isinstance(family, dit.DiT):
+        _set_time_embedding(model, Path(source.place) / TIME_FILE)
     frozen = FrozenBase(
         model=model,
         scheduler=_adjusted(loader.scheduler(), config),
@@ -213,13 +216,28 @@ def _text_facts(folder: Path) -> dict[str, Any] | None:
         ) from error
 
 
+def _set_time_embedding(model: nn.Module, path: Path) -> None:
+    """Gives a DiT trained from an original checkpoint the constant of its time embedding, which
+    diffusers' own configuration cannot hold."""
+    if not path.is_file():
+        return
+    try:
+        shift = float(json.loads(path.read_text(encoding="utf-8"))["frequency_shift"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PatchError(
+            f"expected the frequency shift of the time embedding in {path}, found {error!r}: get "
+            "the folder again."
+        ) from error
+    dit.set_frequency_shift(model, shift)
+
+
 def _check_text(config: TrainConfig, family: Family, text: dict[str, Any] | None) -> None:
     if config.text_conditional and not isinstance(family, dit.DiT):
         raise PatchError(
             f"expected --text_conditional with a DiT only, found base {config.base}, which takes "
             "captions anyway: leave it out."
         )
-    if config.text_conditional and text is None and config.method != "full":
+    if config.text_conditional and text is None and not config.trains_base:
         raise PatchError(
             "expected a DiT whose text embedding is trained, found one for classes: train it with "
             "--text_conditional --method full first, then name that folder as "
@@ -268,4 +286,4 @@ def _adjusted(scheduler: Any, config: TrainConfig) -> Any:
     return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
 
 
-__all__ = ["DTYPES", "TEXT_FILE", "FrozenBase", "find_base", "load_frozen"]
+__all__ = ["DTYPES", "TEXT_FILE", "TIME_FILE", "FrozenBase", "find_base", "load_frozen"]

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from training.options import option
 
-Method = Literal["dmp", "prompt", "lora", "full"]
+Method = Literal["dmp", "prompt", "lora", "full", "joint"]
 TimestepSampling = Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
 WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 
@@ -86,7 +86,7 @@ class PatchOptions(BaseModel):
         "patch",
         "dmp",
         "dmp: prompts and gate; prompt: prompts alone (gate none); lora: peft's LoRA; full: every "
-        "weight of the base",
+        "weight of the base; joint: every weight and a patch together, from scratch",
     )
     dmp_sites: str | None = option(
         "patch", None, "all, a named set (encoder, decoder, blocks) or names joined by commas"

@@ -26,7 +26,7 @@ def make_accelerator(config: TrainConfig, log_dir: str | None) -> Accelerator:
     log_with = None if config.log_with is None else config.log_with
     ddp = DistributedDataParallelKwargs(
         # All weights: some, such as a class table without classes, may take no part in a step.
-        find_unused_parameters=config.method == "full",
+        find_unused_parameters=config.trains_base,
         broadcast_buffers=False,
     )
     try:
@@ -49,7 +49,7 @@ def make_accelerator(config: TrainConfig, log_dir: str | None) -> Accelerator:
             "expected GPUs for DeepSpeed, found none: launch with training/accelerate/"
             "multi_gpu.yaml or fsdp2.yaml."
         )
-    if is_sharded(config, accelerator) and config.method in ("full", "lora"):
+    if is_sharded(config, accelerator) and config.method not in ("dmp", "prompt"):
         raise PatchError(
             f"expected --method dmp or prompt with a sharded base, found {config.method}, whose "
             "trained values lie in the base: launch with training/accelerate/multi_gpu.yaml."

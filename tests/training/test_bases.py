@@ -119,6 +119,24 @@ def test_full(name: str, train: Train, folders: Folders) -> None:
             assert torch.equal(value, other)
 
 
+def test_joint_trains_the_weights_and_a_patch(train: Train, folders: Folders) -> None:
+    """As in training from scratch with DMP: both move, and the folder holds both."""
+    out = train("dit", "--method", "joint", "--train_batch_size", "2", "--learning_rate", "1e-3")
+    folder = out / "tiny-dit-joint"
+    cls = type(FAMILIES["dit"].model())
+    trained = cls.from_pretrained(folder, subfolder="transformer")
+    base = cls.from_pretrained(folders("dit"), subfolder="transformer").state_dict()
+    moved = [
+        key for key, value in trained.state_dict().items() if not torch.equal(value, base[key])
+    ]
+    assert len(moved) > len(base) / 2
+    patch = Patch.load(folder / "patch.safetensors")
+    assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+    before = FAMILIES["dit"].run(trained)
+    with attach(trained, patch):
+        assert not torch.equal(FAMILIES["dit"].run(trained), before)
+
+
 def test_prompt_tuning_has_no_gate(train: Train) -> None:
     out = train("sd15", "--method", "prompt")
     patch = Patch.load(out / "tiny-sd15-prompt.safetensors")

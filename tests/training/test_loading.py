@@ -19,7 +19,8 @@ from tests.training.tinybases import make_base
 from training.command_line import resolve
 from training.families import checkpoint
 from training.families.dit import set_frequency_shift
-from training.frozen import FrozenBase, find_base, load_frozen
+from training.frozen import TIME_FILE, FrozenBase, find_base, load_frozen
+from training.methods import FullMethod
 
 Load = Callable[..., FrozenBase]
 
@@ -100,6 +101,25 @@ def test_original_dit(kind: str, folder: Callable[[str], Path], tmp_path: Path) 
     assert frozen.facts["frequency_shift"] == 0.0  # the original's, not diffusers' 1
     set_frequency_shift(model, 0.0)
     assert torch.equal(tiny.run(frozen.model), tiny.run(model))
+
+
+def test_trained_original_dit_keeps_its_time_embedding(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """diffusers' configuration cannot say the constant; loaded with 1 it would be another model."""
+    path = tmp_path / "dit.pt"
+    torch.save(original_dit(dit_of_one_embedding()), path)
+    tiny, vae = FAMILIES["dit"], str(folder("dit") / "vae")
+    options = {"base": tiny.base.name, "vae": vae, "base_config": str(folder("dit"))}
+    config = resolve({**options, "pretrained_model_name_or_path": str(path), "method": "full"})
+    first = load_frozen(config)
+    FullMethod(first, config).save(tmp_path / "full", {}, torch.float32)
+    again = load(tiny.base.name, tmp_path / "full", vae=vae)
+    assert again.facts["frequency_shift"] == 0.0
+    assert torch.equal(tiny.run(again.model), tiny.run(first.model))
+    (tmp_path / "full" / TIME_FILE).write_text("{}", encoding="utf-8")
+    with pytest.raises(PatchError, match="expected the frequency shift"):
+        load(tiny.base.name, tmp_path / "full", vae=vae)
 
 
 class Namespaced:
