@@ -61,6 +61,19 @@ def _fill() -> None:
             architecture="digits",
         )
     )
+    for name, width in (("cifar10", 96), ("cifar10-s", 64)):  # of training/miniature
+        register_base(
+            families.dit(
+                name,
+                depth=6,
+                width=width,
+                patch_size=4,
+                in_channels=3,
+                frequency_shift=1.0,
+                grid=(8, 8),
+                architecture=name,
+            )
+        )
     register_base(
         families.unet(
             "sd15",

@@ -84,6 +84,8 @@ FLUX = Flux(
 
 _FAMILIES: dict[str, Family] = {
     "digits": DIGITS,
+    "cifar10": DIGITS,
+    "cifar10-s": DIGITS,
     "sd15": SD1,
     "sd21": SD1,
     "sdxl": SDXL,

@@ -83,6 +83,17 @@ def load_cifar_split(source: str | Path, split: SplitName) -> ImageSplit:
     )
 
 
+def export_folders(source: str | Path, out: Path) -> None:
+    """Copies the images to out/<split>/<class>/, as the trainer reads them."""
+    with _opened(Path(source)) as files:
+        for split in get_args(SplitName):
+            for name in CLASSES:
+                folder = out / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for entry in split_names(files.names(name), split):
+                    (folder / Path(entry).name).write_bytes(files.data(entry))
+
+
 class _opened:
     """A zip or a folder as images by class."""
 
@@ -118,9 +129,11 @@ class _opened:
             )
         return self.by_class[name]
 
+    def data(self, entry: str) -> bytes:
+        return (self.path / entry).read_bytes() if self.zip is None else self.zip.read(entry)
+
     def image(self, entry: str) -> np.ndarray:
-        data = (self.path / entry).read_bytes() if self.zip is None else self.zip.read(entry)
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(self.data(entry))) as opened:
             image = opened.convert("RGB")
         if image.size != (SIZE, SIZE):
             raise ValueError(
