@@ -13,7 +13,7 @@ import dmp_common as dmp
 from dmp_common import Patch, PatchError, detect_base, get_base, known_bases
 from tests.tiny import FAMILIES
 
-ORDER = ["digits", "sd15", "sd21", "sdxl"]
+ORDER = ["digits", "cifar10", "cifar10-s", "sd15", "sd21", "sdxl"]
 ORDER += [f"dit-{size}/{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
 ORDER += ["pixart", "sd3", "sd35-medium", "sd35-large", "flux"]
 ORDER += ["qwen-image", "z-image", "lumina2"]

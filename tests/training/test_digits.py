@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from training.data.digits import DigitsDataset, load_digits_split, split_indices
 from training.digits.classifier import DigitClassifier, load_classifier
-from training.digits.make_base import NULL_LABEL, Recipe, build_base, train_base, untie
+from training.digits.make_base import RECIPE
 from training.digits.muon import Muon, orthogonalise
 from training.evaluation.frechet import frechet_distance
 from training.evaluation.losses import denoising_loss_by_bin
 from training.evaluation.sampling import sample
+from training.miniature.pretraining import Pretraining, build_base, untie
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "training" / "digits" / "base"
@@ -118,7 +120,7 @@ def test_base_denoises_validation_images_and_uses_the_label(base, scheduler):
     assert loss.mean() < 0.075  # predicting zero scores 1; the README has the measured value
     wrong = (split.labels + 1) % 10
     wrong_loss = denoising_loss_by_bin(base, scheduler, split.images, wrong, draws=1)
-    null = torch.full_like(split.labels, NULL_LABEL)
+    null = torch.full_like(split.labels, RECIPE.classes)
     null_loss = denoising_loss_by_bin(base, scheduler, split.images, null, draws=1)
     assert loss.mean() < null_loss.mean() < wrong_loss.mean()
 
@@ -157,10 +159,16 @@ def test_muon_follows_the_gradient_and_refuses_vectors():
         Muon([torch.nn.Parameter(torch.zeros(4))], lr=0.1)
 
 
+def _trained(recipe, data):
+    run = Pretraining(recipe, data.images, data.labels)
+    run.run(recipe.steps, print)
+    return untie(run.average)
+
+
 def test_training_is_reproducible_and_tied_embeddings_survive_saving(tmp_path):
-    recipe, data = Recipe(layers=2, heads=1, steps=3, warmup=1, batch=8), load_digits_split("train")
-    model = untie(train_base(recipe, data))
-    again = untie(train_base(recipe, data))
+    recipe = replace(RECIPE, layers=2, heads=1, steps=3, warmup=1, batch=8)
+    data = load_digits_split("train")
+    model, again = (_trained(recipe, data) for _ in range(2))
     model.save_pretrained(tmp_path)
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path)
     other, untrained = again.state_dict(), untie(build_base(recipe)).state_dict()

@@ -9,16 +9,13 @@ Data: the training split. The validation split chose the recipe below; the test 
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiTTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,145 +26,25 @@ sys.path[:] = [str(_ROOT), *(p for p in sys.path if not p or Path(p).resolve() !
 
 from training.data.digits import NUM_CLASSES, DigitsSplit, load_digits_split  # noqa: E402
 from training.digits.classifier import DigitClassifier  # noqa: E402
-from training.digits.muon import Muon  # noqa: E402
 from training.evaluation.losses import denoising_loss_by_bin  # noqa: E402
+from training.miniature.pretraining import (  # noqa: E402
+    Pretraining,
+    Recipe,
+    build_scheduler,
+    untie,
+)
 
-NULL_LABEL = NUM_CLASSES  # the class embedding's extra row, "no class"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the base's weights; chosen on validation loss."""
-
-    layers: int = 6
-    heads: int = 2
-    head_width: int = 32
-    dropout: float = 0.0
-    steps: int = 9600
-    warmup: int = 200
-    batch: int = 64
-    muon_rate: float = 0.02  # the blocks' matrices
-    adam_rate: float = 4e-3  # embedding tables, biases, input and output layers
-    weight_decay: float = 0.05
-    ema_decay: float = 0.995
-    # Spread of the initial timestep and class embeddings. DiT's 0.02 is made for widths near 1000;
-    # at width 64 it starts them close to zero and learning is slow (validation loss after 1000
-    # AdamW steps 0.106 against 0.095).
-    embedding_std: float = 0.1
-    label_dropout: float = 0.1
-    seed: int = 0
-
-
-def build_scheduler() -> DDIMScheduler:
-    """The noise schedule: DiT's linear betas over 1000 timesteps, noise prediction.
-
-    Sampling starts at timestep 999 ("trailing"): diffusers' default would start 50 steps at 980.
-    """
-    return DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
-
-
-def build_base(recipe: Recipe) -> DiTTransformer2DModel:
-    """An untrained DiT for (B, 1, 8, 8), 16 tokens, initialised as the original DiT.
-
-    As in the original, all blocks share one embedding of timestep and class; diffusers keeps a
-    copy per block, and `untie` makes them before saving. diffusers would also drop labels in each
-    block by itself, so a sample could be half conditional: switched off, `train_base` drops them.
-    """
-    torch.manual_seed(recipe.seed)
-    model = DiTTransformer2DModel(
-        num_attention_heads=recipe.heads,
-        attention_head_dim=recipe.head_width,
-        in_channels=1,
-        out_channels=1,
-        num_layers=recipe.layers,
-        dropout=recipe.dropout,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=NUM_CLASSES,
-    )
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    embedding = model.transformer_blocks[0].norm1.emb
-    embedding.class_embedder.dropout_prob = 0.0
-    for part in (
-        embedding.timestep_embedder.linear_1,
-        embedding.timestep_embedder.linear_2,
-        embedding.class_embedder.embedding_table,
-    ):
-        nn.init.normal_(part.weight, std=recipe.embedding_std)
-    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
-    nn.init.zeros_(model.pos_embed.proj.bias)
-    for block in model.transformer_blocks:
-        block.norm1.emb = embedding
-        nn.init.zeros_(block.norm1.linear.weight)  # every block starts as the identity
-    for layer in (model.proj_out_1, model.proj_out_2):
-        nn.init.zeros_(layer.weight)
-    return model
-
-
-def untie(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Give every block its own copy of the shared embedding, as diffusers' format has it."""
-    for block in model.transformer_blocks[1:]:
-        block.norm1.emb = copy.deepcopy(block.norm1.emb)
-    return model
-
-
-def build_optimizers(
-    model: DiTTransformer2DModel, recipe: Recipe
-) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        inside = name.startswith("transformer_blocks") and "embedding_table" not in name
-        (matrices if inside and parameter.ndim == 2 else others).append(parameter)
-    decay = recipe.weight_decay
-    return (
-        Muon(matrices, lr=recipe.muon_rate, weight_decay=decay),
-        torch.optim.AdamW(others, lr=recipe.adam_rate, weight_decay=decay),
-    )
-
-
-def train_base(recipe: Recipe, data: DigitsSplit) -> DiTTransformer2DModel:
-    """Train with cosine annealing to zero; returns the averaged (EMA) weights in eval mode."""
-    model, scheduler = build_base(recipe).train(), build_scheduler()
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = build_optimizers(model, recipe)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, recipe)) for o in optimizers
-    ]
-    torch.manual_seed(recipe.seed + 1)  # batches, noise and dropout
-    for step in range(recipe.steps):
-        rows = torch.randint(len(data), (recipe.batch,))
-        images, labels = data.images[rows], data.labels[rows]
-        labels = torch.where(torch.rand(recipe.batch) < recipe.label_dropout, NULL_LABEL, labels)
-        # One timestep from each of `batch` equal ranges: less variance than independent draws.
-        t = ((torch.arange(recipe.batch) + torch.rand(recipe.batch)) / recipe.batch * 1000).long()
-        t = t.clamp(max=999)  # rounding can reach 1000
-        noise = torch.randn_like(images)
-        prediction = model(scheduler.add_noise(images, noise, t), t, labels).sample
-        loss = F.mse_loss(prediction, noise)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
-        decay = min(recipe.ema_decay, (step + 1) / (step + 10))  # follow quickly at first
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
-        if (step + 1) % 500 == 0:
-            print(f"step {step + 1} of {recipe.steps}: training loss {loss:.4f}", flush=True)
-    return average
-
-
-def _rate(step: int, recipe: Recipe) -> float:
-    """Factor on the learning rate: linear warm-up, then half a cosine down to zero."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+# Chosen on validation loss.
+RECIPE = Recipe(
+    size=8,
+    channels=1,
+    patch_size=2,
+    layers=6,
+    heads=2,
+    head_width=32,
+    classes=NUM_CLASSES,
+    steps=9600,
+)
 
 
 def train_classifier(data: DigitsSplit, steps: int = 1500, seed: int = 0) -> DigitClassifier:
@@ -210,7 +87,9 @@ def make_classifier(out: Path, data: DigitsSplit) -> None:
 def make_base(out: Path, recipe: Recipe, data: DigitsSplit) -> torch.Tensor:
     """Train and save base and scheduler in diffusers format; returns the validation loss (10,)."""
     start = time.monotonic()
-    model = untie(train_base(recipe, data))
+    run = Pretraining(recipe, data.images, data.labels)
+    run.run(recipe.steps, lambda text: print(text, flush=True))
+    model = untie(run.average)
     loss = validation_loss(model)
     print(
         f"base: {recipe.steps} steps in {time.monotonic() - start:.0f} s, validation loss "
@@ -257,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    data, recipe = load_digits_split("train"), Recipe()
+    data, recipe = load_digits_split("train"), RECIPE
     make_classifier(arguments.out, data)
     loss = make_base(arguments.out / "base", recipe, data).mean()
     if arguments.extra:

@@ -73,7 +73,7 @@ def load_cifar_split(source: str | Path, split: SplitName) -> ImageSplit:
     """
     path = Path(source)
     images, labels = [], []
-    with _opened(path) as files:
+    with _Files(path) as files:
         for label, name in enumerate(CLASSES):
             for entry in split_names(files.names(name), split):
                 images.append(files.image(entry))
@@ -85,7 +85,7 @@ def load_cifar_split(source: str | Path, split: SplitName) -> ImageSplit:
 
 def export_folders(source: str | Path, out: Path) -> None:
     """Copies the images to out/<split>/<class>/, as the trainer reads them."""
-    with _opened(Path(source)) as files:
+    with _Files(Path(source)) as files:
         for split in get_args(SplitName):
             for name in CLASSES:
                 folder = out / split / name
@@ -94,7 +94,7 @@ def export_folders(source: str | Path, out: Path) -> None:
                     (folder / Path(entry).name).write_bytes(files.data(entry))
 
 
-class _opened:
+class _Files:
     """A zip or a folder as images by class."""
 
     def __init__(self, path: Path) -> None:
@@ -114,7 +114,7 @@ class _opened:
             if len(parts) >= 2 and entry.lower().endswith(_ENDINGS):
                 self.by_class[parts[-2]].append(entry)
 
-    def __enter__(self) -> _opened:
+    def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -1,7 +1,10 @@
-"""Train the `cifar10` base, a small DiT in pixels, or check that it has converged.
+"""Train what the miniatures on CIFAR-10 need: two small DiTs in pixels, and a classifier.
 
-    python -m training.miniature.make_cifar --cifar cifar10-train.zip --out DIR
-    python -m training.miniature.make_cifar --cifar cifar10-train.zip --out DIR --extra 0.2
+    python -m training.miniature.make_cifar --cifar ZIP --out DIR classifier folders cifar10
+    python -m training.miniature.make_cifar --cifar ZIP --out DIR cifar10-s --extra 0.2
+
+`--extra 0.2` checks convergence: it trains once more, 20 % longer, and prints how far the
+validation loss moves. A run that was stopped goes on from its last state.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from training.miniature.cifar import ImageSplit, load_cifar_split
+from training.evaluation.losses import denoising_loss_by_bin
+from training.miniature.cifar import ImageSplit, export_folders, load_cifar_split
+from training.miniature.classifier import train_classifier
 from training.miniature.pretraining import Pretraining, Recipe, as_float, untie
 
 RECIPE = Recipe(
@@ -30,13 +36,19 @@ RECIPE = Recipe(
     flip=True,
     autocast=True,
 )
+RECIPES = {"cifar10": RECIPE, "cifar10-s": replace(RECIPE, heads=1, head_width=64)}
 _KEPT = 600  # steps between states of the constant part
 
 
-def make_base(out: Path, recipe: Recipe, data: ImageSplit, held_out: ImageSplit) -> torch.Tensor:
-    """Trains a base, or goes on from the nearest kept state; returns its validation loss (10,)."""
-    from training.evaluation.losses import denoising_loss_by_bin
+def make_base(
+    out: Path, recipe: Recipe, data: ImageSplit, held_out: ImageSplit, name: str
+) -> torch.Tensor:
+    """Trains a base, or goes on from the nearest kept state; returns its validation loss (10,).
 
+    Args:
+        out: folder of the base and its states.
+        name: of the folder in `out` that diffusers reads.
+    """
     run, states = Pretraining(recipe, data.images, data.labels, compiled=True), out / "states"
     states.mkdir(parents=True, exist_ok=True)
     own = states / f"annealing-{recipe.steps}.pt"
@@ -60,39 +72,58 @@ def make_base(out: Path, recipe: Recipe, data: ImageSplit, held_out: ImageSplit)
     loss = denoising_loss_by_bin(
         model, run.scheduler, as_float(held_out.images), held_out.labels, draws=1, batch_size=250
     )
-    folder = out / ("base" if recipe.steps == RECIPE.steps else f"base-{recipe.steps}")
-    model.save_pretrained(folder / "transformer")
-    run.scheduler.save_pretrained(folder / "scheduler")
+    model.save_pretrained(out / name / "transformer")
+    run.scheduler.save_pretrained(out / name / "scheduler")
     said(
-        f"{folder}: validation loss {loss.mean():.5f}, by timestep bin "
+        f"{out / name}: validation loss {loss.mean():.5f}, by timestep bin "
         + " ".join(f"{x:.4f}" for x in loss)
     )
     return loss
 
 
+def make_classifier(out: Path, data: ImageSplit, held_out: ImageSplit) -> None:
+    """Trains and saves the classifier; prints its validation accuracy."""
+    model = train_classifier(data)
+    with torch.no_grad():
+        right = model(as_float(held_out.images)).argmax(1) == held_out.labels
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, out / "classifier.safetensors")
+    print(f"classifier: validation accuracy {right.double().mean():.4f}", flush=True)
+
+
 def main() -> None:
     """Make what the command line asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="+", choices=[*RECIPES, "classifier", "folders"])
     parser.add_argument("--cifar", type=Path, required=True, help="zip or folder of class folders")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument(
         "--extra", type=float, default=0.0, help="also train that share longer and compare"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
     data = load_cifar_split(arguments.cifar, "train")
     held_out = load_cifar_split(arguments.cifar, "validation")
-    recipe = replace(RECIPE, steps=arguments.steps)
-    loss = make_base(arguments.out, recipe, data, held_out).mean()
-    if arguments.extra:
-        longer = replace(recipe, steps=round(recipe.steps * (1 + arguments.extra)))
-        other = make_base(arguments.out, longer, data, held_out).mean()
-        print(
-            f"convergence: {recipe.steps} steps {loss:.5f}, {longer.steps} steps {other:.5f}, "
-            f"change {100 * (other / loss - 1):+.3f} %"
-        )
+    if "folders" in arguments.what:
+        export_folders(arguments.cifar, out / "images")
+    if "classifier" in arguments.what:
+        make_classifier(out, data, held_out)
+    for name, recipe in RECIPES.items():
+        if name not in arguments.what:
+            continue
+        loss = make_base(out / name, recipe, data, held_out, "base").mean()
+        if arguments.extra:
+            longer = replace(recipe, steps=round(recipe.steps * (1 + arguments.extra)))
+            other = make_base(out / name, longer, data, held_out, "base-longer").mean()
+            print(
+                f"convergence of {name}: {recipe.steps} steps {loss:.5f}, {longer.steps} steps "
+                f"{other:.5f}, change {100 * (other / loss - 1):+.3f} %"
+            )
 
 
 if __name__ == "__main__":
