@@ -72,6 +72,8 @@ def train_classifier(data: ImageSplit, epochs: int = 8, seed: int = 0) -> CifarC
         loss.backward()
         optimizer.step()
         anneal.step()
+    # As `load_classifier` has it: another layout rounds differently.
+    model = model.to(memory_format=torch.contiguous_format)
     return model.eval().requires_grad_(False)
 
 
