@@ -10,11 +10,11 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from training.config import SECRETS, TrainConfig
@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     found, unknown = parser.parse_known_args(arguments)
     try:
         if unknown:
-            raise ConfigError(_explain_unknown(unknown))
+            raise ConfigError(explain_unknown(unknown))
         config = resolve(vars(found))
         if config.output_config is not None:
             _write(config)
@@ -112,7 +112,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def as_toml(config: TrainConfig) -> str:
     """Every option of a configuration as TOML, by section; those without value as comments."""
     lines: list[str] = []
-    for section, names in _sections().items():
+    for section, names in sections(TrainConfig).items():
         lines += ["", f"[{section.replace(' ', '_')}]"]
         for name in names:
             value = getattr(config, name)
@@ -141,26 +141,28 @@ def _write(config: TrainConfig) -> None:
         raise ConfigError(f"--output_config: {path}: {error.strerror}") from error
 
 
-def _explain_unknown(unknown: Sequence[str]) -> str:
+def explain_unknown(unknown: Sequence[str], known: Iterable[str] = TrainConfig.model_fields) -> str:
+    """What to say of options that a parser does not know."""
     for entry in unknown:
         if entry.startswith("--"):
-            return _explain_name(entry.split("=")[0].strip("-"))
+            return _explain_name(entry.split("=")[0].strip("-"), known)
     return f"expected options that begin with --, found {unknown[0]!r}"
 
 
-def _explain_name(name: str) -> str:
+def _explain_name(name: str, known: Iterable[str] = TrainConfig.model_fields) -> str:
     if name in ELSEWHERE:
         return f"--{name} has no use here: {ELSEWHERE[name]}"
-    near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     return f"unknown option --{name}" + (f", did you mean --{near[0]}?" if near else ", see --help")
 
 
-def _sections() -> dict[str, list[str]]:
-    sections: dict[str, list[str]] = {}
-    for name, info in TrainConfig.model_fields.items():
+def sections(options: type[BaseModel]) -> dict[str, list[str]]:
+    """The names of options by their heading in --help."""
+    found: dict[str, list[str]] = {}
+    for name, info in options.model_fields.items():
         section = str(info.json_schema_extra["section"])  # type: ignore[index, call-overload]
-        sections.setdefault(section, []).append(name)
-    return sections
+        found.setdefault(section, []).append(name)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,11 +175,20 @@ def _parser() -> argparse.ArgumentParser:
         "images --dry_run | accelerate launch train_dmp.py --config_file run.toml",
         allow_abbrev=False,
     )
-    for section, names in _sections().items():
-        group = parser.add_argument_group(section)
-        for name in names:
-            _add_option(group, name, TrainConfig.model_fields[name])
+    add_options(parser, TrainConfig, list(TrainConfig.model_fields))
     return parser
+
+
+def add_options(
+    parser: argparse.ArgumentParser, options: type[BaseModel], names: Sequence[str]
+) -> None:
+    """Adds options by name to a parser, under their headings."""
+    for section, members in sections(options).items():
+        chosen = [name for name in members if name in names]
+        if chosen:
+            group = parser.add_argument_group(section)
+            for name in chosen:
+                _add_option(group, name, options.model_fields[name])
 
 
 def _add_option(group: Any, name: str, info: FieldInfo) -> None:
@@ -189,6 +200,8 @@ def _add_option(group: Any, name: str, info: FieldInfo) -> None:
         switch = argparse.BooleanOptionalAction
         options["action"] = "store_true" if name.startswith("no_") else switch
         options["help"] = f"{info.description}{' (default: on)' if info.default else ''}"
+    elif name == "model":
+        options |= {"action": "append", "metavar": "LABEL=KIND:PATH"}
     elif get_origin(info.annotation) is list:
         options |= {"nargs": "*", "metavar": "NAME=VALUE"}
     else:
@@ -208,4 +221,14 @@ def _is_choice(value: object) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, (type, bool))
 
 
-__all__ = ["ConfigError", "as_toml", "parse_arguments", "read_toml", "resolve", "with_base"]
+__all__ = [
+    "ConfigError",
+    "add_options",
+    "as_toml",
+    "explain_unknown",
+    "parse_arguments",
+    "read_toml",
+    "resolve",
+    "sections",
+    "with_base",
+]

@@ -70,15 +70,19 @@ class LoraMethod(Method):
 
     def remove(self) -> None:
         """Puts the original layers back."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        remove_lora(self.frozen.model)
 
-        model = self.frozen.model
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, module.get_base_layer())
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+
+def remove_lora(model: nn.Module) -> None:
+    """Puts the original layers back in the place of peft's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _equal_rank(frozen: FrozenBase, config: TrainConfig) -> int:

@@ -21,7 +21,7 @@ from training.data.streaming import open_stream
 
 __all__ = ["Batch", "Data", "DataKind", "DataSummary", "Encoders", "Position", "open_data"]
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "test"]
 SOURCES = ("train_data_dir", "dataset_config", "webdataset", "dataset_name")
 
 
@@ -35,7 +35,7 @@ def open_data(
         encoders: needed by `prepare_caches` only.
         seed: of order, augmentation and dropout; the split does not depend on it.
         split: "train" without the validation images, or these alone: not shuffled, mirrored or
-            dropped.
+            dropped. "test" is all images, as for validation; of the digits, their test split.
 
     Raises:
         PatchError: no data, several sources of data, broken images, missing captions or classes,
@@ -117,7 +117,7 @@ def _split(samples: list[Sample], share: float, split: Split) -> list[Sample]:
 
     A split that would leave no image to one side gives it the one nearest to the border.
     """
-    if not share:
+    if not share or split == "test":
         return samples
     ranks = [draws.uniform("validation", sample.origin or sample.key) for sample in samples]
     ordered = sorted(set(ranks))

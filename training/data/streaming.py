@@ -200,7 +200,7 @@ def open_stream(options: Any, kind: DataKind, seed: int, split: str) -> StreamDa
 
 def _split(shards: list[Shard], share_: float, split: str) -> list[Shard]:
     """Whole shards for validation, by a hash of their names: others are then never opened."""
-    if not share_:
+    if not share_ or split == "test":
         return shards
     if len(shards) < 2:
         raise PatchError("expected two shards to split, found one: leave out --validation_split.")

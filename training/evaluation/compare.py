@@ -1,0 +1,165 @@
+"""Differences between models with 95 % intervals, from what both saw alike.
+
+Every interval says what it is over. Over images: held-out images, on equal noise. Over samples:
+generated images from equal noise, drawn again with replacement, the same rows in both models. Over
+seeds: trainings. The first two say whether this patch differs from that model; only the last says
+whether its training, repeated, would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from training.evaluation.features import Features
+from training.evaluation.metrics import Reference
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """model - against, of one measure.
+
+    Args:
+        mean: of the difference.
+        low, high: of its 95 % interval.
+        n: images, samples or seeds.
+        over: which of these.
+    """
+
+    model: str
+    against: str
+    measure: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    over: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As evaluation.json has it."""
+        return asdict(self)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval does."""
+        return self.low > 0 or self.high < 0
+
+
+def t_interval(differences: Tensor) -> tuple[float, float, float]:
+    """Mean of paired differences (n,), and its interval from Student's t.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    n = len(differences)
+    if n < 2:
+        raise ValueError(f"expected at least two differences for an interval, found {n}")
+    values = differences.double()
+    mean, half = float(values.mean()), float(values.std() / math.sqrt(n))
+    half *= float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
+    return mean, mean - half, mean + half
+
+
+def welch_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """mean(a) - mean(b) of independent values (n,) and (m,), and Welch's interval.
+
+    Raises:
+        ValueError: fewer than two of either.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"expected two values of each at least, found {len(a)} and {len(b)}")
+    a, b = a.double(), b.double()
+    mean = float(a.mean() - b.mean())
+    parts = [float(x.var()) / len(x) for x in (a, b)]
+    if sum(parts) == 0:
+        return mean, mean, mean
+    degrees = sum(parts) ** 2 / sum(
+        part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True)
+    )
+    half = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * math.sqrt(sum(parts))
+    return mean, mean - half, mean + half
+
+
+def over_seeds(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
+    """The difference of two trainings repeated with other seeds.
+
+    Against one value: t interval of a - b. Both repeated: Welch's, because seeds of different
+    methods are not pairs. None where a is not repeated.
+    """
+    first, second = torch.tensor(a, dtype=torch.double), torch.tensor(b, dtype=torch.double)
+    if len(first) < 2:
+        return None
+    if len(second) == 1:
+        return t_interval(first - second)
+    return welch_interval(first, second)
+
+
+def resamples(count: int, draws: int, seed: int) -> Tensor:
+    """Rows to draw again, (draws, count): the same for every model that is compared."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, count, (draws, count), generator=generator)
+
+
+def bootstrap(features: Features, reference: Reference, rows: Tensor) -> dict[str, Tensor]:
+    """FID, sFID and KID of samples drawn again: (draws,) each.
+
+    Args:
+        features: of N samples.
+        rows: (draws, N), from `resamples`.
+    """
+    found = {}
+    if reference.pooled is not None:
+        pooled = features.pooled.double()
+        values = [reference.pooled.distance(pooled[chosen]) for chosen in rows]
+        found["fid"] = torch.tensor(values, dtype=torch.double)
+    if reference.spatial is not None and features.spatial is not None:
+        spatial = features.spatial.double()
+        values = [reference.spatial.distance(spatial[chosen]) for chosen in rows]
+        found["sfid"] = torch.tensor(values, dtype=torch.double)
+    if "kid" in reference.wanted:
+        found["kid"] = _kernel_distances(features.pooled, reference.features.pooled, rows)
+    return found
+
+
+def _kernel_distances(generated: Tensor, reference: Tensor, rows: Tensor) -> Tensor:
+    """KID of all samples but for the reference's own term, which a difference does not have.
+
+    A sample drawn twice is no pair of samples, or its distance 0 to itself would count as
+    closeness: pairs of the same row are left out.
+    """
+    x, y = generated.double(), reference.double()
+    count = len(x)
+    weights = torch.stack([torch.bincount(chosen, minlength=count) for chosen in rows]).double()
+    pairs, crossed = torch.zeros(len(rows)).double(), torch.zeros(len(rows)).double()
+    for part in torch.arange(count).split(1024):
+        own = _kernel(x[part], x)
+        own[torch.arange(len(part)), part] = 0
+        pairs += (weights[:, part] @ own * weights).sum(1)
+        crossed += weights[:, part] @ _kernel(x[part], y).mean(1)
+    different = weights.sum(1) ** 2 - weights.square().sum(1)
+    return pairs / different - 2 * crossed / weights.sum(1)
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    """KID's: cubic, of width F."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def bootstrap_interval(difference: float, drawn: Tensor) -> tuple[float, float, float]:
+    """The interval of a difference from its values (draws,) on samples drawn again.
+
+    Percentiles around the difference: drawing with replacement makes any set poorer than it is,
+    which moves all values, and is taken off.
+    """
+    tail = (1 - LEVEL) / 2
+    around = drawn - drawn.mean()
+    low, high = torch.quantile(around, torch.tensor([tail, 1 - tail]).double()).tolist()
+    return difference, difference + low, difference + high

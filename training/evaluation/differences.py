@@ -1,0 +1,128 @@
+"""Which models are compared with which, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from training.evaluation.compare import (
+    Difference,
+    bootstrap_interval,
+    over_seeds,
+    t_interval,
+)
+from training.evaluation.metrics import METRICS, Measured
+from training.evaluation.models import BASE
+
+
+@dataclass
+class Result:
+    """What one trained model (or the base) gave.
+
+    Args:
+        losses: (images, bins) float64.
+        measured: metrics of its samples.
+        drawn: FID, sFID and KID of samples drawn again, (draws,) each.
+        samples: how many were generated.
+        pictures: the first samples, (C, H, W) each.
+    """
+
+    losses: Tensor
+    measured: Measured = field(default_factory=Measured)
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+    pictures: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Judged:
+    """All seeds of one label.
+
+    Args:
+        method: base, or the kind of the model.
+        results: one for each file.
+    """
+
+    label: str
+    method: str
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def losses(self) -> Tensor:
+        """(images, bins), the mean over seeds."""
+        return torch.stack([result.losses for result in self.results]).mean(0)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over seeds."""
+        names = self.results[0].measured.values
+        return {
+            name: sum(result.measured.values[name] for result in self.results) / len(self.results)
+            for name in names
+        }
+
+    def seeds(self, measure: str) -> list[float]:
+        """The measure of each seed."""
+        if measure == "loss":
+            return [float(result.losses.mean()) for result in self.results]
+        return [result.measured.values[measure] for result in self.results]
+
+    def drawn(self, measure: str) -> Tensor:
+        """Values on samples drawn again, (draws,), the mean over seeds."""
+        return torch.stack([result.drawn[measure] for result in self.results]).mean(0)
+
+    def single(self, measure: str) -> Tensor:
+        """Values of each sample, the mean over seeds."""
+        return torch.stack([r.measured.single[measure].double() for r in self.results]).mean(0)
+
+
+def differences(judged: Mapping[str, Judged]) -> list[Difference]:
+    """Every model against the base, and every gated patch against every other model."""
+    found: list[Difference] = []
+    for model in judged.values():
+        for against in judged.values():
+            if _is_compared(model, against):
+                found += _between(model, against)
+    return found
+
+
+def _is_compared(model: Judged, against: Judged) -> bool:
+    if model.label == against.label or model.method == BASE:
+        return False
+    return against.method == BASE or (model.method == "dmp" and against.method != "dmp")
+
+
+def _between(model: Judged, against: Judged) -> list[Difference]:
+    def said(measure: str, interval: tuple[float, ...], n: int, over: str) -> Difference:
+        mean, low, high = interval
+        return Difference(model.label, against.label, measure, mean, low, high, n, over)
+
+    by_image = model.losses - against.losses
+    images = len(by_image)
+    found = [said("loss", t_interval(by_image.mean(1)), images, "images")]
+    found += [
+        said(f"loss_bin_{number}", t_interval(of_bin), images, "images")
+        for number, of_bin in enumerate(by_image.T)
+    ]
+    metrics, others = model.metrics, against.metrics
+    for name in METRICS:
+        if name not in metrics:
+            continue
+        first, second = model.results[0], against.results[0]
+        if name in first.drawn:
+            drawn = model.drawn(name) - against.drawn(name)
+            interval = bootstrap_interval(metrics[name] - others[name], drawn)
+            found.append(said(name, interval, first.samples, "samples"))
+        elif name in first.measured.single and name in second.measured.single:
+            paired = model.single(name) - against.single(name)
+            over = "images" if name == "recall" else "samples"  # of recall: reference images
+            found.append(said(name, t_interval(paired), len(paired), over))
+    for name in ("loss", *METRICS):
+        if name == "loss" or name in metrics:
+            repeated = over_seeds(model.seeds(name), against.seeds(name))
+            if repeated is not None:
+                found.append(said(name, repeated, len(model.results), "seeds"))
+    return found
