@@ -83,6 +83,32 @@ def share_embeddings(model: Any) -> None:
         block.norm1.emb = first
 
 
+def initialise(model: Any, embedding_std: float = 0.02) -> None:
+    """Gives a DiT the random weights that the original begins with, from torch's generator.
+
+    Every block begins as the identity, and the output as zero.
+
+    Args:
+        model: whose blocks share one embedding.
+        embedding_std: spread of the timestep and class embeddings.
+
+    Source: facebookresearch/DiT, models.py.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    nn.init.zeros_(model.pos_embed.proj.bias)
+    embedding = model.transformer_blocks[0].norm1.emb
+    time = embedding.timestep_embedder
+    for part in (time.linear_1, time.linear_2, embedding.class_embedder.embedding_table):
+        nn.init.normal_(part.weight, std=embedding_std)
+    zero = [block.norm1.linear for block in model.transformer_blocks]
+    for layer in (*zero, model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(layer.weight)
+
+
 def set_frequency_shift(model: Any, shift: float) -> None:
     """Sets `downscale_freq_shift` of the time embedding; 0 is the original DiT's."""
     for block in model.transformer_blocks:
