@@ -80,19 +80,16 @@ class Judged:
 
 
 def differences(judged: Mapping[str, Judged]) -> list[Difference]:
-    """Every model against the base, and every gated patch against every other model."""
+    """Every model against the base, and every gated patch against every other model; of two gated
+    patches the one named first against the other."""
     found: list[Difference] = []
-    for model in judged.values():
-        for against in judged.values():
-            if _is_compared(model, against):
+    models = list(judged.values())
+    for number, model in enumerate(models):
+        for place, against in enumerate(models):
+            gated = model.method == "dmp" and (against.method != "dmp" or place > number)
+            if model.method != BASE and (against.method == BASE or gated) and place != number:
                 found += _between(model, against)
     return found
-
-
-def _is_compared(model: Judged, against: Judged) -> bool:
-    if model.label == against.label or model.method == BASE:
-        return False
-    return against.method == BASE or (model.method == "dmp" and against.method != "dmp")
 
 
 def _between(model: Judged, against: Judged) -> list[Difference]:

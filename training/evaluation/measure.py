@@ -121,7 +121,7 @@ def prepare(options: EvaluationOptions, config: TrainConfig) -> Evaluation:
             features, wanted, options.samples, subsets=options.kid_subsets,
             subset_size=options.kid_subset_size,
         )  # fmt: skip
-    rows = resamples(options.samples, options.bootstrap_draws, options.seed)
+    rows = resamples(max(1, options.samples), options.bootstrap_draws, options.seed)
     return Evaluation(
         options, config, frozen, process, encoders, held_out, device, extractor, clip, reference,
         rows,

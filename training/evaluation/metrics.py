@@ -122,10 +122,7 @@ def kid(
     Source: Binkowski et al. 2018.
     """
     try:
-        with warnings.catch_warnings():
-            # It imports pkg_resources in some releases, which setuptools deprecates.
-            warnings.simplefilter("ignore")
-            from torchmetrics.image.kid import KernelInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError as error:
         raise PatchError(
             "expected the package torchmetrics for KID, found none: pip install torchmetrics, or "

@@ -22,6 +22,7 @@ from training.evaluation.models import BASE, Compared, base_parameters
 from training.previews import as_image
 
 FORMAT = 1
+_SMALLEST = 64  # pixels of a side in the grid of samples
 _NAMES = {
     "loss": "held-out loss",
     "fid": "FID",
@@ -60,9 +61,7 @@ def write_report(report: Report, folder: Path) -> None:
     Raises:
         PatchError: matplotlib is missing; the figures are then on disk already.
     """
-    data = as_json(report)
-    text = json.dumps(data, indent=2, allow_nan=False)
-    write_atomically(folder / "evaluation.json", text.encode("utf-8"))
+    data = write_json(report, folder)
     pictures = [(label, found.results[0].pictures) for label, found in report.judged.items()]
     drawn = bool(pictures[0][1])
     if drawn:
@@ -70,6 +69,14 @@ def write_report(report: Report, folder: Path) -> None:
     markdown = as_markdown(report, data, [label for label, _ in pictures] if drawn else [])
     write_atomically(folder / "evaluation.md", markdown.encode("utf-8"))
     plot_losses(report, folder / "loss_by_bin.png")
+
+
+def write_json(report: Report, folder: Path) -> dict[str, Any]:
+    """Writes evaluation.json, and returns what is in it."""
+    data = as_json(report)
+    text = json.dumps(data, indent=2, allow_nan=False)
+    write_atomically(folder / "evaluation.json", text.encode("utf-8"))
+    return data
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -224,7 +231,8 @@ def plot_losses(report: Report, path: Path) -> None:
             "expected the package matplotlib for loss_by_bin.png, found none: pip install "
             "matplotlib; the figures themselves are written."
         ) from error
-    bins = report.judged[BASE].losses.shape[1]
+    base = report.judged[BASE].losses.mean(0).tolist()
+    bins = len(base)
     middles = [1000 * (number + 0.5) / bins for number in range(bins)]
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -241,10 +249,13 @@ def plot_losses(report: Report, path: Path) -> None:
             for one in report.differences
             if one.model == label and one.against == BASE and one.measure.startswith("loss_bin_")
         ]
-        means = [one.mean for one in of_bins]
-        reach = [[o.mean - o.low for o in of_bins], [o.high - o.mean for o in of_bins]]
+        means = [100 * one.mean / loss for one, loss in zip(of_bins, base, strict=True)]
+        # The interval is symmetric: it is Student's.
+        reach = [
+            100 * (one.high - one.mean) / loss for one, loss in zip(of_bins, base, strict=True)
+        ]
         below.errorbar(middles, means, yerr=reach, marker="o", capsize=3, label=label)
-    below.set_ylabel("difference to the base, 95 % over images")
+    below.set_ylabel("difference to the base, % of its loss\n(95 % intervals over images)")
     below.set_xlabel("timestep (0 is the picture)")
     figure.savefig(path, dpi=120)
 
@@ -256,9 +267,12 @@ def sample_grid(columns: Sequence[Sequence[Tensor]]) -> Image.Image:
         columns: pictures (C, H, W) in [-1, 1]; those of another size than the first are left out.
     """
     shape = columns[0][0].shape
+    factor = max(1, _SMALLEST // shape[1])
     rows = [row for row in zip(*columns, strict=True) if row[0].shape == shape]
-    gap = max(1, shape[1] // 16)
-    cells = [
-        torch.cat([nn.functional.pad(p, (gap,) * 4, value=1.0) for p in row], dim=2) for row in rows
-    ]
+    gap = max(1, factor * shape[1] // 16)
+    cells = []
+    for row in rows:
+        large = [p.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for p in row]
+        framed = [nn.functional.pad(p, (gap,) * 4, value=1.0) for p in large]
+        cells.append(torch.cat(framed, dim=2))
     return as_image(torch.cat(cells, dim=1))

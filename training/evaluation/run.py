@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from training.evaluation.differences import Judged, differences
 from training.evaluation.measure import Evaluation, measure, prepare
 from training.evaluation.models import BASE, Compared, Spec, load_compared
 from training.evaluation.options import EvaluationOptions
-from training.evaluation.report import Report, write_report
+from training.evaluation.report import Report, write_json, write_report
 from training.frozen import find_base
 from training.presets import SOURCES
 
@@ -37,24 +38,39 @@ def evaluate(options: EvaluationOptions, config: TrainConfig) -> Path:
                 f"expected every control with --require_controls, found: {controls.text} Train "
                 "them with --method prompt, lora and full."
             )
+    _require_packages(options)
     folder = _writable(Path(options.out))
     evaluation = prepare(options, config)
     judged = {BASE: Judged(BASE, BASE, [measure(evaluation, None)])}
     for label, files in models.items():
         results = [measure(evaluation, model) for model in files]
         judged[label] = Judged(label, files[0].spec.kind, results)
-    report = Report(
-        base=config.base,
-        settings=_settings(evaluation, controls),
-        controls=controls,
-        judged=judged,
-        models=models,
-        base_model=evaluation.frozen.model,
-        differences=differences(judged),
-    )
+        report = Report(
+            base=config.base,
+            settings=_settings(evaluation, controls),
+            controls=controls,
+            judged=judged,
+            models=models,
+            base_model=evaluation.frozen.model,
+            differences=differences(judged),
+        )
+        write_json(report, folder)  # after each, so that a later failure does not lose them
     write_report(report, folder)
     print(f"evaluation.md, evaluation.json and pictures are in {folder.as_posix()}")
     return folder
+
+
+def _require_packages(options: EvaluationOptions) -> None:
+    """What is needed at the end, found out at the beginning."""
+    needed = ["matplotlib"]
+    if options.samples and "kid" in options.wanted:
+        needed.append("torchmetrics")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PatchError(
+            f"expected the packages of the evaluation, found no {' and no '.join(missing)}: "
+            'pip install -e ".[evaluation]".'
+        )
 
 
 def load_models(options: EvaluationOptions) -> dict[str, list[Compared]]:
@@ -70,6 +86,11 @@ def load_models(options: EvaluationOptions) -> dict[str, list[Compared]]:
             raise PatchError(
                 f"expected one kind for label {spec.label}, found {others[0].spec.kind} and "
                 f"{spec.kind}: a label stands for several seeds of one method; rename one."
+            )
+        if any(other.spec.path == spec.path for other in others):
+            raise PatchError(
+                f"expected another file for each seed of {spec.label}, found {spec.path} twice: an "
+                "interval over seeds would mean nothing."
             )
         others.append(load_compared(spec))
     return models

@@ -1,0 +1,116 @@
+"""Models on the base and off it again, on a tiny base of digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmp_common import PatchError
+from tests.training.conftest import Go
+from training.command_line import resolve
+from training.evaluation.controls import check_controls
+from training.evaluation.models import Spec, load_compared
+from training.frozen import FrozenBase, load_frozen
+
+
+def frozen_base(folder: Path) -> FrozenBase:
+    given = {"base": "tiny-digits", "pretrained_model_name_or_path": str(folder)}
+    return load_frozen(resolve(given))
+
+
+def predicted(frozen: FrozenBase) -> Tensor:
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = {"labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        return frozen.family.predict(frozen.model, x, torch.tensor([3, 700]), given)
+
+
+def trained(go: Go, method: str, **options: object) -> Spec:
+    _, events = go(method=method, learning_rate=0.05, max_train_steps=2, **options)
+    return Spec(method, method, str(events.outputs.path()))
+
+
+@pytest.mark.parametrize("method", ["dmp", "prompt", "lora", "full", "joint"])
+def test_each_goes_on_the_base_and_off_it(method: str, go: Go, digits_base: Path) -> None:
+    spec = trained(go, method)
+    frozen = frozen_base(digits_base)
+    model, names = frozen.model, [n for n, _ in frozen.model.named_modules()]
+    before = predicted(frozen)
+    values = {n: t.clone() for n, t in model.state_dict().items()}
+    compared = load_compared(spec)
+    with compared.on(frozen) as on:
+        inside = predicted(on)
+        assert not torch.equal(inside, before)
+    with pytest.raises(KeyError), compared.on(frozen):
+        raise KeyError("in between")
+    assert frozen.model is model
+    assert [n for n, _ in model.named_modules()] == names
+    assert torch.equal(predicted(frozen), before)
+    assert all(torch.equal(t, values[n]) for n, t in model.state_dict().items())
+    with compared.on(frozen) as on:
+        assert torch.equal(predicted(on), inside)
+    assert compared.trained == {"learning_rate": 0.05, "ema_decay": 0.99, "steps": 2}
+    full = sum(p.numel() for p in model.parameters())
+    assert (compared.parameters >= full) == (method in ("full", "joint"))
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "message"),
+    [
+        ("dmp", "prompt", "its kind is dmp"),
+        ("prompt", "dmp", "its kind is prompt"),
+        ("dmp", "lora", "expected a LoRA with its rank"),
+        ("lora", "dmp", "found a LoRA"),
+        ("lora", "full", "expected a folder with one denoiser"),
+    ],
+)
+def test_another_kind_is_an_error(method: str, kind: str, message: str, go: Go) -> None:
+    spec = trained(go, method)
+    with pytest.raises(PatchError, match=message):
+        load_compared(Spec("x", kind, spec.path))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_of_another_base_is_an_error(method: str, go: Go) -> None:
+    from training.loading import DIGITS_BASE
+
+    compared = load_compared(trained(go, method))
+    digits = load_frozen(resolve({"base": "digits"}))
+    before = {n: t.clone() for n, t in digits.model.state_dict().items()}
+    with pytest.raises(PatchError, match="base digits"), compared.on(digits):
+        pass
+    assert DIGITS_BASE.is_dir()
+    assert before.keys() == digits.model.state_dict().keys()
+
+
+def test_controls_are_checked(go: Go) -> None:
+    dmp = load_compared(trained(go, "dmp"))
+    alone = check_controls({"a": [dmp]})
+    assert alone.missing == ["prompt", "lora", "full"]
+    assert "learning rate, EMA" in alone.text
+    models = {
+        "a": [dmp],
+        "b": [load_compared(trained(go, "prompt"))],
+        "c": [load_compared(trained(go, "lora"))],
+        "d": [load_compared(trained(go, "full"))],
+    }
+    assert check_controls(models).text == ""
+    models["c"] = [load_compared(trained(go, "lora", network_dim=16))]
+    models["d"] = [load_compared(trained(go, "full", ema_decay=0.0))]
+    wrong = check_controls(models)
+    assert not wrong.missing
+    assert "c has" in wrong.mismatches[0]
+    assert "without EMA" in wrong.mismatches[1]
+
+
+@pytest.mark.parametrize("text", ["a", "a=dmp", "a=dmp:", "a=what:b", "=dmp:b", "base=dmp:b"])
+def test_names_that_are_none(text: str) -> None:
+    with pytest.raises(PatchError, match="expected"):
+        Spec.parse(text)
+
+
+def test_paths_may_hold_colons() -> None:
+    assert Spec.parse(r"a b=dmp:C:\x\y.safetensors") == Spec("a b", "dmp", r"C:\x\y.safetensors")
