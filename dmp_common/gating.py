@@ -21,6 +21,10 @@ class Gate(nn.Module):
     "linear" is eq. 3: softmax(G([e ; i])), G one linear layer shared by all sites. "attention"
     takes a query W_q [e ; i] against one learned key a prompt. Both start at equal weights.
 
+    Where we depart from the paper (variants of our own, recorded in the file): with gate unit
+    "grid" one logit weights a whole grid of prompts; with gate form "residual" a weight is 1 + its
+    logit instead of a softmax.
+
     Args:
         variant: which gate.
         embedding: E.
@@ -31,13 +35,16 @@ class Gate(nn.Module):
     def __init__(self, variant: Variant, embedding: int) -> None:
         super().__init__()
         self.variant = variant
-        count = variant.count
+        count = variant.outputs
         inputs = embedding + (variant.gate_inputs == "e+i")
         if variant.gate == "linear":
             self.weight = nn.Parameter(torch.zeros(count, inputs))
             self.bias = nn.Parameter(torch.zeros(count))
             if variant.gate_init == "random":
                 nn.init.xavier_uniform_(self.weight)
+                if variant.gate_form == "residual":
+                    # A softmax bears large logits; here the last depth would be all the patch is.
+                    self.weight.data[:, embedding:] = 0.0
         elif variant.gate == "attention":
             # With both factors zero neither would ever receive a gradient.
             self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(ATTENTION_WIDTH, inputs)))
@@ -53,7 +60,7 @@ class Gate(nn.Module):
             depths: depth index i of each site (S,).
 
         Returns:
-            (T, S, K*N), float32.
+            (T, S, K*N), or (T, S, K) with gate unit "grid"; float32.
         """
         with without_autocast(e.device.type):
             e, depths = e.float(), depths.float()
@@ -73,20 +80,53 @@ class Gate(nn.Module):
             temperature: divides the logits; above 1 evens the weights out.
 
         Returns:
-            w (T, S, K*N), float32. Soft weights sum to 1 over the prompts; hard weights are 0
-            or 1, with the gradient of the softmax; without a gate all are 1.
+            w (T, S, K*N), float32; with gate unit "grid" equal within a grid. Soft weights sum to
+            1 over the prompts (or over the grids); hard weights are 0 or 1, with the gradient of
+            the softmax; residual weights are 1 + logit; without a gate all are 1.
         """
         if self.variant.gate == "none":
             return e.new_ones(1, 1, 1, dtype=torch.float32).expand(
                 e.shape[0], depths.shape[0], self.variant.count
             )
         logits = self.logits(e, depths)
-        soft = (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+        scaled = logits if temperature == 1.0 else logits / temperature
+        if self.variant.gate_form == "residual":
+            return self._spread(1.0 + scaled)
+        soft = scaled.softmax(-1)
         if self.variant.selection == "soft":
-            return soft
+            return self._spread(soft)
         kept = logits.topk(kept_prompts(self.variant.count), dim=-1).indices
         mask = torch.zeros_like(soft).scatter(-1, kept, 1.0)
         return mask + (soft - soft.detach())  # exactly the mask; the bracket is exactly 0
+
+    @torch.no_grad()
+    def begin_with_stages(self, e: Tensor) -> None:
+        """Gives each grid a part of the schedule: weights 1 at its own place, 0 at the others'.
+
+        K places are spread evenly over the timesteps, first and last included, and the weights are
+        linear in between; the gate is fitted to them by least squares. Prompts are zero then, so
+        nothing changes yet, but from the first step on each grid learns from its own noise levels.
+
+        Args:
+            e: time embedding (T, E) at timesteps spread evenly over the schedule, T >= E.
+        """
+        places = torch.linspace(0, 1, e.shape[0], dtype=torch.float64)[:, None]
+        grids = self.variant.grids
+        knots = torch.linspace(0, 1, grids, dtype=torch.float64) if grids > 1 else places[:1, 0]
+        weights = (1 - (places - knots).abs() * max(grids - 1, 1)).clamp(min=0)  # (T, K)
+        if grids == 1:
+            weights = torch.ones_like(weights)
+        inputs = torch.cat([e.detach().cpu().double(), torch.ones_like(places)], dim=1)
+        fitted = torch.linalg.lstsq(inputs, weights - 1.0, driver="gelsd", rcond=3e-3).solution
+        self.weight.zero_()
+        self.weight[:, : e.shape[1]].copy_(fitted[:-1].T)
+        self.bias.copy_(fitted[-1])
+
+    def _spread(self, weights: Tensor) -> Tensor:
+        """Weights of grids (T, S, K) as those of their prompts (T, S, K*N)."""
+        if self.variant.gate_unit == "prompt":
+            return weights
+        return weights.repeat_interleave(self.variant.prompts, dim=-1)
 
 
 def kept_prompts(count: int) -> int:

@@ -110,7 +110,8 @@ class Patch(nn.Module):
         return weights
 
     def gate_logits(self, e: Tensor) -> Tensor:
-        """Gate logits (T, S, K*N) before the softmax, for the load loss."""
+        """Gate logits before the softmax, for the load loss: (T, S, K*N), or (T, S, K) where a
+        whole grid has one."""
         return self.gate.logits(e, self._depth_inputs(e))
 
     def prepare(
@@ -191,8 +192,8 @@ class Patch(nn.Module):
         prompt tuning, soft and hard gates of any N alike. The functions a patch can be, and its
         file, are the same: saving folds the scale back into the prompts.
         """
-        count = self.variant.count
-        if self.variant.gate == "none":
+        count = self.variant.outputs
+        if self.variant.gate == "none" or self.variant.gate_form == "residual":
             scale = 1.0
         elif self.variant.selection == "hard":
             scale = count / kept_prompts(count)

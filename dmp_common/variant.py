@@ -14,21 +14,29 @@ from dmp_common.sites import Site
 
 GateKind = Literal["linear", "attention", "none"]
 Selection = Literal["soft", "hard"]
+GateUnit = Literal["prompt", "grid"]
+GateForm = Literal["softmax", "residual"]
 AcrossDepth = Literal["distinct", "uniform"]
 Mix = Literal["add", "prepend"]
 Condition = Literal["t", "t+y"]
 Init = Literal["zero", "random"]
+GateInit = Literal["zero", "random", "stages"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": get_args(GateKind),
     "selection": get_args(Selection),
+    "gate_unit": get_args(GateUnit),
+    "gate_form": get_args(GateForm),
     "across_depth": get_args(AcrossDepth),
     "mix": get_args(Mix),
     "condition": get_args(Condition),
     "prompt_init": get_args(Init),
-    "gate_init": get_args(Init),
+    "gate_init": get_args(GateInit),
     "prediction": get_args(Prediction),
 }
+# Entries that files have had since the first ones; where one is missing, the file is older or means
+# the paper's choice, which is not written.
+_LATER: dict[str, str] = {"gate_unit": "prompt", "gate_form": "softmax"}
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
 _LIMIT = 1 << 16  # prompts of one site; far above any use, below any harm
 
@@ -51,7 +59,12 @@ class Variant:
         mix: "add" to the block's input, or "prepend" tokens (DiT bases, trainer only).
         condition: what the gate sees: "t", or "t+y" with the class embedding added, as the
             official code does.
-        prompt_init, gate_init: how training began.
+        gate_unit: what has a weight of its own: each "prompt" (eq. 3), or each "grid" as a whole,
+            so that a site's field is a mixture of K grids. Ours, not in the paper.
+        gate_form: "softmax" (eq. 3), or "residual": the weight is 1 plus the gate's logit, so it
+            can be nothing, negative or large, at each noise level by itself. Ours.
+        prompt_init, gate_init: how training began. "stages", for a residual gate of grids: each grid
+            begins with a part of the timesteps of its own, fading into its neighbours'. Ours.
         frequency_shift: of the sinusoid behind e; a model with another one is refused.
         prediction: what the base predicted when the patch was trained.
 
@@ -74,7 +87,9 @@ class Variant:
     mix: Mix = "add"
     condition: Condition = "t"
     prompt_init: Init = "zero"
-    gate_init: Init = "zero"
+    gate_init: GateInit = "zero"
+    gate_unit: GateUnit = "prompt"
+    gate_form: GateForm = "softmax"
 
     @classmethod
     def create(cls, base: str | Base, **options: Any) -> Variant:
@@ -101,6 +116,10 @@ class Variant:
             grid = options.get("grid", spec.grid)
             options["grid"] = (grid, grid) if isinstance(grid, int) else _pair(grid)
             options.setdefault("prompts", options["grid"][0] * options["grid"][1])
+        if options.get("gate_unit") == "grid":
+            # Equal grids would stay equal.
+            fitting = options.get("gate_form") == "residual"
+            options.setdefault("gate_init", "stages" if fitting else "random")
         options.setdefault("frequency_shift", spec.frequency_shift)
         options.setdefault("prediction", spec.prediction)
         return cls(base=spec.name, sites=tuple(site.name for site in sites), **options)
@@ -124,6 +143,25 @@ class Variant:
             )
         if self.gate == "none" and (self.selection, self.across_depth) != ("soft", "distinct"):
             raise PatchError("a patch without gate selects nothing: leave selection and depth out.")
+        ours = (self.gate_unit, self.gate_form) != ("prompt", "softmax")
+        if ours and (self.gate == "none" or self.selection == "hard"):
+            raise PatchError(
+                f"expected a gate with soft selection for gate unit {self.gate_unit} and form "
+                f"{self.gate_form}, found gate {self.gate}, selection {self.selection}: leave the "
+                "unit and the form out."
+            )
+
+        if self.gate_init == "stages" and not self._has_stages:
+            raise PatchError(
+                "expected a linear residual gate of grids that sees the timestep alone for gate "
+                f"init stages, found gate {self.gate}, unit {self.gate_unit}, form "
+                f"{self.gate_form}, condition {self.condition}: use gate init random."
+            )
+
+    @property
+    def _has_stages(self) -> bool:
+        own = (self.gate, self.gate_unit, self.gate_form, self.condition)
+        return own == ("linear", "grid", "residual", "t")
 
     def _check_counts(self) -> None:
         if type(self.grids) is not int or type(self.prompts) is not int:
@@ -156,8 +194,13 @@ class Variant:
 
     @property
     def count(self) -> int:
-        """K * N, the prompts one site's gate weights."""
+        """K * N, the prompts of one site."""
         return self.grids * self.prompts
+
+    @property
+    def outputs(self) -> int:
+        """Logits of the gate at one site: one for each prompt, or for each grid."""
+        return self.grids if self.gate_unit == "grid" else self.count
 
     @property
     def gate_inputs(self) -> Literal["e", "e+i"]:
@@ -179,11 +222,15 @@ class Variant:
         depths = self.base_spec.depths
         record["sites"] = {name: depths[name] for name in self.sites}
         record["grid"] = None if self.grid is None else list(self.grid)
+        for name, usual in _LATER.items():
+            if record[name] == usual:
+                del record[name]
         return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Variant:
         """The inverse of `to_json`; unknown, missing or mistyped entries are refused."""
+        record = {**_LATER, **record}
         expected = {f.name for f in dataclasses.fields(cls)}
         if set(record) != expected:
             raise PatchError(

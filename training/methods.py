@@ -20,6 +20,7 @@ from dmp_common import Patch, PatchError, attach
 from dmp_common.balancing import GateNoise
 from dmp_common.patchfile import save_patch
 from dmp_common.serialize import serialize, write_atomically
+from dmp_common.timesteps import embed_timesteps
 from training.config import TrainConfig
 from training.families import dit
 from training.frozen import TEXT_FILE, TIME_FILE, FrozenBase
@@ -38,11 +39,13 @@ class PatchMethod(Method):
             self.patch = _load_matching(config, frozen)
         else:
             self.patch = Patch.create(frozen.base, **config.variant, **frozen.facts)
+            if self.patch.variant.gate_init == "stages":
+                self.patch.gate.begin_with_stages(_even_embedding(frozen))
         if config.prompt_scale == "mean":
             self.patch.scale_for_learning()
         self.noise = None
         if config.load_weight and self.patch.variant.gate != "none":
-            self.noise = GateNoise(frozen.base.embedding, self.patch.variant.count)
+            self.noise = GateNoise(frozen.base.embedding, self.patch.variant.outputs)
         self.attachment = attach(frozen.model, self.patch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -188,6 +191,13 @@ def _write_base(
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("_orig_mod."): value for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _even_embedding(frozen: FrozenBase) -> Tensor:
+    """Time embedding (T, E) at timesteps spread evenly over the schedule."""
+    t = torch.linspace(0, 999, max(1000, 2 * frozen.base.embedding))
+    return embed_timesteps(frozen.model, frozen.base, frozen.naming, t)
 
 
 def _load_matching(config: TrainConfig, frozen: FrozenBase) -> Patch:

@@ -16,6 +16,7 @@ from training.families.family import Given
 from training.frozen import FrozenBase
 from training.methods import Method, PatchMethod
 from training.process import Discrete, Process
+from training.relative import RelativeWeights
 from training.variational import variational_term
 
 
@@ -27,6 +28,9 @@ class Student(nn.Module):
         method: what is trained; None for the base alone.
         process: how data become noisy.
         config: weights of the losses.
+
+    Attributes:
+        relative: weights of timesteps for --relative_loss, None without.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Student(nn.Module):
         self._frozen = frozen
         self._process = process
         self._config = config
+        self.relative: RelativeWeights | None = None
 
     def train(self, mode: bool = True) -> Student:
         """Training mode of what is added alone: in its own, the base would drop labels."""
@@ -70,6 +75,8 @@ class Student(nn.Module):
         """
         parts = self.denoising(clean, noise, t, given)
         scale = self._process.weights(t)
+        if self.relative is not None:
+            scale = scale * self.relative(t)
         if weights is not None:
             scale = scale * weights
         losses = {"samples": scale * parts["denoising"]}
@@ -130,7 +137,7 @@ class Student(nn.Module):
         if config.importance_weight:
             losses["importance"] = importance_loss(patch.gate_weights(e))
         if method.noise is not None:
-            k = kept_prompts(patch.variant.count)
+            k = kept_prompts(patch.variant.outputs)
             logits = patch.gate_logits(e)
             losses["load"] = _load(logits, method.noise(e), k, source)
         return losses

@@ -97,13 +97,27 @@ class PatchOptions(BaseModel):
         "patch", "linear", "what weights the prompts; none is naive prompt tuning"
     )
     selection: Literal["soft", "hard"] = option("patch", "soft", "soft weights, or the top 75 %%")
+    grids: int = option("patch", 1, "K, prompt grids of a site; the paper has one", ge=1, le=64)
+    gate_unit: Literal["prompt", "grid"] = option(
+        "patch", "prompt", "what has a weight of its own: each prompt (the paper), or each grid"
+    )
+    gate_form: Literal["softmax", "residual"] = option(
+        "patch",
+        "softmax",
+        "softmax over the prompts (the paper), or residual: 1 + the gate's output, of any sign",
+    )
     across_depth: Literal["distinct", "uniform"] = option(
         "patch", "distinct", "whether the gate sees the depth of a site"
     )
     mix: Literal["add", "prepend"] = option("patch", "add", "how prompts join the input")
     condition: Literal["t", "t+y"] = option("patch", "t", "what the gate sees")
     prompt_init: Literal["zero", "random"] = option("patch", "zero", "how prompts begin")
-    gate_init: Literal["zero", "random"] = option("patch", "zero", "how the gate begins")
+    gate_init: Literal["zero", "random", "stages"] = option(
+        "patch",
+        "zero",
+        "how the gate begins; stages (the default of a residual gate of grids): each grid with a "
+        "part of the timesteps",
+    )
     prompt_scale: Literal["mean", "literal"] = option(
         "patch",
         "mean",
@@ -141,6 +155,12 @@ class ObjectiveOptions(BaseModel):
         "objective", None, "weight timesteps by 1 / (p2_k + SNR)^gamma (1 is usual)", gt=0
     )
     p2_k: float = option("objective", 1.0, "see --p2_gamma", gt=0)
+    relative_loss: bool = option(
+        "objective",
+        False,
+        "weight timesteps by 1 / the base's own loss there, measured first on training images: an "
+        "improvement by 1 %% counts alike at every noise level",
+    )
     variational_weight: float = option(
         "objective", 1.0, "of the variational term, for bases that learn sigma", ge=0
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -23,6 +24,7 @@ from training.optimisers import is_schedule_free, make_optimiser, make_schedule
 from training.outputs import Outputs, require_room
 from training.previews import Previews
 from training.process import Process, process_of
+from training.relative import RelativeWeights, relative_config
 from training.scale import accumulation, is_sharded, shard
 from training.state import History, State, find_resumed, load_state, require_same
 from training.validation import Validation
@@ -45,6 +47,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, Trainin
     base = [] if state is None else state.history.base
     if validation is not None and not base:
         base = validation(Student(frozen, None, process, config).eval())
+    relative = _relative(config, frozen, encoders, process, accelerator, data)
     if previews is not None:
         with accelerator.autocast():
             previews.base = previews.draw()
@@ -57,6 +60,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, Trainin
     if state is not None:
         _resume(prepared, state, facts)
     prepared.history.base = base
+    prepared.student.relative = relative
     per_step = _per_step(config, accelerator)
     metadata = Metadata(config, frozen, data.summary(), per_step, total)
     outputs = Outputs(config, prepared.method, frozen)
@@ -163,6 +167,23 @@ def _validation(
         return None
     data = _data(config, frozen, encoders, accelerator, "validation")
     return Validation(data, encoders, process, config, accelerator)
+
+
+def _relative(
+    config: TrainConfig,
+    frozen: FrozenBase,
+    encoders: FrozenEncoders,
+    process: Process,
+    accelerator: Accelerator,
+    data: Data,
+) -> RelativeWeights | None:
+    """The weights of --relative_loss, from the base's losses on training images."""
+    if not config.relative_loss:
+        return None
+    measured = relative_config(config)
+    measure = Validation(data, encoders, process, measured, accelerator)
+    losses = measure(Student(frozen, None, process, measured).eval())
+    return RelativeWeights(torch.tensor(losses, dtype=torch.float64))
 
 
 def _previews(

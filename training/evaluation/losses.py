@@ -74,6 +74,23 @@ def denoising_loss_by_bin(
     Raises:
         ValueError: arguments that do not fit each other, or an unknown prediction type.
     """
+    return denoising_losses(
+        model, scheduler, images, labels, bins=bins, draws=draws, seed=seed, batch_size=batch_size
+    ).mean(0)
+
+
+def denoising_losses(
+    model: nn.Module,
+    scheduler: SchedulerMixin,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    bins: int = 10,
+    draws: int = 4,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Tensor:
+    """As `denoising_loss_by_bin`, of each image: (B, bins)."""
     timesteps = scheduler.config.num_train_timesteps
     _check_labelled(images, labels)
     if not 1 <= bins <= timesteps:
@@ -82,15 +99,15 @@ def denoising_loss_by_bin(
         raise ValueError(f"expected draws and batch_size >= 1, found {draws} and {batch_size}")
     generator = torch.Generator().manual_seed(seed)
     process = process_of(scheduler, ObjectiveOptions())
-    loss = torch.zeros(bins, dtype=torch.float64)
+    loss = torch.zeros(len(labels), bins, dtype=torch.float64)
     with evaluating(model):
         for b in range(bins):
             first, end = b * timesteps // bins, (b + 1) * timesteps // bins
             for _ in range(draws):
                 t = torch.randint(first, end, labels.shape, generator=generator)
                 noise = torch.randn(images.shape, generator=generator)
-                loss[b] += _squared_error(model, process, images, labels, t, noise, batch_size)
-    return loss / (draws * images.numel())
+                loss[:, b] += _squared_error(model, process, images, labels, t, noise, batch_size)
+    return loss / (draws * images[0].numel())
 
 
 @contextmanager
@@ -114,18 +131,19 @@ def _squared_error(
     t: Tensor,
     noise: Tensor,
     batch_size: int,
-) -> float:
-    """Squared error summed over all images (B, C, H, W) with noise of that shape, t (B,)."""
+) -> Tensor:
+    """Squared error (B,) of each image (B, C, H, W) with noise of that shape, t (B,)."""
     like = next(model.parameters())
-    total = 0.0
+    errors = torch.zeros(len(labels), dtype=torch.float64)
     for rows in torch.arange(len(labels)).split(batch_size):
         x0, eps = (part[rows].to(like.device, like.dtype) for part in (images, noise))
         y, steps = labels[rows].to(like.device), t[rows].to(like.device)
         target = process.target(x0, eps, steps)
         output = model(process.noisy(x0, eps, steps), timestep=steps, class_labels=y).sample
         prediction = output[:, : x0.shape[1]]  # a learned variance behind it is cut off
-        total += float((prediction.float() - target.float()).double().square().sum())
-    return total
+        square = (prediction.float() - target.float()).double().square()
+        errors[rows] = square.flatten(1).sum(1).cpu()
+    return errors
 
 
 def _check_labelled(images: Tensor, labels: Tensor) -> None:

@@ -78,9 +78,7 @@ def load_cifar_split(source: str | Path, split: SplitName) -> ImageSplit:
             for entry in split_names(files.names(name), split):
                 images.append(files.image(entry))
                 labels.append(label)
-    return ImageSplit(
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-    )
+    return _as_split(images, labels)
 
 
 def export_folders(source: str | Path, out: Path) -> None:
@@ -92,6 +90,22 @@ def export_folders(source: str | Path, out: Path) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 for entry in split_names(files.names(name), split):
                     (folder / Path(entry).name).write_bytes(files.data(entry))
+
+
+def load_exported(folder: Path, split: SplitName) -> ImageSplit:
+    """A split from the folders of `export_folders`."""
+    images, labels = [], []
+    with _Files(folder / split) as files:
+        for label, name in enumerate(CLASSES):
+            for entry in sorted(files.names(name)):
+                images.append(files.image(entry))
+                labels.append(label)
+    return _as_split(images, labels)
+
+
+def _as_split(images: list[np.ndarray], labels: list[int]) -> ImageSplit:
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return ImageSplit(pixels, torch.tensor(labels))
 
 
 class _Files:

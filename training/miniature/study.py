@@ -1,0 +1,300 @@
+"""The tables in miniature: every method tuned alike on validation, judged on test.
+
+    python -m training.miniature.study digits --out OUT tune confirm
+    python -m training.miniature.study cifar10 --data DIR --out OUT tune confirm ablate
+
+`tune` trains each method at each of its learning rates (one seed) and judges it on validation;
+`confirm` trains the best rate of each on fresh seeds and judges it on test; `ablate` changes the
+paper's choices one at a time. What is done is not done again: a study that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.miniature import trial
+from training.miniature.subjects import Subject, cifar10, digits
+from training.miniature.tables import bins_table, confirmation_table, tuning_table
+
+CONFIRMATION_SEEDS = (101, 102, 103, 104, 105)
+STAGES = ("tune", "confirm", "ablate", "strength")
+PATCHES = ("dmp", "prompt")
+OURS = "mixture"  # the contender that the others are compared with
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
+_PATCH_RATES = (3e-3, 1e-2, 3e-2)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with everything but its learning rate and seed.
+
+    Args:
+        options: of the trainer.
+        rates: learning rates to choose from, as many for each contender.
+    """
+
+    options: Mapping[str, Any]
+    rates: tuple[float, ...] = _PATCH_RATES
+
+
+_MIXTURE = {"method": "dmp", "gate_unit": "grid", "gate_form": "residual", "grids": 4}
+CONTENDERS: dict[str, Contender] = {
+    "prompt": Contender({"method": "prompt"}),
+    "dmp-paper": Contender(
+        {"method": "dmp", "importance_weight": 1.0, "load_weight": 1.0, "gate_lr_factor": 10.0}
+    ),
+    "dmp-free": Contender({"method": "dmp", "gate_lr_factor": 10.0}),
+    "mixture": Contender(_MIXTURE),
+    "lora": Contender({"method": "lora"}, (1e-3, 3e-3, 1e-2)),
+    "full": Contender({"method": "full"}, (3e-5, 1e-4, 3e-4)),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and its judgement.
+
+    Args:
+        name: folder of the trial.
+        options: of the trainer.
+        split: to judge on.
+        strengths: of a patch, each judged.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    split: str
+    strengths: tuple[float, ...] = (1.0,)
+    frechet: bool = True
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where it happens, and how much of it.
+
+    Args:
+        subject: name of the base.
+        data: folder that `make_cifar` filled; not for digits.
+        out: folder of results.
+        steps: of each training.
+        shared: options of the trainer for every contender.
+    """
+
+    subject: str
+    data: Path | None
+    out: Path
+    steps: int
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self) -> Subject:
+        """The subject itself."""
+        if self.subject == "digits":
+            return digits()
+        if self.data is None:
+            raise ValueError(f"expected --data for {self.subject}: the folder of make_cifar")
+        return cifar10(self.subject, self.data)
+
+    def options(self, contender: str, rate: float, seed: int, **changes: Any) -> dict[str, Any]:
+        """Of the trainer."""
+        own = dict(CONTENDERS[contender].options)
+        return {
+            **self.shared, **own, "learning_rate": rate, "seed": seed,
+            "max_train_steps": self.steps, "lr_warmup_steps": min(50, self.steps // 10), **changes,
+        }  # fmt: skip
+
+    def tuning(self, names: Iterable[str]) -> list[Job]:
+        """Each contender at each of its rates."""
+        return [
+            Job(f"tune/{name}/{rate:g}", self.options(name, rate, 0), "validation", frechet=False)
+            for name in names
+            for rate in CONTENDERS[name].rates
+        ]
+
+    def best_rate(self, name: str) -> float:
+        """The rate that validated best: by the relative loss.
+
+        Raises:
+            FileNotFoundError: it was not tuned.
+        """
+        rates = CONTENDERS[name].rates
+        found = [self.measures(f"tune/{name}/{rate:g}", "validation") for rate in rates]
+        base = self.measures("base", "validation")
+        changes = [float(m.relative(base).mean()) for m in found]
+        return rates[min(range(len(rates)), key=lambda n: (changes[n], rates[n]))]
+
+    def confirmation(self, names: Iterable[str]) -> list[Job]:
+        """The best rate of each contender on fresh seeds."""
+        return [
+            Job(f"confirm/{name}/{seed}", self.options(name, self.best_rate(name), seed), "test")
+            for name in names
+            for seed in CONFIRMATION_SEEDS
+        ]
+
+    def measures(self, name: str, split: str, strength: float = 1.0) -> trial.Measures:
+        """Of a job that is done."""
+        return trial.Measures.load(self.path(name, split, strength))
+
+    def path(self, name: str, split: str, strength: float = 1.0) -> Path:
+        """Of its measures."""
+        suffix = "" if strength == 1.0 else f"-{strength:g}"
+        return self.out / self.subject / name / f"{split}{suffix}.safetensors"
+
+
+def _ablations() -> dict[str, dict[str, Any]]:
+    """The paper's Table 4 in miniature: one choice changed at a time, from its own default."""
+    return {
+        "none": {"method": "prompt"},
+        "linear": {},
+        "attention": {"gate": "attention"},
+        "hard": {"selection": "hard"},
+        "uniform": {"across_depth": "uniform"},
+        "prepend": {"mix": "prepend"},
+        "first half": {"dmp_depth": 3},
+        "t+y": {"condition": "t+y"},
+        "random prompts": {"prompt_init": "random"},
+        "no balancing": {"importance_weight": 0.0, "load_weight": 0.0},
+        "importance alone": {"load_weight": 0.0},
+        "load alone": {"importance_weight": 0.0},
+    }
+
+
+def do(study: Study, job: Job) -> str:
+    """Trains and judges; in a process of its own."""
+    torch.set_num_threads(1)
+    subject = study.open()
+    folder = study.out / study.subject / job.name
+    spec = None if job.name == "base" else trial.train(subject, job.options, folder)
+    for strength in job.strengths:
+        path = study.path(job.name, job.split, strength)
+        trial.measure(subject, spec, job.split, path, frechet=job.frechet, strength=strength)
+    return job.name
+
+
+def do_all(study: Study, jobs: list[Job], processes: int) -> None:
+    """All jobs, several at once; the first error ends the study, what is done stays."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(do, study, job) for job in jobs]
+        for number, future in enumerate(waiting, 1):
+            print(f"{number} of {len(jobs)}: {future.result()}", flush=True)
+
+
+def tune(study: Study, names: list[str], processes: int) -> str:
+    """The first stage; returns its table."""
+    base = Job("base", {}, "validation", frechet=False)
+    do_all(study, [base, *study.tuning(names)], processes)
+    found = {
+        name: {
+            rate: study.measures(f"tune/{name}/{rate:g}", "validation")
+            for rate in CONTENDERS[name].rates
+        }
+        for name in names
+    }
+    chosen = {name: study.best_rate(name) for name in names}
+    return tuning_table(study.measures("base", "validation"), found, chosen)
+
+
+def confirm(study: Study, names: list[str], processes: int) -> str:
+    """The second stage; returns its tables."""
+    do_all(study, [Job("base", {}, "test"), *study.confirmation(names)], processes)
+    base = study.measures("base", "test")
+    found = {
+        name: [study.measures(f"confirm/{name}/{seed}", "test") for seed in CONFIRMATION_SEEDS]
+        for name in names
+    }
+    return "\n\n".join([confirmation_table(base, found, OURS), bins_table(base, found)])
+
+
+def ablate(study: Study, processes: int) -> str:
+    """Table 4 in miniature, on validation, at the paper's method's own rate; two seeds."""
+    seeds, rate = (0, 1), study.best_rate("dmp-paper")
+    jobs = [
+        Job(
+            f"ablate/{name}/{seed}",
+            study.options("dmp-paper", rate, seed, **changes),
+            "validation",
+            frechet=False,
+        )
+        for name, changes in _ablations().items()
+        for seed in seeds
+    ]
+    do_all(study, jobs, processes)
+    found = {
+        name: [study.measures(f"ablate/{name}/{seed}", "validation") for seed in seeds]
+        for name in _ablations()
+    }
+    base = study.measures("base", "validation")
+    return "\n\n".join([confirmation_table(base, found, "linear"), bins_table(base, found)])
+
+
+def strengths(study: Study, names: list[str], processes: int) -> str:
+    """Patches at other strengths than 1, first confirmation seed, test."""
+    seed = CONFIRMATION_SEEDS[0]
+    jobs = [
+        Job(
+            f"confirm/{name}/{seed}",
+            study.options(name, study.best_rate(name), seed),
+            "test",
+            strengths=STRENGTHS,
+        )
+        for name in names
+    ]
+    do_all(study, jobs, processes)
+    found = {
+        f"{name} x {strength:g}": [study.measures(f"confirm/{name}/{seed}", "test", strength)]
+        for name in names
+        for strength in STRENGTHS
+    }
+    base = study.measures("base", "test")
+    lines = ["| patch | loss | relative loss | Frechet distance |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {m.loss / base.loss - 1:+.3%} | {float(m.relative(base).mean()):+.3%} | "
+        f"{m.frechet:.3f} |"
+        for name, (m,) in found.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the stages that the command line names, and print their tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("subject", choices=("digits", "cifar10", "cifar10-s"))
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--data", type=Path, help="folder that make_cifar filled")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=300, help="of each training (default 300)")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--relative_loss", action="store_true", help="train all with it")
+    arguments = parser.parse_args()
+    study = Study(
+        arguments.subject,
+        arguments.data,
+        arguments.out,
+        arguments.steps,
+        {"relative_loss": arguments.relative_loss},
+    )
+    patches = [name for name in arguments.only if CONTENDERS[name].options["method"] in PATCHES]
+    for stage in arguments.stages:
+        table = {
+            "tune": lambda: tune(study, arguments.only, arguments.processes),
+            "confirm": lambda: confirm(study, arguments.only, arguments.processes),
+            "ablate": lambda: ablate(study, arguments.processes),
+            "strength": lambda: strengths(study, patches, arguments.processes),
+        }[stage]()
+        path = study.out / study.subject / f"{stage}.md"
+        path.write_text(table + "\n", encoding="utf-8")
+        print(f"\n{stage} on {study.subject}\n\n{table}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What the miniatures are run on: a base, its data in three splits, and features to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from training.data.digits import load_digits_split
+from training.digits.classifier import load_classifier as load_digit_classifier
+from training.miniature.cifar import SplitName, load_exported
+from training.miniature.classifier import features_of, load_classifier
+
+DIGITS_BASE = Path(__file__).resolve().parents[1] / "digits" / "base"
+
+
+class Split(Protocol):
+    """Images (B, C, H, W) with labels (B,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base to try methods on.
+
+    Args:
+        base: its name in the table of bases.
+        weights: its folder in diffusers format.
+        options: of the trainer: its data, and what all methods share.
+        split: gives "train", "validation" or "test".
+        features: of images (B, C, H, W) in [-1, 1], (B, F).
+        samples: generated images for one Frechet distance; labels are the split's, repeated.
+        sample_steps: of deterministic DDIM.
+        draws: of timestep and noise for each held-out image and bin.
+        loss_images: held-out images for the loss, every so many; None for all.
+    """
+
+    base: str
+    weights: Path
+    options: Mapping[str, Any]
+    split: Callable[[SplitName], Split]
+    features: Callable[[Tensor], Tensor]
+    samples: int
+    sample_steps: int
+    draws: int
+    loss_images: int | None = None
+
+    def labels(self, split: SplitName) -> Tensor:
+        """(samples,) in the class proportions of a split."""
+        labels = self.split(split).labels
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        return labels[order].repeat(-(-self.samples // len(labels)))[: self.samples]
+
+
+def digits() -> Subject:
+    """The bundled base on the digits of scikit-learn."""
+    classifier = load_digit_classifier()
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return classifier.features(images)
+
+    return Subject(
+        base="digits",
+        weights=DIGITS_BASE,
+        options={"dataset_name": "digits", "train_batch_size": 128},
+        split=load_digits_split,  # type: ignore[arg-type]
+        features=features,
+        samples=2000,
+        sample_steps=50,
+        draws=10,
+    )
+
+
+def cifar10(name: str, folder: Path) -> Subject:
+    """A base on CIFAR-10, from the folder that `make_cifar` filled.
+
+    Raises:
+        FileNotFoundError: it did not.
+    """
+    images, weights = folder / "images", folder / name / "base"
+    for path in (images / "train", weights / "transformer"):
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"expected {path}, found nothing: make it with "
+                "`python -m training.miniature.make_cifar`"
+            )
+    kept: dict[str, Split] = {}
+
+    def split(which: SplitName) -> Split:
+        if which not in kept:
+            kept[which] = load_exported(images, which)
+        return kept[which]
+
+    return Subject(
+        base=name,
+        weights=weights,
+        options={
+            "train_data_dir": str(images / "train"),
+            "flip_aug": True,
+            "train_batch_size": 64,
+            "mixed_precision": "bf16",
+        },
+        split=split,
+        features=lambda pictures: features_of(
+            load_classifier(folder / "classifier.safetensors"), pictures
+        ),
+        samples=2500,
+        sample_steps=20,
+        draws=1,
+        loss_images=2000,
+    )

@@ -1,0 +1,156 @@
+"""One trial: a method trained on a base with the trainer itself, and what it is worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmp_common import attach
+from dmp_common.serialize import write_atomically
+from training.config import TrainConfig
+from training.evaluation.frechet import frechet_distance
+from training.evaluation.losses import denoising_losses
+from training.evaluation.models import PatchModel, Spec, load_compared
+from training.evaluation.sampling import sample
+from training.frozen import FrozenBase, load_frozen
+from training.miniature.pretraining import as_float
+from training.miniature.subjects import Subject
+from training.run import run
+
+BINS = 10
+_LOSS_SEED, _SAMPLE_SEED = 7, 1234
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a model did on one split.
+
+    Args:
+        losses: of each held-out image in each bin of timesteps (images, BINS), least noisy first.
+        frechet: Frechet distance of generated images to the split, NaN where not measured.
+    """
+
+    losses: Tensor
+    frechet: float
+
+    @property
+    def loss(self) -> float:
+        """Denoising loss over all timesteps."""
+        return float(self.losses.mean())
+
+    def relative(self, base: Measures) -> Tensor:
+        """(images,): change of the loss as a share of the base's in the bin, mean over bins."""
+        return ((self.losses - base.losses) / base.losses.mean(0)).mean(1)
+
+    def save(self, path: Path) -> None:
+        """Writes them."""
+        save_file({"losses": self.losses, "frechet": torch.tensor(self.frechet).double()}, path)
+
+    @staticmethod
+    def load(path: Path) -> Measures:
+        """Reads them."""
+        kept = load_file(path)
+        return Measures(kept["losses"], float(kept["frechet"]))
+
+
+def train(subject: Subject, options: Mapping[str, Any], folder: Path) -> Spec:
+    """Trains, unless that was done before.
+
+    Args:
+        options: of the trainer; those of the subject are added.
+        folder: gets the file, and `trial.json`, which says that it is whole.
+
+    Raises:
+        ValueError: the folder holds a trial with other options.
+    """
+    told, done = dict(options), folder / "trial.json"
+    config = TrainConfig(
+        base=subject.base,
+        pretrained_model_name_or_path=str(subject.weights),
+        cpu=not torch.cuda.is_available(),
+        output_dir=str(folder),
+        output_name="trained",
+        **{**subject.options, **told},
+    )
+    if done.is_file():
+        before = json.loads(done.read_text(encoding="utf-8"))
+        if before["options"] != told:
+            raise ValueError(
+                f"expected the trial {told} in {folder}, found {before['options']}: choose "
+                "another folder"
+            )
+        path = before["path"]
+    else:
+        path = str(run(config))
+        text = json.dumps({"options": told, "path": path}, indent=1)
+        write_atomically(done, text.encode())
+    return Spec("trial", config.method, path)
+
+
+def measure(
+    subject: Subject,
+    spec: Spec | None,
+    split: str,
+    path: Path,
+    *,
+    frechet: bool = True,
+    strength: float = 1.0,
+) -> Measures:
+    """Measures of a trained model, or of the base (None), read from `path` if they are there.
+
+    Args:
+        split: "validation" or "test".
+        frechet: whether to draw images.
+        strength: of a patch.
+    """
+    if path.is_file():
+        kept = Measures.load(path)
+        if kept.frechet == kept.frechet or not frechet:
+            return kept
+    frozen = load_frozen(
+        TrainConfig(base=subject.base, pretrained_model_name_or_path=str(subject.weights))
+    )
+    compared = None if spec is None else load_compared(spec)
+    if isinstance(compared, PatchModel):
+        context: Any = attach(frozen.model, compared.patch, strength=strength)
+    else:
+        context = nullcontext() if compared is None else compared.on(frozen)
+    with context as used, torch.autocast("cpu", torch.bfloat16, enabled=_half(subject)):
+        model = used if isinstance(used, FrozenBase) else frozen
+        found = _measure(subject, model, split, frechet)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save(path)
+    return found
+
+
+def _measure(subject: Subject, frozen: FrozenBase, split: Any, frechet: bool) -> Measures:
+    held_out = subject.split(split)
+    images = as_float(held_out.images)
+    stride = max(len(images) // (subject.loss_images or len(images)), 1)
+    losses = denoising_losses(
+        frozen.model, frozen.scheduler, images[::stride], held_out.labels[::stride],
+        bins=BINS, draws=subject.draws, seed=_LOSS_SEED,
+    )  # fmt: skip
+    distance = float("nan")
+    if frechet:
+        drawn = sample(
+            frozen.model,
+            frozen.scheduler,
+            subject.labels(split),
+            seed=_SAMPLE_SEED,
+            steps=subject.sample_steps,
+        )
+        distance = frechet_distance(subject.features(drawn), subject.features(images))
+    return Measures(losses, distance)
+
+
+def _half(subject: Subject) -> bool:
+    return subject.options.get("mixed_precision") == "bf16"
