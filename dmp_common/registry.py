@@ -61,7 +61,7 @@ def _fill() -> None:
             architecture="digits",
         )
     )
-    for name, width in (("cifar10", 96), ("cifar10-s", 64)):  # of training/miniature
+    for name, width, grid in (("cifar10", 96, 8), ("cifar10-s", 64, 4)):  # of training/miniature
         register_base(
             families.dit(
                 name,
@@ -70,7 +70,7 @@ def _fill() -> None:
                 patch_size=4,
                 in_channels=3,
                 frequency_shift=1.0,
-                grid=(8, 8),
+                grid=(grid, grid),
                 architecture=name,
             )
         )

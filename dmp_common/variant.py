@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -48,7 +49,8 @@ class Variant:
     Args:
         base: name of the base.
         sites: names of the sites, in order of depth.
-        grid: rows and columns of the prompt grid; None where prompts are prepended.
+        grid: rows and columns of the prompt grid; None where prompts are prepended. By default the
+            base's, and with K grids of gate unit "grid" 1/sqrt(K) of it: as many prompts in all.
         prompts: N, rows x columns, or the number of prepended prompts.
         grids: K, prompt grids a site has; the paper has one.
         gate: "linear" (eq. 3), "attention" (a query from [e ; i], one learned key a prompt), or
@@ -63,8 +65,8 @@ class Variant:
             so that a site's field is a mixture of K grids. Ours, not in the paper.
         gate_form: "softmax" (eq. 3), or "residual": the weight is 1 plus the gate's logit, so it
             can be nothing, negative or large, at each noise level by itself. Ours.
-        prompt_init, gate_init: how training began. "stages", for a residual gate of grids: each grid
-            begins with a part of the timesteps of its own, fading into its neighbours'. Ours.
+        prompt_init, gate_init: how training began. "stages", for a residual gate of grids: each
+            grid begins with a part of the timesteps, fading into its neighbours'. Ours.
         frequency_shift: of the sinusoid behind e; a model with another one is refused.
         prediction: what the base predicted when the patch was trained.
 
@@ -113,7 +115,7 @@ class Variant:
             options.setdefault("prompts", _PREPENDED)
             options.setdefault("grid", None)
         else:
-            grid = options.get("grid", spec.grid)
+            grid = options.get("grid", _usual_grid(spec, options))
             options["grid"] = (grid, grid) if isinstance(grid, int) else _pair(grid)
             options.setdefault("prompts", options["grid"][0] * options["grid"][1])
         if options.get("gate_unit") == "grid":
@@ -260,6 +262,15 @@ class Variant:
                 "grid": None if record["grid"] is None else _pair(record["grid"]),
             }
         )
+
+
+def _usual_grid(spec: Base, options: Mapping[str, Any]) -> tuple[int, int]:
+    """The base's grid; of a mixture each grid is coarser, so that all have as many prompts."""
+    grids = options.get("grids", 1)
+    if options.get("gate_unit") != "grid" or type(grids) is not int or grids < 1:
+        return spec.grid
+    rows, columns = (max(1, round(side / math.sqrt(grids))) for side in spec.grid)
+    return rows, columns
 
 
 def _pair(grid: object) -> tuple[int, int]:

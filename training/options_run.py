@@ -16,11 +16,12 @@ Scheduler = Literal[
 class OptimisationOptions(BaseModel):
     """How the trained values move."""
 
-    recipe: Literal["none", "paper"] = option(
+    recipe: Literal["none", "paper", "stages"] = option(
         "optimisation",
         "none",
         "paper: AdamW, learning rate 1e-4 on the prompts themselves, gate and noise x10, weight "
-        "decay 0, global batch 128, both balancing losses at 1, no EMA",
+        "decay 0, global batch 128, both balancing losses at 1, no EMA; stages: four coarser "
+        "grids, each for a part of the noise levels, trained with --relative_loss",
     )
     optimizer_type: str = option(
         "optimisation",

@@ -49,6 +49,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "load_weight": 1.0,
         "ema_decay": 0.0,
     },
+    # Ours, see docs/RESULTS.md.
+    "stages": {
+        "grids": 4,
+        "gate_unit": "grid",
+        "gate_form": "residual",
+        "relative_loss": True,
+    },
 }
 
 _NO_UNET_LR = "a patch has one rate, --learning_rate, and --gate_lr_factor for its gate"

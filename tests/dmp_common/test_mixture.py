@@ -7,7 +7,7 @@ from dmp_common import Patch, PatchError
 from dmp_common.variant import Variant
 from tests.randomness import randomise
 
-MIXTURE = {"grids": 3, "gate_unit": "grid", "gate_form": "residual"}
+MIXTURE = {"grids": 3, "gate_unit": "grid", "gate_form": "residual", "grid": 4}
 
 
 def _embedding(count=200, width=64):
@@ -35,7 +35,7 @@ def test_a_residual_gate_is_one_plus_its_logit_and_a_field_a_mixture_of_grids():
 
 
 def test_grids_of_a_softmax_share_one_weight():
-    patch = Patch.create("digits", grids=3, gate_unit="grid", gate_init="random")
+    patch = Patch.create("digits", grids=3, gate_unit="grid", gate_init="random", grid=4)
     weights = patch.gate_weights(torch.randn(5, 64)).reshape(5, 6, 3, 16)
     assert (weights == weights[..., :1]).all() and weights.std() > 0
     torch.testing.assert_close(weights[..., 0].sum(-1), torch.ones(5, 6))
@@ -64,6 +64,15 @@ def test_stages_give_each_grid_a_part_of_the_schedule():
     alone = Patch.create("digits", **(MIXTURE | {"grids": 1}))
     alone.gate.begin_with_stages(e)
     torch.testing.assert_close(alone.gate_weights(e), torch.ones(200, 6, 16))
+
+
+def test_a_mixture_has_as_many_prompts_as_one_grid():
+    paper = Patch.create("sd15")
+    mixture = Patch.create("sd15", grids=4, gate_unit="grid", gate_form="residual")
+    assert mixture.variant.grid == (8, 8) and mixture.variant.count == paper.variant.count
+    assert mixture.saved_parameters < paper.saved_parameters
+    assert Patch.create("sd15", grids=2, gate_unit="grid").variant.grid == (11, 11)
+    assert Patch.create("sd15", grids=4).variant.grid == (16, 16)
 
 
 def test_the_mean_weight_is_one_after_scaling_for_learning():

@@ -81,21 +81,38 @@ def load_cifar_split(source: str | Path, split: SplitName) -> ImageSplit:
     return _as_split(images, labels)
 
 
-def export_folders(source: str | Path, out: Path) -> None:
-    """Copies the images to out/<split>/<class>/, as the trainer reads them."""
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """uint8 images (B, 3, 32, 32) at a smaller size that divides 32: means of squares."""
+    if size == SIZE:
+        return images
+    small = torch.nn.functional.avg_pool2d(images.float(), SIZE // size)
+    return small.round().to(torch.uint8)
+
+
+def export_folders(source: str | Path, out: Path, size: int = SIZE) -> None:
+    """Writes the images to out/<split>/<class>/, as the trainer reads them.
+
+    Args:
+        size: of the images; smaller ones are PNG files, those of the source's size are copied.
+    """
     with _Files(Path(source)) as files:
         for split in get_args(SplitName):
             for name in CLASSES:
                 folder = out / split / name
                 folder.mkdir(parents=True, exist_ok=True)
                 for entry in split_names(files.names(name), split):
-                    (folder / Path(entry).name).write_bytes(files.data(entry))
+                    if size == SIZE:
+                        (folder / Path(entry).name).write_bytes(files.data(entry))
+                        continue
+                    pixels = torch.from_numpy(files.image(entry).copy()).permute(2, 0, 1)
+                    small = shrunk(pixels[None], size)[0].permute(1, 2, 0).numpy()
+                    Image.fromarray(small).save(folder / f"{Path(entry).stem}.png")
 
 
-def load_exported(folder: Path, split: SplitName) -> ImageSplit:
+def load_exported(folder: Path, split: SplitName, size: int = SIZE) -> ImageSplit:
     """A split from the folders of `export_folders`."""
     images, labels = [], []
-    with _Files(folder / split) as files:
+    with _Files(folder / split, size) as files:
         for label, name in enumerate(CLASSES):
             for entry in sorted(files.names(name)):
                 images.append(files.image(entry))
@@ -111,8 +128,8 @@ def _as_split(images: list[np.ndarray], labels: list[int]) -> ImageSplit:
 class _Files:
     """A zip or a folder as images by class."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, size: int = SIZE) -> None:
+        self.path, self.size = path, size
         self.zip = zipfile.ZipFile(path) if path.is_file() else None
         if self.zip is not None:
             entries = self.zip.namelist()
@@ -149,8 +166,9 @@ class _Files:
     def image(self, entry: str) -> np.ndarray:
         with Image.open(io.BytesIO(self.data(entry))) as opened:
             image = opened.convert("RGB")
-        if image.size != (SIZE, SIZE):
+        if image.size != (self.size, self.size):
             raise ValueError(
-                f"expected images of {SIZE} x {SIZE} pixels, found {image.size} in {entry}"
+                f"expected images of {self.size} x {self.size} pixels, found {image.size} in "
+                f"{entry}"
             )
         return np.asarray(image)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from training.evaluation.losses import denoising_loss_by_bin
-from training.miniature.cifar import ImageSplit, export_folders, load_cifar_split
+from training.miniature.cifar import ImageSplit, export_folders, load_cifar_split, shrunk
 from training.miniature.classifier import train_classifier
 from training.miniature.pretraining import Pretraining, Recipe, as_float, untie
 
@@ -36,7 +36,11 @@ RECIPE = Recipe(
     flip=True,
     autocast=True,
 )
-RECIPES = {"cifar10": RECIPE, "cifar10-s": replace(RECIPE, heads=1, head_width=64)}
+RECIPES = {
+    "cifar10": RECIPE,
+    # At 16 x 16 pixels, 16 tokens: so small that a computer without GPU does a study in an hour.
+    "cifar10-s": replace(RECIPE, size=16, heads=2, head_width=32, batch=128, steps=8000),
+}
 _KEPT = 600  # steps between states of the constant part
 
 
@@ -49,7 +53,8 @@ def make_base(
         out: folder of the base and its states.
         name: of the folder in `out` that diffusers reads.
     """
-    run, states = Pretraining(recipe, data.images, data.labels, compiled=True), out / "states"
+    images = shrunk(data.images, recipe.size)
+    run, states = Pretraining(recipe, images, data.labels, compiled=True), out / "states"
     states.mkdir(parents=True, exist_ok=True)
     own = states / f"annealing-{recipe.steps}.pt"
     kept = {int(path.stem): path for path in states.glob("[0-9]*.pt")}
@@ -70,7 +75,12 @@ def make_base(
         run.save(states / f"{run.step}.pt" if run.step <= recipe.constant_steps else own)
     model = untie(run.average)
     loss = denoising_loss_by_bin(
-        model, run.scheduler, as_float(held_out.images), held_out.labels, draws=1, batch_size=250
+        model,
+        run.scheduler,
+        as_float(shrunk(held_out.images, recipe.size)),
+        held_out.labels,
+        draws=1,
+        batch_size=250,
     )
     model.save_pretrained(out / name / "transformer")
     run.scheduler.save_pretrained(out / name / "scheduler")
@@ -110,7 +120,8 @@ def main() -> None:
     data = load_cifar_split(arguments.cifar, "train")
     held_out = load_cifar_split(arguments.cifar, "validation")
     if "folders" in arguments.what:
-        export_folders(arguments.cifar, out / "images")
+        for size in {recipe.size for recipe in RECIPES.values()}:
+            export_folders(arguments.cifar, out / f"images-{size}", size)
     if "classifier" in arguments.what:
         make_classifier(out, data, held_out)
     for name, recipe in RECIPES.items():

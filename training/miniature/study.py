@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dmp_common import get_base
 from training.miniature import trial
 from training.miniature.subjects import Subject, cifar10, digits
 from training.miniature.tables import bins_table, confirmation_table, tuning_table
@@ -29,7 +30,7 @@ STAGES = ("tune", "confirm", "ablate", "strength")
 PATCHES = ("dmp", "prompt")
 OURS = "mixture"  # the contender that the others are compared with
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
-_PATCH_RATES = (3e-3, 1e-2, 3e-2)
+_RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,28 @@ class Contender:
     """
 
     options: Mapping[str, Any]
-    rates: tuple[float, ...] = _PATCH_RATES
+    rates: tuple[float, ...] = _RATES
 
 
-_MIXTURE = {"method": "dmp", "gate_unit": "grid", "gate_form": "residual", "grids": 4}
+_RELATIVE = {"relative_loss": True}
 CONTENDERS: dict[str, Contender] = {
-    "prompt": Contender({"method": "prompt"}),
+    # Naive prompt tuning, eq. 2.
+    "prompt": Contender({"method": "prompt", **_RELATIVE}),
+    # The paper's method with its losses, and its gate with our objective.
     "dmp-paper": Contender(
         {"method": "dmp", "importance_weight": 1.0, "load_weight": 1.0, "gate_lr_factor": 10.0}
     ),
-    "dmp-free": Contender({"method": "dmp", "gate_lr_factor": 10.0}),
-    "mixture": Contender(_MIXTURE),
-    "lora": Contender({"method": "lora"}, (1e-3, 3e-3, 1e-2)),
-    "full": Contender({"method": "full"}, (3e-5, 1e-4, 3e-4)),
+    "dmp-gate": Contender({"method": "dmp", "gate_lr_factor": 10.0, **_RELATIVE}),
+    # Ours: as many prompts on coarser grids, each with a part of the noise levels.
+    "mixture": Contender(
+        {"method": "dmp", "gate_unit": "grid", "gate_form": "residual", "grids": 4, **_RELATIVE}
+    ),
+    # The paper's places, each free to be off, negative or strong.
+    "residual": Contender(
+        {"method": "dmp", "gate_form": "residual", "gate_init": "random", **_RELATIVE}
+    ),
+    "lora": Contender({"method": "lora", **_RELATIVE}),
+    "full": Contender({"method": "full", **_RELATIVE}, (1e-5, 3e-5, 1e-4)),
 }
 
 
@@ -85,14 +95,12 @@ class Study:
         data: folder that `make_cifar` filled; not for digits.
         out: folder of results.
         steps: of each training.
-        shared: options of the trainer for every contender.
     """
 
     subject: str
     data: Path | None
     out: Path
     steps: int
-    shared: Mapping[str, Any] = field(default_factory=dict)
 
     def open(self) -> Subject:
         """The subject itself."""
@@ -105,8 +113,10 @@ class Study:
     def options(self, contender: str, rate: float, seed: int, **changes: Any) -> dict[str, Any]:
         """Of the trainer."""
         own = dict(CONTENDERS[contender].options)
+        if "grids" in own:  # K grids of half the side: as many prompts as the others have
+            own["grid"] = (get_base(self.subject).grid or (0,))[0] // 2
         return {
-            **self.shared, **own, "learning_rate": rate, "seed": seed,
+            **own, "learning_rate": rate, "seed": seed,
             "max_train_steps": self.steps, "lr_warmup_steps": min(50, self.steps // 10), **changes,
         }  # fmt: skip
 
@@ -119,16 +129,14 @@ class Study:
         ]
 
     def best_rate(self, name: str) -> float:
-        """The rate that validated best: by the relative loss.
+        """The rate with the lowest loss on validation, the usual mean over all timesteps.
 
         Raises:
             FileNotFoundError: it was not tuned.
         """
         rates = CONTENDERS[name].rates
-        found = [self.measures(f"tune/{name}/{rate:g}", "validation") for rate in rates]
-        base = self.measures("base", "validation")
-        changes = [float(m.relative(base).mean()) for m in found]
-        return rates[min(range(len(rates)), key=lambda n: (changes[n], rates[n]))]
+        losses = {rate: self.measures(f"tune/{name}/{rate:g}", "validation").loss for rate in rates}
+        return min(rates, key=lambda rate: (losses[rate], rate))
 
     def confirmation(self, names: Iterable[str]) -> list[Job]:
         """The best rate of each contender on fresh seeds."""
@@ -274,15 +282,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of each training (default 300)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--relative_loss", action="store_true", help="train all with it")
     arguments = parser.parse_args()
-    study = Study(
-        arguments.subject,
-        arguments.data,
-        arguments.out,
-        arguments.steps,
-        {"relative_loss": arguments.relative_loss},
-    )
+    study = Study(arguments.subject, arguments.data, arguments.out, arguments.steps)
     patches = [name for name in arguments.only if CONTENDERS[name].options["method"] in PATCHES]
     for stage in arguments.stages:
         table = {

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from training.data.digits import load_digits_split
 from training.digits.classifier import load_classifier as load_digit_classifier
-from training.miniature.cifar import SplitName, load_exported
+from training.miniature.cifar import SIZE, SplitName, load_exported
 from training.miniature.classifier import features_of, load_classifier
+from training.miniature.make_cifar import RECIPES
 
 DIGITS_BASE = Path(__file__).resolve().parents[1] / "digits" / "base"
 
@@ -78,13 +80,19 @@ def digits() -> Subject:
     )
 
 
+def _enlarged(pictures: Tensor) -> Tensor:
+    """At the size the classifier was trained at."""
+    return interpolate(pictures, (SIZE, SIZE), mode="bilinear", align_corners=False)
+
+
 def cifar10(name: str, folder: Path) -> Subject:
     """A base on CIFAR-10, from the folder that `make_cifar` filled.
 
     Raises:
         FileNotFoundError: it did not.
     """
-    images, weights = folder / "images", folder / name / "base"
+    size = RECIPES[name].size
+    images, weights = folder / f"images-{size}", folder / name / "base"
     for path in (images / "train", weights / "transformer"):
         if not path.is_dir():
             raise FileNotFoundError(
@@ -95,7 +103,7 @@ def cifar10(name: str, folder: Path) -> Subject:
 
     def split(which: SplitName) -> Split:
         if which not in kept:
-            kept[which] = load_exported(images, which)
+            kept[which] = load_exported(images, which, size)
         return kept[which]
 
     return Subject(
@@ -104,12 +112,12 @@ def cifar10(name: str, folder: Path) -> Subject:
         options={
             "train_data_dir": str(images / "train"),
             "flip_aug": True,
-            "train_batch_size": 64,
+            "train_batch_size": RECIPES[name].batch,
             "mixed_precision": "bf16",
         },
         split=split,
         features=lambda pictures: features_of(
-            load_classifier(folder / "classifier.safetensors"), pictures
+            load_classifier(folder / "classifier.safetensors"), _enlarged(pictures)
         ),
         samples=2500,
         sample_steps=20,

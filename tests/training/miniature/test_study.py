@@ -1,0 +1,109 @@
+"""A whole study in small: the real trainer on the real digits, few steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from training.miniature import study as module
+from training.miniature import subjects
+from training.miniature.study import CONTENDERS, Job, Study, ablate, confirm, do, strengths, tune
+from training.miniature.tables import bins_table, confirmation_table
+from training.miniature.trial import Measures
+
+
+def _measures(value, frechet=1.0, images=4):
+    return Measures(torch.full((images, 2), value, dtype=torch.float64), frechet)
+
+
+def test_tables_say_changes_and_intervals():
+    base = _measures(0.2, 5.0)
+    ours = [_measures(0.18 + 0.001 * n, 4.0 + 0.1 * n) for n in range(3)]
+    other = [_measures(0.19, 4.5)] * 3
+    table = confirmation_table(base, {"mixture": ours, "prompt": other}, "mixture")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert rows[2] == ["base", "0.20000", "0", "5.000", "", "", ""]
+    assert rows[3][0] == "mixture" and rows[3][1].startswith("-9.500 % +- 0.500")
+    assert rows[4][1].startswith("-5.000 % +- 0.000")
+    # -4.5 per cent, and the t interval of three values 0.5 apart: 4.303 * 0.5 / sqrt(3)
+    assert rows[4][4] == "-4.500 [-5.742, -3.258]"
+    assert rows[4][6] == "-0.400 [-0.648, -0.152]"
+    bins = bins_table(base, {"mixture": ours})
+    assert "| mixture | -9.50 | -9.50 |" in bins
+
+
+def test_relative_loss_counts_every_bin_alike():
+    base = Measures(torch.tensor([[1.0, 0.01], [3.0, 0.03]]).double(), 1.0)
+    other = Measures(base.losses * torch.tensor([1.0, 0.5]), 1.0)
+    assert float(other.relative(base).mean()) == pytest.approx(-0.25)
+
+
+def test_contenders_have_as_many_rates_and_prompts_each():
+    assert len({len(contender.rates) for contender in CONTENDERS.values()}) == 1
+    study = Study("digits", None, None, 10)
+    options = study.options("mixture", 1e-3, 0)
+    assert options["grid"] ** 2 * options["grids"] == 16
+
+
+def test_every_ablation_is_a_variant():
+    from dmp_common import Patch
+    from training.config import TrainConfig
+
+    for changes in module._ablations().values():
+        options = {**CONTENDERS["dmp-paper"].options, **changes}
+        Patch.create("digits", **TrainConfig(**options).variant)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer contenders, images and steps; jobs in this process."""
+    full = subjects.digits()
+    few = replace(full, samples=100, sample_steps=2, draws=1, options={
+        **full.options, "train_batch_size": 8})  # fmt: skip
+    monkeypatch.setattr(Study, "open", lambda self: few)
+    monkeypatch.setattr(module, "CONFIRMATION_SEEDS", (101, 102))
+    monkeypatch.setattr(module, "STRENGTHS", (1.0, 2.0))
+    kept = {name: replace(CONTENDERS[name], rates=(1e-3, 1e-2)) for name in ("prompt", "mixture")}
+    monkeypatch.setattr(module, "CONTENDERS", {**kept, "dmp-paper": kept["prompt"]})
+    monkeypatch.setattr(
+        module, "_ablations", lambda: {"linear": {}, "none": {"learning_rate": 1e-3}}
+    )
+    done = []
+
+    def do_all(study, jobs, processes):
+        done.extend(do(study, job) for job in jobs)
+
+    monkeypatch.setattr(module, "do_all", do_all)
+    return done
+
+
+def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
+    study, names = Study("digits", None, tmp_path, 3), ["prompt", "mixture"]
+    table = tune(study, names, 1)
+    assert table.count("(chosen)") == 2 and len(table.splitlines()) == 2 + 4
+    table = confirm(study, names, 1)
+    assert "| base |" in table and "| mixture |" in table
+    folder = tmp_path / "digits" / "confirm" / "mixture" / "101"
+    assert (folder / "test.safetensors").is_file() and not (
+        folder / "validation.safetensors"
+    ).exists()
+    before = (folder / "trained.safetensors").stat().st_mtime_ns
+    table = strengths(study, ["mixture"], 1)
+    assert "| mixture x 2 |" in table
+    assert (folder / "trained.safetensors").stat().st_mtime_ns == before  # not trained again
+    tune(study, ["dmp-paper"], 1)
+    assert "| none |" in ablate(study, 1)
+
+
+def test_a_folder_of_another_trial_is_refused(small, tmp_path):
+    study = Study("digits", None, tmp_path, 2)
+    do(study, Job("x", study.options("prompt", 1e-3, 0), "validation", frechet=False))
+    with pytest.raises(ValueError, match="choose another folder"):
+        do(study, Job("x", study.options("prompt", 1e-2, 0), "validation", frechet=False))
+
+
+def test_cifar_needs_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="expected --data"):
+        Study("cifar10", None, tmp_path, 2).open()
+    with pytest.raises(FileNotFoundError, match="make_cifar"):
+        Study("cifar10", tmp_path, tmp_path, 2).open()
