@@ -39,12 +39,12 @@ class TrainConfig(
     @property
     def variant(self) -> dict[str, Any]:
         """The options of `Patch.create`."""
-        names = ("gate", "selection", "across_depth", "mix", "condition", "prompt_init", "grids")
+        names = ("gate", "selection", "across_depth", "mix", "condition", "prompt_init")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.method == "prompt":
             options["gate"] = "none"
         else:
-            options |= {name: getattr(self, name) for name in ("gate_unit", "gate_form")}
+            options |= {name: getattr(self, name) for name in ("grids", "gate_unit", "gate_form")}
         options["gate_init"] = self.gate_init
         if options.get("gate_unit") == "grid" and "gate_init" not in self.model_fields_set:
             del options["gate_init"]  # the variant knows which suits

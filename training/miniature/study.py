@@ -50,6 +50,8 @@ _RELATIVE = {"relative_loss": True}
 CONTENDERS: dict[str, Contender] = {
     # Naive prompt tuning, eq. 2.
     "prompt": Contender({"method": "prompt", **_RELATIVE}),
+    # The same on the mixture's coarser grid: is it the gate, or are there just fewer values?
+    "prompt-coarse": Contender({"method": "prompt", **_RELATIVE}),
     # The paper's method with its losses, and its gate with our objective.
     "dmp-paper": Contender(
         {"method": "dmp", "importance_weight": 1.0, "load_weight": 1.0, "gate_lr_factor": 10.0}
@@ -113,7 +115,8 @@ class Study:
     def options(self, contender: str, rate: float, seed: int, **changes: Any) -> dict[str, Any]:
         """Of the trainer."""
         own = dict(CONTENDERS[contender].options)
-        if "grids" in own:  # K grids of half the side: as many prompts as the others have
+        # K = 4 grids of half the side: as many prompts as the others have.
+        if contender in ("mixture", "prompt-coarse"):
             own["grid"] = (get_base(self.subject).grid or (0,))[0] // 2
         return {
             **own, "learning_rate": rate, "seed": seed,
