@@ -158,7 +158,7 @@ def gate_heatmap(
 def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Values]:
     """What a heat map shows: timesteps (T,) from noise to picture, weights (T, S, K*N).
 
-    Soft weights are times K*N, so that their mean is 1.
+    Soft weights are times K*N (K, where a whole grid has one), so that their mean is 1.
     """
     timesteps = torch.as_tensor(timesteps).detach().float().cpu()
     size = patch.base.embedding
@@ -172,7 +172,7 @@ def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Val
         weights = patch.gate_weights(e.detach().to(next(patch.parameters()).device))
     if not weights.isfinite().all():
         raise PatchError("expected finite gate weights, found NaN: is the time embedding damaged?")
-    weights = weights.float().cpu()[order] * (patch.variant.count if _is_soft(patch) else 1)
+    weights = weights.float().cpu()[order] * (patch.variant.outputs if _is_soft(patch) else 1)
     return timesteps[order].numpy(), weights.numpy()
 
 
@@ -226,7 +226,11 @@ def _subtitle(patch: Patch) -> str:
         kind += ", hard: the top 75 % have weight 1"
     if variant.grid is None:
         return f"{kind}. {variant.count} prompts in front of the image tokens."
+    if variant.gate_form == "residual":
+        kind = f"Residual {variant.gate} gate"
     place = "{} x {} prompts".format(*variant.grid)
+    if variant.gate_unit == "grid":
+        return f"{kind}. {variant.grids} grids of {place}, each with one weight."
     if variant.grids > 1:
         how = f"summed, x {variant.prompts}" if _is_soft(patch) else "averaged"
         return f"{kind}. {variant.grids} grids of {place}. Right: as maps, the grids {how}."
@@ -244,11 +248,12 @@ def _colour_scale(values: Values, soft: bool, log: bool | None) -> ColourScale:
 
 
 def _label(patch: Patch, scale: ColourScale) -> str:
-    label = f"weight x {patch.variant.count} (mean 1)" if _is_soft(patch) else "weight"
+    label = f"weight x {patch.variant.outputs} (mean 1)" if _is_soft(patch) else "weight"
     if scale.low == scale.high:
         return "constant " + label
     return label + ", log" if scale.log else label
 
 
 def _is_soft(patch: Patch) -> bool:
-    return patch.variant.gate != "none" and patch.variant.selection == "soft"
+    variant = patch.variant
+    return variant.gate != "none" and variant.selection == "soft" and variant.gate_form == "softmax"

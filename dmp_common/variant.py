@@ -118,9 +118,11 @@ class Variant:
             grid = options.get("grid", _usual_grid(spec, options))
             options["grid"] = (grid, grid) if isinstance(grid, int) else _pair(grid)
             options.setdefault("prompts", options["grid"][0] * options["grid"][1])
-        if options.get("gate_unit") == "grid":
+        if options.get("gate_unit") == "grid" and options.get("gate") != "none":
             # Equal grids would stay equal.
-            fitting = options.get("gate_form") == "residual"
+            usual = {"gate": "linear", "gate_form": "residual", "condition": "t"}
+            given = {"gate": "linear", "gate_form": "softmax", "condition": "t", **options}
+            fitting = all(given[name] == value for name, value in usual.items())
             options.setdefault("gate_init", "stages" if fitting else "random")
         options.setdefault("frequency_shift", spec.frequency_shift)
         options.setdefault("prediction", spec.prediction)

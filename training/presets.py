@@ -48,6 +48,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "importance_weight": 1.0,
         "load_weight": 1.0,
         "ema_decay": 0.0,
+        "grids": 1,
+        "gate_unit": "prompt",
+        "gate_form": "softmax",
+        "relative_loss": False,
     },
     # Ours, see docs/RESULTS.md.
     "stages": {

@@ -126,6 +126,15 @@ def test_order_of_timesteps_does_not_matter():
         ({"condition": "t+y"}, "Linear gate"),
         ({"grids": 3}, "3 grids of 4 x 4 prompts. Right: as maps, the grids summed, x 16"),
         ({"grids": 3, "selection": "hard"}, "the grids averaged"),
+        (
+            {"grids": 3, "gate_unit": "grid", "gate_init": "random"},
+            "Linear gate. 3 grids of 2 x 2 prompts, each with one weight",
+        ),
+        (
+            {"grids": 2, "gate_unit": "grid", "gate_form": "residual"},
+            "Residual linear gate. 2 grids of 3 x 3 prompts, each with one weight",
+        ),
+        ({"gate_form": "residual"}, "Residual linear gate. 4 x 4 prompts"),
         ({"mix": "prepend"}, "50 prompts in front of the image tokens"),
         ({"grid": (2, 5)}, "2 x 5 prompts"),
         ({"grid": (3, 300)}, "3 x 300 prompts"),
@@ -203,6 +212,11 @@ def test_values_are_gate_weights_times_their_number():
     assert steps.tolist() == STEPS.tolist()
     assert np.allclose(values, patch.gate_weights(e).detach().numpy() * 16)
     assert np.allclose(values.mean(-1), 1, atol=1e-6)
+    of_grids = random_patch(grids=3, gate_unit="grid", gate_init="random")
+    assert np.allclose(gate_values(of_grids, STEPS, e)[1].mean(-1), 1, atol=1e-6)
+    residual = random_patch(gate_form="residual")
+    found = gate_values(residual, STEPS, e)[1]
+    assert np.allclose(found, residual.gate_weights(e).detach().numpy(), atol=1e-6)
 
 
 def test_long_titles_fit(texts):
