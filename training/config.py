@@ -45,9 +45,8 @@ class TrainConfig(
             options["gate"] = "none"
         else:
             options |= {name: getattr(self, name) for name in ("grids", "gate_unit", "gate_form")}
-        options["gate_init"] = self.gate_init
-        if options.get("gate_unit") == "grid" and "gate_init" not in self.model_fields_set:
-            del options["gate_init"]  # the variant knows which suits
+        if self.gate_init is not None:
+            options["gate_init"] = self.gate_init
         if self.grid is not None:
             options["grid"] = self.grid
         if self.dmp_depth is not None:

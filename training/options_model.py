@@ -112,11 +112,11 @@ class PatchOptions(BaseModel):
     mix: Literal["add", "prepend"] = option("patch", "add", "how prompts join the input")
     condition: Literal["t", "t+y"] = option("patch", "t", "what the gate sees")
     prompt_init: Literal["zero", "random"] = option("patch", "zero", "how prompts begin")
-    gate_init: Literal["zero", "random", "stages"] = option(
+    gate_init: Literal["zero", "random", "stages"] | None = option(
         "patch",
-        "zero",
-        "how the gate begins; stages (the default of a residual gate of grids): each grid with a "
-        "part of the timesteps",
+        None,
+        "how the gate begins (default: zero; of a residual gate of grids stages, each grid with a "
+        "part of the timesteps)",
     )
     prompt_scale: Literal["mean", "literal"] = option(
         "patch",

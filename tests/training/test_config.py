@@ -94,7 +94,7 @@ def test_toml_is_between_command_line_and_recipe_and_preset(tmp_path: Path) -> N
     config = parse_arguments(["--config_file", file, "--max_train_steps", "3", "--no-flip_aug"])
     assert config.max_train_steps == 3  # command line
     assert config.weight_decay == 0.5  # file, not the recipe's 0
-    assert config.learning_rate == 1e-4  # recipe, not the preset's 3e-3
+    assert config.learning_rate == 1e-4  # recipe, not the preset's 3e-4
     assert config.lr_warmup_steps == 0
     assert config.train_batch_size == PRESETS["digits"]["train_batch_size"]  # preset
     assert config.flip_aug is False

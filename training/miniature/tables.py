@@ -35,8 +35,8 @@ def confirmation_table(base: Measures, found: Mapping[str, Sequence[Measures]], 
         cells = [_spread(v, 100 if n < 2 else 1) for n, v in enumerate(values)]
         against = [""] * 3
         if name != ours and ours in found:
-            differences = [a - b for a, b in zip(columns(base, found[ours]), values, strict=True)]
-            against = [_interval(d, 100 if n < 2 else 1) for n, d in enumerate(differences)]
+            pairs = zip(columns(base, found[ours]), values, strict=True)
+            against = [_interval(a, b, 100 if n < 2 else 1) for n, (a, b) in enumerate(pairs)]
         lines.append(f"| {name} | {' | '.join(cells + against)} |")
     return "\n".join(lines)
 
@@ -71,6 +71,9 @@ def _spread(values: torch.Tensor, scale: float) -> str:
     return f"{scale * values.mean():{sign}.3f}{unit} +- {scale * values.std():.3f}"
 
 
-def _interval(differences: torch.Tensor, scale: float) -> str:
-    mean, low, high = (scale * x for x in t_interval(differences))
+def _interval(a: torch.Tensor, b: torch.Tensor, scale: float) -> str:
+    """Paired by seed: equal seeds saw equal images and noise in equal order."""
+    if len(a) < 2:
+        return f"{scale * float(a.mean() - b.mean()):+.3f}"
+    mean, low, high = (scale * x for x in t_interval(a - b))
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
