@@ -77,8 +77,8 @@ def test_digits_with_all_controls(digits_models: dict[str, Path], tmp_path: Path
     assert base["loss"] == pytest.approx(sum(base["loss_by_bin"]) / 2)
     ours = data["models"]["ours"]
     assert ours["files"] == [str(digits_models[name]) for name in ("dmp0", "dmp1")]
-    assert ours["trained"] == {"learning_rate": 0.003, "ema_decay": 0.99, "steps": 1}
-    assert ours["parameters"] == 7200
+    assert ours["trained"] == {"learning_rate": 0.0003, "ema_decay": 0.99, "steps": 1}
+    assert ours["parameters"] == 6408
     assert ours["loss"] != base["loss"]
     assert data["settings"]["not_computed"].keys() == {"sfid", "clip_score"}
     differences = {(d["model"], d["against"], d["measure"], d["over"]): d
