@@ -112,10 +112,8 @@ class Gate(nn.Module):
         """
         places = torch.linspace(0, 1, e.shape[0], dtype=torch.float64)[:, None]
         grids = self.variant.grids
-        knots = torch.linspace(0, 1, grids, dtype=torch.float64) if grids > 1 else places[:1, 0]
-        weights = (1 - (places - knots).abs() * max(grids - 1, 1)).clamp(min=0)  # (T, K)
-        if grids == 1:
-            weights = torch.ones_like(weights)
+        knots = torch.linspace(0, 1, grids, dtype=torch.float64)
+        weights = (1 - (places - knots).abs() * (grids - 1)).clamp(min=0)  # (T, K); 1 for one grid
         inputs = torch.cat([e.detach().cpu().double(), torch.ones_like(places)], dim=1)
         fitted = torch.linalg.lstsq(inputs, weights - 1.0, driver="gelsd", rcond=3e-3).solution
         self.weight.zero_()

@@ -38,6 +38,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 # Entries that files have had since the first ones; where one is missing, the file is older or means
 # the paper's choice, which is not written.
 _LATER: dict[str, str] = {"gate_unit": "prompt", "gate_form": "softmax"}
+# What a gate must be to begin with stages: a place in the schedule for each whole grid.
+_STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
 _LIMIT = 1 << 16  # prompts of one site; far above any use, below any harm
 
@@ -120,9 +122,7 @@ class Variant:
             options.setdefault("prompts", options["grid"][0] * options["grid"][1])
         if options.get("gate_unit") == "grid" and options.get("gate") != "none":
             # Equal grids would stay equal.
-            usual = {"gate": "linear", "gate_form": "residual", "condition": "t"}
-            given = {"gate": "linear", "gate_form": "softmax", "condition": "t", **options}
-            fitting = all(given[name] == value for name, value in usual.items())
+            fitting = all(options.get(n, getattr(cls, n)) == value for n, value in _STAGED.items())
             options.setdefault("gate_init", "stages" if fitting else "random")
         options.setdefault("frequency_shift", spec.frequency_shift)
         options.setdefault("prediction", spec.prediction)
@@ -155,17 +155,13 @@ class Variant:
                 "unit and the form out."
             )
 
-        if self.gate_init == "stages" and not self._has_stages:
+        staged = all(getattr(self, name) == value for name, value in _STAGED.items())
+        if self.gate_init == "stages" and not staged:
             raise PatchError(
                 "expected a linear residual gate of grids that sees the timestep alone for gate "
                 f"init stages, found gate {self.gate}, unit {self.gate_unit}, form "
                 f"{self.gate_form}, condition {self.condition}: use gate init random."
             )
-
-    @property
-    def _has_stages(self) -> bool:
-        own = (self.gate, self.gate_unit, self.gate_form, self.condition)
-        return own == ("linear", "grid", "residual", "t")
 
     def _check_counts(self) -> None:
         if type(self.grids) is not int or type(self.prompts) is not int:

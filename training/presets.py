@@ -7,8 +7,9 @@ from typing import Any
 # Options that name data; one of them is needed.
 SOURCES = ("train_data_dir", "dataset_config", "webdataset", "dataset_name")
 
-# Measured for digits, see docs/RESULTS.md; the others are sizes that fit, not tuned.
+# Ours, see docs/RESULTS.md.
 _STAGES = {"grids": 4, "gate_unit": "grid", "gate_form": "residual", "relative_loss": True}
+# Measured for digits, see docs/RESULTS.md; the others are sizes that fit, not tuned.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         **_STAGES,
@@ -55,7 +56,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gate_form": "softmax",
         "relative_loss": False,
     },
-    # Ours, see docs/RESULTS.md.
     "stages": _STAGES,
 }
 

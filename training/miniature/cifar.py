@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -71,14 +72,8 @@ def load_cifar_split(source: str | Path, split: SplitName) -> ImageSplit:
         ValueError: classes are missing, or images of another size.
         OSError: nothing there.
     """
-    path = Path(source)
-    images, labels = [], []
-    with _Files(path) as files:
-        for label, name in enumerate(CLASSES):
-            for entry in split_names(files.names(name), split):
-                images.append(files.image(entry))
-                labels.append(label)
-    return _as_split(images, labels)
+    with _Files(Path(source)) as files:
+        return files.read(lambda names: split_names(names, split))
 
 
 def shrunk(images: Tensor, size: int) -> Tensor:
@@ -111,18 +106,8 @@ def export_folders(source: str | Path, out: Path, size: int = SIZE) -> None:
 
 def load_exported(folder: Path, split: SplitName, size: int = SIZE) -> ImageSplit:
     """A split from the folders of `export_folders`."""
-    images, labels = [], []
     with _Files(folder / split, size) as files:
-        for label, name in enumerate(CLASSES):
-            for entry in sorted(files.names(name)):
-                images.append(files.image(entry))
-                labels.append(label)
-    return _as_split(images, labels)
-
-
-def _as_split(images: list[np.ndarray], labels: list[int]) -> ImageSplit:
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return ImageSplit(pixels, torch.tensor(labels))
+        return files.read(sorted)
 
 
 class _Files:
@@ -151,6 +136,16 @@ class _Files:
     def __exit__(self, *raised: object) -> None:
         if self.zip is not None:
             self.zip.close()
+
+    def read(self, choose: Callable[[list[str]], list[str]]) -> ImageSplit:
+        """The chosen images of every class."""
+        images, labels = [], []
+        for label, name in enumerate(CLASSES):
+            for entry in choose(self.names(name)):
+                images.append(self.image(entry))
+                labels.append(label)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        return ImageSplit(pixels, torch.tensor(labels))
 
     def names(self, name: str) -> list[str]:
         if not self.by_class[name]:

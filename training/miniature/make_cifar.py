@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,8 +118,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    data = load_cifar_split(arguments.cifar, "train")
-    held_out = load_cifar_split(arguments.cifar, "validation")
+    try:
+        data = load_cifar_split(arguments.cifar, "train")
+        held_out = load_cifar_split(arguments.cifar, "validation")
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        parser.error(f"--cifar {arguments.cifar}: {error}")
     if "folders" in arguments.what:
         for size in {recipe.size for recipe in RECIPES.values()}:
             export_folders(arguments.cifar, out / f"images-{size}", size)

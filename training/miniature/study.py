@@ -24,6 +24,7 @@ from dmp_common import get_base
 from training.miniature import trial
 from training.miniature.subjects import Subject, cifar10, digits
 from training.miniature.tables import bins_table, confirmation_table, tuning_table
+from training.presets import RECIPES
 
 CONFIRMATION_SEEDS = (101, 102, 103, 104, 105)
 STAGES = ("tune", "confirm", "ablate", "strength")
@@ -58,9 +59,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "dmp-gate": Contender({"method": "dmp", "gate_lr_factor": 10.0, **_RELATIVE}),
     # Ours: as many prompts on coarser grids, each with a part of the noise levels.
-    "mixture": Contender(
-        {"method": "dmp", "gate_unit": "grid", "gate_form": "residual", "grids": 4, **_RELATIVE}
-    ),
+    "mixture": Contender({"method": "dmp", **RECIPES["stages"]}),
     # The paper's places, each free to be off, negative or strong.
     "residual": Contender(
         {"method": "dmp", "gate_form": "residual", "gate_init": "random", **_RELATIVE}
@@ -287,6 +286,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     study = Study(arguments.subject, arguments.data, arguments.out, arguments.steps)
+    try:
+        study.open()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     patches = [name for name in arguments.only if CONTENDERS[name].options["method"] in PATCHES]
     for stage in arguments.stages:
         table = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch.nn.functional import interpolate
 from training.data.digits import load_digits_split
 from training.digits.classifier import load_classifier as load_digit_classifier
 from training.miniature.cifar import SIZE, SplitName, load_exported
-from training.miniature.classifier import features_of, load_classifier
+from training.miniature.classifier import CifarClassifier, features_of, load_classifier
 from training.miniature.make_cifar import RECIPES
 
 DIGITS_BASE = Path(__file__).resolve().parents[1] / "digits" / "base"
@@ -99,12 +100,14 @@ def cifar10(name: str, folder: Path) -> Subject:
                 f"expected {path}, found nothing: make it with "
                 "`python -m training.miniature.make_cifar`"
             )
-    kept: dict[str, Split] = {}
 
+    @cache
     def split(which: SplitName) -> Split:
-        if which not in kept:
-            kept[which] = load_exported(images, which, size)
-        return kept[which]
+        return load_exported(images, which, size)
+
+    @cache
+    def classifier() -> CifarClassifier:  # where only losses are asked for it may be missing
+        return load_classifier(folder / "classifier.safetensors")
 
     return Subject(
         base=name,
@@ -116,9 +119,7 @@ def cifar10(name: str, folder: Path) -> Subject:
             "mixed_precision": "bf16",
         },
         split=split,
-        features=lambda pictures: features_of(
-            load_classifier(folder / "classifier.safetensors"), _enlarged(pictures)
-        ),
+        features=lambda pictures: features_of(classifier(), _enlarged(pictures)),
         samples=2500,
         sample_steps=20,
         draws=1,

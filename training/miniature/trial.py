@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def measure(
     """
     if path.is_file():
         kept = Measures.load(path)
-        if kept.frechet == kept.frechet or not frechet:
+        if not (frechet and math.isnan(kept.frechet)):
             return kept
     frozen = load_frozen(
         TrainConfig(base=subject.base, pretrained_model_name_or_path=str(subject.weights))

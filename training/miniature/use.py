@@ -168,9 +168,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="for one distance")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    subject = Study(arguments.subject, arguments.data, Path(), 0).open()
-    use = Use(subject, Patch.load(arguments.patch), arguments.full, arguments.samples)
-    print("\n" + table(use))
+    try:
+        subject = Study(arguments.subject, arguments.data, Path(), 0).open()
+        use = Use(subject, Patch.load(arguments.patch), arguments.full, arguments.samples)
+        print("\n" + table(use))
+    except (ValueError, OSError) as error:  # a PatchError is a ValueError
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
