@@ -26,7 +26,7 @@ from dmp_common import Patch, get_base
 from dmp_common.patchfile import file_hash
 from tests.a1111_dmp import tiny_base
 from tests.a1111_dmp.server import FailedError, Made, Server, encoded
-from tests.randomness import randomise
+from tests.randomness import STAGES, randomise
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -62,7 +62,7 @@ def folder() -> Path:
     tiny_base.register()
     (folder / "deep").mkdir(parents=True, exist_ok=True)
     save_random(folder / f"{A}.safetensors", 1, base)
-    save_random(folder / f"{B}.safetensors", 2, base, sites="all")
+    save_random(folder / f"{B}.safetensors", 2, base, sites="all", **STAGES)
     Patch.create(base).save(folder / f"{ZERO}.safetensors")
     Patch.create("sdxl").save(folder / "test-sdxl.safetensors")
     Patch.create(base, prediction=other_prediction()).save(folder / "test-v.safetensors")

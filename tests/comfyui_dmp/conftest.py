@@ -24,6 +24,7 @@ import torch
 
 from dmp_common import Patch
 from tests.comfyui_dmp.server import Server, made, save_random, started
+from tests.randomness import STAGES
 
 collect_ignore = [
     "family.py",
@@ -96,7 +97,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def _fill(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_random(folder / "test-a.safetensors", Patch.create("sd15"), 1)
-    save_random(folder / "deep" / "test-b.safetensors", Patch.create("sd15", sites="all"), 2)
+    stages = Patch.create("sd15", sites="all", **STAGES)
+    save_random(folder / "deep" / "test-b.safetensors", stages, 2)
     Patch.create("sd15").save(folder / "test-zero.safetensors")
     Patch.create("sd15").save(folder / "test-gone.safetensors")
     Patch.create("sdxl").save(folder / "test-sdxl.safetensors")

@@ -126,18 +126,19 @@ def test_good_run_after_errors_and_an_interrupt(server, branches):
     assert same(pictures["plain"], branches["plain"])
 
 
-def test_heat_map_and_info(server):
+@pytest.mark.parametrize(("file", "parameters"), [(A, "2,785,792"), (B, "5,411,848")])
+def test_heat_map_and_info(server, file, parameters):
     graph = Graph(server.checkpoint)
     inputs = {"scheduler": "karras", "steps": 12, "sites": "first, last", "scale": "shared"}
     image = graph.add(
-        "heatmap", "DMP_GateHeatmap", dmp_patch=graph.load(A), model=graph.plain, **inputs
+        "heatmap", "DMP_GateHeatmap", dmp_patch=graph.load(file), model=graph.plain, **inputs
     )
     graph.add("picture", "PreviewImage", images=image)
-    graph.add("info", "DMP_PatchInfo", dmp_patch=graph.load(A))
+    graph.add("info", "DMP_PatchInfo", dmp_patch=graph.load(file))
     prompt = server.start(graph.nodes)
     entry = server.wait(prompt)
     assert entry["status"]["status_str"] == "success"
-    assert "2,785,792" in entry["outputs"]["info"]["text"][0]
+    assert parameters in entry["outputs"]["info"]["text"][0]
     assert server.picture(entry["outputs"]["picture"]["images"][0]).std() > 10
 
 

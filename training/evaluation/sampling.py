@@ -192,17 +192,19 @@ def sample(
     steps: int = 50,
     guidance_scale: float = 1.0,
     null_label: int | None = None,
+    sampler: str = "default",
     batch_size: int = 500,
 ) -> Tensor:
-    """Draw one image per label of a pixel model with deterministic DDIM, classifier-free guided.
+    """Draw one image per label of a pixel model, classifier-free guided.
 
     Args:
         model: diffusers model with `config.in_channels` and `config.sample_size`.
-        scheduler: any diffusers scheduler; DDIM takes over its betas and prediction type.
+        scheduler: any diffusers scheduler; the sampler takes over its betas and prediction type.
         labels: (B,) class ids.
         seed: decides the initial noise alone; image i is comparable between two models.
         guidance_scale: w in uncond + w (cond - uncond); 1 evaluates the conditional branch only.
         null_label: class id that means "no class"; by default the DiT's number of classes.
+        sampler: a deterministic one, see `make_sampler`; DDIM if none is named.
 
     Returns:
         (B, C, H, W) float32 on the CPU, clipped to [-1, 1].
@@ -233,8 +235,8 @@ def sample(
     with evaluating(model):
         for x, y in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
             null = None if guidance_scale == 1 else {"labels": torch.full_like(y, null_label)}
-            ddim = make_sampler(scheduler, steps, height * width)
+            made = make_sampler(scheduler, steps, height * width, sampler)
             told = {"labels": y}
-            x = denoise(predict, ddim, x.to(like.device), told, null, guidance_scale)
+            x = denoise(predict, made, x.to(like.device), told, null, guidance_scale)
             parts.append(x.float().cpu())
     return torch.cat(parts).clamp(-1, 1)

@@ -23,7 +23,13 @@ import torch
 from dmp_common import get_base
 from training.miniature import trial
 from training.miniature.subjects import Subject, cifar10, digits
-from training.miniature.tables import bins_table, confirmation_table, tuning_table
+from training.miniature.tables import (
+    bins_table,
+    confirmation_table,
+    difference_table,
+    strength_table,
+    tuning_table,
+)
 from training.presets import RECIPES
 
 CONFIRMATION_SEEDS = (101, 102, 103, 104, 105)
@@ -84,7 +90,6 @@ class Job:
     options: Mapping[str, Any]
     split: str
     strengths: tuple[float, ...] = (1.0,)
-    frechet: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class Study:
     def tuning(self, names: Iterable[str]) -> list[Job]:
         """Each contender at each of its rates."""
         return [
-            Job(f"tune/{name}/{rate:g}", self.options(name, rate, 0), "validation", frechet=False)
+            Job(f"tune/{name}/{rate:g}", self.options(name, rate, 0), "validation")
             for name in names
             for rate in CONTENDERS[name].rates
         ]
@@ -184,7 +189,7 @@ def do(study: Study, job: Job) -> str:
     spec = None if job.name == "base" else trial.train(subject, job.options, folder)
     for strength in job.strengths:
         path = study.path(job.name, job.split, strength)
-        trial.measure(subject, spec, job.split, path, frechet=job.frechet, strength=strength)
+        trial.measure(subject, spec, job.split, path, strength=strength)
     return job.name
 
 
@@ -198,7 +203,7 @@ def do_all(study: Study, jobs: list[Job], processes: int) -> None:
 
 def tune(study: Study, names: list[str], processes: int) -> str:
     """The first stage; returns its table."""
-    base = Job("base", {}, "validation", frechet=False)
+    base = Job("base", {}, "validation")
     do_all(study, [base, *study.tuning(names)], processes)
     found = {
         name: {
@@ -219,7 +224,14 @@ def confirm(study: Study, names: list[str], processes: int) -> str:
         name: [study.measures(f"confirm/{name}/{seed}", "test") for seed in CONFIRMATION_SEEDS]
         for name in names
     }
-    return "\n\n".join([confirmation_table(base, found, OURS), bins_table(base, found)])
+    return _tables(base, found, OURS)
+
+
+def _tables(base: trial.Measures, found: Mapping[str, list[trial.Measures]], ours: str) -> str:
+    tables = [confirmation_table(base, found)]
+    if ours in found:
+        tables.append(difference_table(base, found, ours))
+    return "\n\n".join([*tables, bins_table(base, found)])
 
 
 def ablate(study: Study, processes: int) -> str:
@@ -230,7 +242,6 @@ def ablate(study: Study, processes: int) -> str:
             f"ablate/{name}/{seed}",
             study.options("dmp-paper", rate, seed, **changes),
             "validation",
-            frechet=False,
         )
         for name, changes in _ablations().items()
         for seed in seeds
@@ -241,7 +252,7 @@ def ablate(study: Study, processes: int) -> str:
         for name in _ablations()
     }
     base = study.measures("base", "validation")
-    return "\n\n".join([confirmation_table(base, found, "linear"), bins_table(base, found)])
+    return _tables(base, found, "linear")
 
 
 def strengths(study: Study, names: list[str], processes: int) -> str:
@@ -258,18 +269,11 @@ def strengths(study: Study, names: list[str], processes: int) -> str:
     ]
     do_all(study, jobs, processes)
     found = {
-        f"{name} x {strength:g}": [study.measures(f"confirm/{name}/{seed}", "test", strength)]
+        f"{name} x {strength:g}": study.measures(f"confirm/{name}/{seed}", "test", strength)
         for name in names
         for strength in STRENGTHS
     }
-    base = study.measures("base", "test")
-    lines = ["| patch | loss | relative loss | Frechet distance |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {m.loss / base.loss - 1:+.3%} | {float(m.relative(base).mean()):+.3%} | "
-        f"{m.frechet:.3f} |"
-        for name, (m,) in found.items()
-    ]
-    return "\n".join(lines)
+    return strength_table(study.measures("base", "test"), found)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ from training.miniature.cifar import SIZE, SplitName, load_exported
 from training.miniature.classifier import CifarClassifier, features_of, load_classifier
 from training.miniature.make_cifar import RECIPES
 
+# As many steps as people take: with a good solver, and with the one that papers report.
+SAMPLERS = {"unipc": 20, "ddim": 20}
 DIGITS_BASE = Path(__file__).resolve().parents[1] / "digits" / "base"
 
 
@@ -39,7 +41,7 @@ class Subject:
         split: gives "train", "validation" or "test".
         features: of images (B, C, H, W) in [-1, 1], (B, F).
         samples: generated images for one Frechet distance; labels are the split's, repeated.
-        sample_steps: of deterministic DDIM.
+        samplers: deterministic ones, with their steps.
         draws: of timestep and noise for each held-out image and bin.
         loss_images: held-out images for the loss, every so many; None for all.
     """
@@ -50,7 +52,7 @@ class Subject:
     split: Callable[[SplitName], Split]
     features: Callable[[Tensor], Tensor]
     samples: int
-    sample_steps: int
+    samplers: Mapping[str, int]
     draws: int
     loss_images: int | None = None
 
@@ -76,7 +78,7 @@ def digits() -> Subject:
         split=load_digits_split,  # type: ignore[arg-type]
         features=features,
         samples=2000,
-        sample_steps=50,
+        samplers=SAMPLERS,
         draws=10,
     )
 
@@ -121,7 +123,7 @@ def cifar10(name: str, folder: Path) -> Subject:
         split=split,
         features=lambda pictures: features_of(classifier(), _enlarged(pictures)),
         samples=2500,
-        sample_steps=20,
+        samplers=SAMPLERS,
         draws=1,
         loss_images=2000,
     )

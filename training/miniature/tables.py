@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -13,8 +13,9 @@ from training.miniature.trial import Measures
 def tuning_table(
     base: Measures, found: Mapping[str, Mapping[float, Measures]], chosen: Mapping[str, float]
 ) -> str:
-    """Change of the loss for each method and rate, validation; the chosen rate is marked."""
-    lines = ["| method | learning rate | loss | relative loss |", "|---|---|---|---|"]
+    """Each method at each of its rates, validation; the chosen rate is marked."""
+    lines = _head(["method", "learning rate", "loss", "relative loss", *_distances(base)])
+    lines.append(f"| base | | {base.loss:.5f} | 0 | {_plain(base.frechet.values())} |")
     for name, by_rate in found.items():
         for rate, measures in by_rate.items():
             mark = " (chosen)" if rate == chosen[name] else ""
@@ -22,32 +23,51 @@ def tuning_table(
     return "\n".join(lines)
 
 
-def confirmation_table(base: Measures, found: Mapping[str, Sequence[Measures]], ours: str) -> str:
-    """Each method against the base, and ours against each, over seeds, test split."""
-    lines = [
-        "| method | loss | relative loss | Frechet distance | ours - it: loss | relative loss | "
-        "Frechet distance |",
-        "|---|---|---|---|---|---|---|",
-        f"| base | {base.loss:.5f} | 0 | {base.frechet:.3f} | | | |",
-    ]
+def strength_table(base: Measures, found: Mapping[str, Measures]) -> str:
+    """Patches at strengths, one seed."""
+    lines = _head(["patch", "loss", "relative loss", *_distances(base)])
+    lines += [f"| {name} | {_changes(base, measures)} |" for name, measures in found.items()]
+    return "\n".join(lines)
+
+
+def confirmation_table(base: Measures, found: Mapping[str, Sequence[Measures]]) -> str:
+    """Each method against the base over seeds, test split: mean and standard deviation."""
+    lines = _head(["method", "loss", "relative loss", *_distances(base)])
+    lines.append(f"| base | {base.loss:.5f} | 0 | {_plain(base.frechet.values())} |")
     for name, several in found.items():
-        values = columns(base, several)
-        cells = [_spread(v, 100 if n < 2 else 1) for n, v in enumerate(values)]
-        against = [""] * 3
-        if name != ours and ours in found:
-            pairs = zip(columns(base, found[ours]), values, strict=True)
-            against = [_interval(a, b, 100 if n < 2 else 1) for n, (a, b) in enumerate(pairs)]
-        lines.append(f"| {name} | {' | '.join(cells + against)} |")
+        loss, relative, *distances = columns(base, several)
+        cells = [_spread(100 * loss, "%"), _spread(100 * relative, "%")]
+        lines.append(f"| {name} | {' | '.join(cells + [_spread(x) for x in distances])} |")
+    return "\n".join(lines)
+
+
+def difference_table(base: Measures, found: Mapping[str, Sequence[Measures]], ours: str) -> str:
+    """Ours minus each, over seeds, paired: equal seeds saw equal images and noise in equal order.
+
+    Of losses in points of a per cent of the base's; mean and 95 % interval.
+    """
+    head = [f"{ours} minus", "loss", "relative loss", *_distances(base)]
+    lines, own = _head(head), columns(base, found[ours])
+    rivals = {"base": [base] * len(found[ours])}
+    rivals |= {name: list(several) for name, several in found.items() if name != ours}
+    for name, several in rivals.items():
+        pairs = zip(own, columns(base, several), strict=True)
+        cells = [_interval(a - b, 100 if n < 2 else 1) for n, (a, b) in enumerate(pairs)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def columns(base: Measures, several: Sequence[Measures]) -> list[torch.Tensor]:
-    """Over seeds: change of the loss, of the relative loss (shares), Frechet distance."""
-    return [
-        torch.tensor([m.loss / base.loss - 1 for m in several], dtype=torch.float64),
-        torch.tensor([float(m.relative(base).mean()) for m in several], dtype=torch.float64),
-        torch.tensor([m.frechet for m in several], dtype=torch.float64),
+    """Over seeds: change of the loss, of the relative loss (shares), Frechet distances."""
+    rows = [
+        [
+            m.loss / base.loss - 1,
+            float(m.relative(base).mean()),
+            *(m.frechet[sampler] for sampler in base.frechet),
+        ]
+        for m in several
     ]
+    return list(torch.tensor(rows, dtype=torch.float64).unbind(1))
 
 
 def bins_table(base: Measures, found: Mapping[str, Sequence[Measures]]) -> str:
@@ -62,18 +82,30 @@ def bins_table(base: Measures, found: Mapping[str, Sequence[Measures]]) -> str:
     return "\n".join(lines)
 
 
+def _head(names: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def _distances(base: Measures) -> list[str]:
+    return [f"Frechet distance, {sampler}" for sampler in base.frechet]
+
+
+def _plain(values: Iterable[float]) -> str:
+    return " | ".join(f"{value:.3f}" for value in values)
+
+
 def _changes(base: Measures, measures: Measures) -> str:
-    return f"{measures.loss / base.loss - 1:+.3%} | {float(measures.relative(base).mean()):+.3%}"
+    losses = f"{measures.loss / base.loss - 1:+.3%} | {float(measures.relative(base).mean()):+.3%}"
+    return " | ".join([losses, *(f"{measures.frechet[name]:.3f}" for name in base.frechet)])
 
 
-def _spread(values: torch.Tensor, scale: float) -> str:
-    sign, unit = ("+", " %") if scale == 100 else ("", "")
-    return f"{scale * values.mean():{sign}.3f}{unit} +- {scale * values.std():.3f}"
+def _spread(values: torch.Tensor, unit: str = "") -> str:
+    mean = f"{values.mean():+.3f} {unit}" if unit else f"{values.mean():.3f}"
+    return f"{mean} +- {values.std():.3f}"
 
 
-def _interval(a: torch.Tensor, b: torch.Tensor, scale: float) -> str:
-    """Paired by seed: equal seeds saw equal images and noise in equal order."""
-    if len(a) < 2:
-        return f"{scale * float(a.mean() - b.mean()):+.3f}"
-    mean, low, high = (scale * x for x in t_interval(a - b))
+def _interval(differences: torch.Tensor, scale: float) -> str:
+    if len(differences) < 2:
+        return f"{scale * float(differences.mean()):+.3f}"
+    mean, low, high = (scale * x for x in t_interval(differences))
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"

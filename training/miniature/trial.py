@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from training.run import run
 
 BINS = 10
 _LOSS_SEED, _SAMPLE_SEED = 7, 1234
+_FRECHET = "frechet."  # before the sampler's name in a file
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Measures:
 
     Args:
         losses: of each held-out image in each bin of timesteps (images, BINS), least noisy first.
-        frechet: Frechet distance of generated images to the split, NaN where not measured.
+        frechet: Frechet distance of generated images to the split, by sampler.
     """
 
     losses: Tensor
-    frechet: float
+    frechet: Mapping[str, float]
 
     @property
     def loss(self) -> float:
@@ -53,13 +53,18 @@ class Measures:
 
     def save(self, path: Path) -> None:
         """Writes them."""
-        save_file({"losses": self.losses, "frechet": torch.tensor(self.frechet).double()}, path)
+        distances = {
+            _FRECHET + name: torch.tensor(value, dtype=torch.float64)
+            for name, value in self.frechet.items()
+        }
+        save_file({"losses": self.losses, **distances}, path)
 
     @staticmethod
     def load(path: Path) -> Measures:
         """Reads them."""
         kept = load_file(path)
-        return Measures(kept["losses"], float(kept["frechet"]))
+        losses = kept.pop("losses")
+        return Measures(losses, {k.removeprefix(_FRECHET): float(v) for k, v in kept.items()})
 
 
 def train(subject: Subject, options: Mapping[str, Any], folder: Path) -> Spec:
@@ -102,20 +107,16 @@ def measure(
     split: str,
     path: Path,
     *,
-    frechet: bool = True,
     strength: float = 1.0,
 ) -> Measures:
     """Measures of a trained model, or of the base (None), read from `path` if they are there.
 
     Args:
         split: "validation" or "test".
-        frechet: whether to draw images.
         strength: of a patch.
     """
     if path.is_file():
-        kept = Measures.load(path)
-        if not (frechet and math.isnan(kept.frechet)):
-            return kept
+        return Measures.load(path)
     frozen = load_frozen(
         TrainConfig(base=subject.base, pretrained_model_name_or_path=str(subject.weights))
     )
@@ -126,13 +127,13 @@ def measure(
         context = nullcontext() if compared is None else compared.on(frozen)
     with context as used, torch.autocast("cpu", torch.bfloat16, enabled=_half(subject)):
         model = used if isinstance(used, FrozenBase) else frozen
-        found = _measure(subject, model, split, frechet)
+        found = _measure(subject, model, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
     return found
 
 
-def _measure(subject: Subject, frozen: FrozenBase, split: Any, frechet: bool) -> Measures:
+def _measure(subject: Subject, frozen: FrozenBase, split: Any) -> Measures:
     held_out = subject.split(split)
     images = as_float(held_out.images)
     stride = max(len(images) // (subject.loss_images or len(images)), 1)
@@ -140,17 +141,18 @@ def _measure(subject: Subject, frozen: FrozenBase, split: Any, frechet: bool) ->
         frozen.model, frozen.scheduler, images[::stride], held_out.labels[::stride],
         bins=BINS, draws=subject.draws, seed=_LOSS_SEED,
     )  # fmt: skip
-    distance = float("nan")
-    if frechet:
+    real, distances = subject.features(images), {}
+    for sampler, steps in subject.samplers.items():
         drawn = sample(
             frozen.model,
             frozen.scheduler,
             subject.labels(split),
             seed=_SAMPLE_SEED,
-            steps=subject.sample_steps,
+            steps=steps,
+            sampler=sampler,
         )
-        distance = frechet_distance(subject.features(drawn), subject.features(images))
-    return Measures(losses, distance)
+        distances[sampler] = frechet_distance(subject.features(drawn), real)
+    return Measures(losses, distances)
 
 
 def _half(subject: Subject) -> bool:

@@ -44,8 +44,8 @@ class Setting:
     strength: float = 1.0
     first: float = 999.0
     last: float = 0.0
-    sampler: str = "ddim"
-    steps: int | None = None
+    sampler: str = "unipc"
+    steps: int = 20
     guidance: float = 1.0
     sibling: bool = False
 
@@ -62,8 +62,10 @@ SETTINGS: dict[str, list[tuple[str, Setting]]] = {
         ("clean half", Setting(first=500.0)),
         ("noisy half, strength 2", Setting(strength=2.0, last=500.0)),
     ],
-    "sampler": [(name, Setting(sampler=name)) for name in ("ddpm", "dpm++", "euler", "unipc")],
-    "steps": [(str(n), Setting(steps=n)) for n in (8, 15, 100)],
+    "sampler": [(name, Setting(sampler=name)) for name in ("ddim", "ddpm", "dpm++", "euler")],
+    "steps": [(str(n), Setting(steps=n)) for n in (6, 10, 50)],
+    "steps of DDIM": [(str(n), Setting(sampler="ddim", steps=n)) for n in (50, 100)],
+    "strength with DDIM": [(f"{s:g}", Setting(strength=s, sampler="ddim")) for s in (1.5, 2.0)],
     "guidance": [(f"{g:g}", Setting(guidance=g)) for g in (1.5, 2.0, 4.0)],
     "sibling": [("fine-tuned base", Setting(sibling=True))],
 }
@@ -132,7 +134,7 @@ class Use:
                         noise,
                         told,
                         untold,
-                        steps=setting.steps or self.subject.sample_steps,
+                        steps=setting.steps,
                         scale=setting.guidance,
                         sampler=setting.sampler,
                         generators=sources,

@@ -8,33 +8,42 @@ import torch
 from training.miniature import study as module
 from training.miniature import subjects
 from training.miniature.study import CONTENDERS, Job, Study, ablate, confirm, do, strengths, tune
-from training.miniature.tables import bins_table, confirmation_table
+from training.miniature.tables import bins_table, confirmation_table, difference_table
 from training.miniature.trial import Measures
 
 
 def _measures(value, frechet=1.0, images=4):
-    return Measures(torch.full((images, 2), value, dtype=torch.float64), frechet)
+    losses = torch.full((images, 2), value, dtype=torch.float64)
+    return Measures(losses, {"unipc": frechet, "ddim": 2 * frechet})
+
+
+def _rows(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
 
 
 def test_tables_say_changes_and_intervals():
     base = _measures(0.2, 5.0)
     ours = [_measures(0.18 + 0.001 * n, 4.0 + 0.1 * n) for n in range(3)]
     other = [_measures(0.19, 4.5)] * 3
-    table = confirmation_table(base, {"mixture": ours, "prompt": other}, "mixture")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert rows[2] == ["base", "0.20000", "0", "5.000", "", "", ""]
-    assert rows[3][0] == "mixture" and rows[3][1].startswith("-9.500 % +- 0.500")
+    found = {"mixture": ours, "prompt": other}
+    rows = _rows(confirmation_table(base, found))
+    assert rows[2] == ["base", "0.20000", "0", "5.000", "10.000"]
+    assert rows[3] == [
+        "mixture", "-9.500 % +- 0.500", "-9.500 % +- 0.500", "4.100 +- 0.100", "8.200 +- 0.200",
+    ]  # fmt: skip
     assert rows[4][1].startswith("-5.000 % +- 0.000")
+    rows = _rows(difference_table(base, found, "mixture"))
+    assert rows[2][:2] == ["base", "-9.500 [-10.742, -8.258]"]
     # -4.5 per cent, and the t interval of three values 0.5 apart: 4.303 * 0.5 / sqrt(3)
-    assert rows[4][4] == "-4.500 [-5.742, -3.258]"
-    assert rows[4][6] == "-0.400 [-0.648, -0.152]"
+    assert rows[3][:2] == ["prompt", "-4.500 [-5.742, -3.258]"]
+    assert rows[3][3:] == ["-0.400 [-0.648, -0.152]", "-0.800 [-1.297, -0.303]"]
     bins = bins_table(base, {"mixture": ours})
     assert "| mixture | -9.50 | -9.50 |" in bins
 
 
 def test_relative_loss_counts_every_bin_alike():
-    base = Measures(torch.tensor([[1.0, 0.01], [3.0, 0.03]]).double(), 1.0)
-    other = Measures(base.losses * torch.tensor([1.0, 0.5]), 1.0)
+    base = Measures(torch.tensor([[1.0, 0.01], [3.0, 0.03]]).double(), {})
+    other = Measures(base.losses * torch.tensor([1.0, 0.5]), {})
     assert float(other.relative(base).mean()) == pytest.approx(-0.25)
 
 
@@ -58,7 +67,7 @@ def test_every_ablation_is_a_variant():
 def small(monkeypatch):
     """Fewer contenders, images and steps; jobs in this process."""
     full = subjects.digits()
-    few = replace(full, samples=100, sample_steps=2, draws=1, options={
+    few = replace(full, samples=100, samplers={"ddim": 2}, draws=1, options={
         **full.options, "train_batch_size": 8})  # fmt: skip
     monkeypatch.setattr(Study, "open", lambda self: few)
     monkeypatch.setattr(module, "CONFIRMATION_SEEDS", (101, 102))
@@ -80,9 +89,9 @@ def small(monkeypatch):
 def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
     study, names = Study("digits", None, tmp_path, 3), ["prompt", "mixture"]
     table = tune(study, names, 1)
-    assert table.count("(chosen)") == 2 and len(table.splitlines()) == 2 + 4
+    assert table.count("(chosen)") == 2 and len(table.splitlines()) == 3 + 4
     table = confirm(study, names, 1)
-    assert "| base |" in table and "| mixture |" in table
+    assert "| base |" in table and "| mixture |" in table and "| mixture minus |" in table
     folder = tmp_path / "digits" / "confirm" / "mixture" / "101"
     assert (folder / "test.safetensors").is_file() and not (
         folder / "validation.safetensors"
@@ -97,9 +106,9 @@ def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
 
 def test_a_folder_of_another_trial_is_refused(small, tmp_path):
     study = Study("digits", None, tmp_path, 2)
-    do(study, Job("x", study.options("prompt", 1e-3, 0), "validation", frechet=False))
+    do(study, Job("x", study.options("prompt", 1e-3, 0), "validation"))
     with pytest.raises(ValueError, match="choose another folder"):
-        do(study, Job("x", study.options("prompt", 1e-2, 0), "validation", frechet=False))
+        do(study, Job("x", study.options("prompt", 1e-2, 0), "validation"))
 
 
 def test_cifar_needs_its_folder(tmp_path):

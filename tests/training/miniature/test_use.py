@@ -12,6 +12,9 @@ from training.miniature import use as module
 from training.miniature.subjects import digits
 from training.miniature.use import SETTINGS, Setting, Use, table
 
+# diffusers' UniPC.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def _patch():
     return randomise(Patch.create("digits", gate="none"), 0, std=0.02).eval()
@@ -22,7 +25,6 @@ def _use(monkeypatch, full=None):
     return Use(digits(), _patch(), full, samples=80)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_strength_schedule_and_sampler_change_what_is_drawn(monkeypatch):
     use = _use(monkeypatch)
     few = {"steps": 3}
