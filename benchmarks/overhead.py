@@ -17,6 +17,8 @@ from benchmarks.models import dit, random_patch, sd15
 from benchmarks.timing import CLOCKS, clocked, interleaved, ratio
 from dmp_common import attach
 
+STAGES: dict[str, Any] = {"grids": 4, "gate_unit": "grid", "gate_form": "residual"}
+
 
 def main() -> None:
     """Runs the benchmark of the command line."""
@@ -28,7 +30,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="pairs for the ratio")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--stages", action="store_true", help="a mixture of grids")
     options = parser.parse_args()
+    variant = STAGES if options.stages else {}
     dtype, now = getattr(torch, options.dtype), CLOCKS[options.clock]
     with torch.no_grad():
         if options.model == "sd15":
@@ -36,8 +40,9 @@ def main() -> None:
         else:
             model, inputs = dit("b", options.batch)
         model = model.to(dtype).eval()
-        patch = random_patch(options.model)
-        print(f"{options.model}, batch {options.batch}, {options.dtype}, CPU, "
+        patch = random_patch(options.model, **variant)
+        name = options.model + (" stages" if variant else "")
+        print(f"{name}, batch {options.batch}, {options.dtype}, CPU, "
               f"{torch.get_num_threads()} threads, {options.clock} clock, "
               f"torch {torch.__version__}")  # fmt: skip
 
@@ -47,7 +52,7 @@ def main() -> None:
             return model(**given)
 
         forward(1.0)
-        with attach(model, random_patch(options.model)):
+        with attach(model, random_patch(options.model, **variant)):
             forward(1.0)  # first use of everything, out of the measurement
         with attach(model, patch) as attachment, clocked(attachment, model, now) as clock:
             for kind in ("misses", "hits"):

@@ -89,7 +89,7 @@ def initialise(model: Any, embedding_std: float = 0.02) -> None:
     Every block begins as the identity, and the output as zero.
 
     Args:
-        model: whose blocks share one embedding.
+        model: whose blocks share the embedding of the first, or will.
         embedding_std: spread of the timestep and class embeddings.
 
     Source: facebookresearch/DiT, models.py.
@@ -98,12 +98,12 @@ def initialise(model: Any, embedding_std: float = 0.02) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
-    nn.init.zeros_(model.pos_embed.proj.bias)
     embedding = model.transformer_blocks[0].norm1.emb
     time = embedding.timestep_embedder
     for part in (time.linear_1, time.linear_2, embedding.class_embedder.embedding_table):
         nn.init.normal_(part.weight, std=embedding_std)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    nn.init.zeros_(model.pos_embed.proj.bias)
     zero = [block.norm1.linear for block in model.transformer_blocks]
     for layer in (*zero, model.proj_out_1, model.proj_out_2):
         nn.init.zeros_(layer.weight)

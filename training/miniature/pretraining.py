@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from training.digits.muon import Muon
+from training.families.dit import initialise
 
 
 @dataclass(frozen=True)
@@ -101,25 +102,11 @@ def build_base(recipe: Recipe) -> DiTTransformer2DModel:
         patch_size=recipe.patch_size,
         num_embeds_ada_norm=recipe.classes,
     )
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    initialise(model, recipe.embedding_std)
     embedding = model.transformer_blocks[0].norm1.emb
     embedding.class_embedder.dropout_prob = 0.0
-    for part in (
-        embedding.timestep_embedder.linear_1,
-        embedding.timestep_embedder.linear_2,
-        embedding.class_embedder.embedding_table,
-    ):
-        nn.init.normal_(part.weight, std=recipe.embedding_std)
-    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
-    nn.init.zeros_(model.pos_embed.proj.bias)
     for block in model.transformer_blocks:
         block.norm1.emb = embedding
-        nn.init.zeros_(block.norm1.linear.weight)  # every block starts as the identity
-    for layer in (model.proj_out_1, model.proj_out_2):
-        nn.init.zeros_(layer.weight)
     return model
 
 
