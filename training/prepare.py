@@ -24,7 +24,7 @@ from training.optimisers import is_schedule_free, make_optimiser, make_schedule
 from training.outputs import Outputs, require_room
 from training.previews import Previews
 from training.process import Process, process_of
-from training.relative import RelativeWeights, relative_config
+from training.relative import RelativeWeights, relative_config, warn_of_rounding
 from training.scale import accumulation, is_sharded, shard
 from training.state import History, State, find_resumed, load_state, require_same
 from training.validation import Validation
@@ -182,8 +182,12 @@ def _relative(
         return None
     measured = relative_config(config)
     measure = Validation(data, encoders, process, measured, accelerator)
-    losses = measure(Student(frozen, None, process, measured).eval())
-    return RelativeWeights(torch.tensor(losses, dtype=torch.float64))
+    losses = torch.tensor(
+        measure(Student(frozen, None, process, measured).eval()), dtype=torch.float64
+    )
+    if accelerator.is_main_process:
+        warn_of_rounding(losses, config.mixed_precision)
+    return RelativeWeights(losses)
 
 
 def _previews(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.relative import BINS, RelativeWeights, relative_config
+from training.relative import BINS, RelativeWeights, relative_config, warn_of_rounding
 
 
 def test_the_weighted_loss_of_the_base_is_its_mean_at_every_timestep():
@@ -40,6 +40,17 @@ def test_training_takes_the_weights_from_the_base(start):
     torch.testing.assert_close(weighted, unweighted * relative(t))
     assert (relative(t) != 1).all()
     run.method.remove()
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "warned"),
+    [("bf16", 5e-5, True), ("bf16", 1e-3, False), ("fp16", 5e-5, False), ("no", 1e-9, False)],
+)
+def test_losses_as_small_as_rounding_are_told(precision, least, warned, recwarn):
+    warn_of_rounding(torch.tensor([0.2, least]), precision)
+    assert [str(w.message).endswith("Use --mixed_precision no.") for w in recwarn] == [
+        True
+    ] * warned
 
 
 def test_how_it_is_measured():

@@ -118,7 +118,6 @@ def cifar10(name: str, folder: Path) -> Subject:
             "train_data_dir": str(images / "train"),
             "flip_aug": True,
             "train_batch_size": RECIPES[name].batch,
-            "mixed_precision": "bf16",
         },
         split=split,
         features=lambda pictures: features_of(classifier(), _enlarged(pictures)),

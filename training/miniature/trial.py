@@ -93,12 +93,13 @@ def train(subject: Subject, options: Mapping[str, Any], folder: Path) -> Spec:
                 f"expected the trial {told} in {folder}, found {before['options']}: choose "
                 "another folder"
             )
-        path = before["path"]
+        path = folder / before["file"]
     else:
-        path = str(run(config))
-        text = json.dumps({"options": told, "path": path}, indent=1)
+        path = run(config)
+        assert path is not None  # no dry run
+        text = json.dumps({"options": told, "file": path.name}, indent=1)
         write_atomically(done, text.encode())
-    return Spec("trial", config.method, path)
+    return Spec("trial", config.method, str(path))
 
 
 def measure(
@@ -125,7 +126,7 @@ def measure(
         context: Any = attach(frozen.model, compared.patch, strength=strength)
     else:
         context = nullcontext() if compared is None else compared.on(frozen)
-    with context as used, torch.autocast("cpu", torch.bfloat16, enabled=_half(subject)):
+    with context as used:
         model = used if isinstance(used, FrozenBase) else frozen
         found = _measure(subject, model, split)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,3 @@ def _measure(subject: Subject, frozen: FrozenBase, split: Any) -> Measures:
         )
         distances[sampler] = frechet_distance(subject.features(drawn), real)
     return Measures(losses, distances)
-
-
-def _half(subject: Subject) -> bool:
-    return subject.options.get("mixed_precision") == "bf16"

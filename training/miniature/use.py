@@ -126,20 +126,18 @@ class Use:
             untold = None
             if setting.guidance != 1:
                 untold = {"labels": torch.full_like(told["labels"], int(frozen.null_label or 0))}
-            half = self.subject.options.get("mixed_precision") == "bf16"
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                parts.append(
-                    draw_images(
-                        frozen,
-                        noise,
-                        told,
-                        untold,
-                        steps=setting.steps,
-                        scale=setting.guidance,
-                        sampler=setting.sampler,
-                        generators=sources,
-                    )
+            parts.append(
+                draw_images(
+                    frozen,
+                    noise,
+                    told,
+                    untold,
+                    steps=setting.steps,
+                    scale=setting.guidance,
+                    sampler=setting.sampler,
+                    generators=sources,
                 )
+            )
         return torch.cat(parts)
 
 

@@ -1,6 +1,5 @@
 """Patches in use: the settings do what they say, on the real digits base with few samples."""
 
-import pytest
 import torch
 
 from dmp_common import Patch
@@ -11,9 +10,6 @@ from training.methods import FullMethod
 from training.miniature import use as module
 from training.miniature.subjects import digits
 from training.miniature.use import SETTINGS, Setting, Use, table
-
-# diffusers' UniPC.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def _patch():
