@@ -3,9 +3,10 @@
     python -m training.miniature.study digits --out OUT tune confirm
     python -m training.miniature.study cifar10 --data DIR --out OUT tune confirm ablate
 
-`tune` trains each method at each of its learning rates (one seed) and judges it on validation;
-`confirm` trains the best rate of each on fresh seeds and judges it on test; `ablate` changes the
-paper's choices one at a time. What is done is not done again: a study that was stopped goes on.
+`tune` trains each method at each of its learning rates with each objective (one seed) and judges it
+on validation; `confirm` trains the best of each on fresh seeds and judges it on test; `late` judges
+those patches once more, acting below timestep 500 alone; `ablate` changes the paper's choices one
+at a time. What is done is not done again: a study that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,45 +34,77 @@ from training.miniature.tables import (
 from training.presets import RECIPES
 
 CONFIRMATION_SEEDS = (101, 102, 103, 104, 105)
-STAGES = ("tune", "confirm", "ablate", "strength")
+STAGES = ("tune", "confirm", "late", "ablate", "strength")
 PATCHES = ("dmp", "prompt")
-OURS = "mixture"  # the contender that the others are compared with
+OURS = "stages"  # the contender that the others are compared with
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
+LATE = 499.0  # the clean half
 _RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What is tuned.
+
+    Args:
+        rate: learning rate.
+        relative: whether with the relative loss; the plain one otherwise.
+    """
+
+    rate: float
+    relative: bool
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.rate:g}" if self.relative else f"{self.rate:g}-plain"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the trainer."""
+        return {"learning_rate": self.rate} | ({"relative_loss": True} if self.relative else {})
+
+
+@dataclass(frozen=True)
 class Contender:
-    """A method with everything but its learning rate and seed.
+    """A method with everything but what is tuned, and the seed.
 
     Args:
         options: of the trainer.
         rates: learning rates to choose from, as many for each contender.
+        objectives: relative loss (True) and plain loss (False), to choose from.
     """
 
     options: Mapping[str, Any]
     rates: tuple[float, ...] = _RATES
+    objectives: tuple[bool, ...] = (True, False)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All of them."""
+        return [Setting(rate, relative) for relative in self.objectives for rate in self.rates]
 
 
-_RELATIVE = {"relative_loss": True}
+_STAGES = {name: value for name, value in RECIPES["stages"].items() if name != "relative_loss"}
 CONTENDERS: dict[str, Contender] = {
     # Naive prompt tuning, eq. 2.
-    "prompt": Contender({"method": "prompt", **_RELATIVE}),
+    "prompt": Contender({"method": "prompt"}),
     # The same on the mixture's coarser grid: is it the gate, or are there just fewer values?
-    "prompt-coarse": Contender({"method": "prompt", **_RELATIVE}),
-    # The paper's method with its losses, and its gate with our objective.
+    "prompt-coarse": Contender({"method": "prompt"}),
+    # The paper's method with its losses, and its gate without balancing.
     "dmp-paper": Contender(
-        {"method": "dmp", "importance_weight": 1.0, "load_weight": 1.0, "gate_lr_factor": 10.0}
+        {"method": "dmp", "importance_weight": 1.0, "load_weight": 1.0, "gate_lr_factor": 10.0},
+        objectives=(False,),
     ),
-    "dmp-gate": Contender({"method": "dmp", "gate_lr_factor": 10.0, **_RELATIVE}),
-    # Ours: as many prompts on coarser grids, each with a part of the noise levels.
-    "mixture": Contender({"method": "dmp", **RECIPES["stages"]}),
+    "dmp-gate": Contender({"method": "dmp", "gate_lr_factor": 10.0}),
+    # Ours: as many prompts on coarser grids, each with a part of the noise levels; the recipe as it
+    # is, and with the objective tuned as that of the others.
+    "stages": Contender({"method": "dmp", **_STAGES}, objectives=(True,)),
+    "mixture": Contender({"method": "dmp", **_STAGES}),
     # The paper's places, each free to be off, negative or strong.
-    "residual": Contender(
-        {"method": "dmp", "gate_form": "residual", "gate_init": "random", **_RELATIVE}
-    ),
-    "lora": Contender({"method": "lora", **_RELATIVE}),
-    "full": Contender({"method": "full", **_RELATIVE}, (1e-5, 3e-5, 1e-4)),
+    "residual": Contender({"method": "dmp", "gate_form": "residual", "gate_init": "random"}),
+    "lora": Contender({"method": "lora"}),
+    "full": Contender({"method": "full"}, (1e-5, 3e-5, 1e-4)),
 }
 
 
@@ -84,12 +117,14 @@ class Job:
         options: of the trainer.
         split: to judge on.
         strengths: of a patch, each judged.
+        first: timestep at which a patch begins to act.
     """
 
     name: str
     options: Mapping[str, Any]
     split: str
     strengths: tuple[float, ...] = (1.0,)
+    first: float = 999.0
 
 
 @dataclass(frozen=True)
@@ -116,51 +151,58 @@ class Study:
             raise ValueError(f"expected --data for {self.subject}: the folder of make_cifar")
         return cifar10(self.subject, self.data)
 
-    def options(self, contender: str, rate: float, seed: int, **changes: Any) -> dict[str, Any]:
+    def options(
+        self, contender: str, setting: Setting, seed: int, **changes: Any
+    ) -> dict[str, Any]:
         """Of the trainer."""
         own = dict(CONTENDERS[contender].options)
         # K = 4 grids of half the side: as many prompts as the others have.
-        if contender in ("mixture", "prompt-coarse"):
+        if contender in ("stages", "mixture", "prompt-coarse"):
             own["grid"] = (get_base(self.subject).grid or (0,))[0] // 2
         return {
-            **own, "learning_rate": rate, "seed": seed,
+            **own, **setting.options, "seed": seed,
             "max_train_steps": self.steps, "lr_warmup_steps": min(50, self.steps // 10), **changes,
         }  # fmt: skip
 
     def tuning(self, names: Iterable[str]) -> list[Job]:
-        """Each contender at each of its rates."""
+        """Each contender with each of its settings."""
         return [
-            Job(f"tune/{name}/{rate:g}", self.options(name, rate, 0), "validation")
+            Job(f"tune/{name}/{setting.name}", self.options(name, setting, 0), "validation")
             for name in names
-            for rate in CONTENDERS[name].rates
+            for setting in CONTENDERS[name].settings
         ]
 
-    def best_rate(self, name: str) -> float:
-        """The rate with the lowest loss on validation, the usual mean over all timesteps.
+    def best(self, name: str) -> Setting:
+        """The setting with the lowest loss on validation, the usual mean over all timesteps.
 
         Raises:
             FileNotFoundError: it was not tuned.
         """
-        rates = CONTENDERS[name].rates
-        losses = {rate: self.measures(f"tune/{name}/{rate:g}", "validation").loss for rate in rates}
-        return min(rates, key=lambda rate: (losses[rate], rate))
+        losses = {
+            setting: self.measures(f"tune/{name}/{setting.name}", "validation").loss
+            for setting in CONTENDERS[name].settings
+        }
+        return min(losses, key=lambda setting: (losses[setting], setting.rate))
 
     def confirmation(self, names: Iterable[str]) -> list[Job]:
-        """The best rate of each contender on fresh seeds."""
+        """The best setting of each contender on fresh seeds."""
         return [
-            Job(f"confirm/{name}/{seed}", self.options(name, self.best_rate(name), seed), "test")
+            Job(f"confirm/{name}/{seed}", self.options(name, self.best(name), seed), "test")
             for name in names
             for seed in CONFIRMATION_SEEDS
         ]
 
-    def measures(self, name: str, split: str, strength: float = 1.0) -> trial.Measures:
+    def measures(
+        self, name: str, split: str, strength: float = 1.0, first: float = 999.0
+    ) -> trial.Measures:
         """Of a job that is done."""
-        return trial.Measures.load(self.path(name, split, strength))
+        return trial.Measures.load(self.path(name, split, strength, first))
 
-    def path(self, name: str, split: str, strength: float = 1.0) -> Path:
+    def path(self, name: str, split: str, strength: float = 1.0, first: float = 999.0) -> Path:
         """Of its measures."""
         suffix = "" if strength == 1.0 else f"-{strength:g}"
-        return self.out / self.subject / name / f"{split}{suffix}.safetensors"
+        late = "" if first == 999.0 else f"-from{first:g}"
+        return self.out / self.subject / name / f"{split}{suffix}{late}.safetensors"
 
 
 def _ablations() -> dict[str, dict[str, Any]]:
@@ -188,8 +230,8 @@ def do(study: Study, job: Job) -> str:
     folder = study.out / study.subject / job.name
     spec = None if job.name == "base" else trial.train(subject, job.options, folder)
     for strength in job.strengths:
-        path = study.path(job.name, job.split, strength)
-        trial.measure(subject, spec, job.split, path, strength=strength)
+        path = study.path(job.name, job.split, strength, job.first)
+        trial.measure(subject, spec, job.split, path, strength=strength, first=job.first)
     return job.name
 
 
@@ -207,12 +249,12 @@ def tune(study: Study, names: list[str], processes: int) -> str:
     do_all(study, [base, *study.tuning(names)], processes)
     found = {
         name: {
-            rate: study.measures(f"tune/{name}/{rate:g}", "validation")
-            for rate in CONTENDERS[name].rates
+            setting.name: study.measures(f"tune/{name}/{setting.name}", "validation")
+            for setting in CONTENDERS[name].settings
         }
         for name in names
     }
-    chosen = {name: study.best_rate(name) for name in names}
+    chosen = {name: study.best(name).name for name in names}
     return tuning_table(study.measures("base", "validation"), found, chosen)
 
 
@@ -227,6 +269,21 @@ def confirm(study: Study, names: list[str], processes: int) -> str:
     return _tables(base, found, OURS)
 
 
+def late(study: Study, names: list[str], processes: int) -> str:
+    """The confirmed patches on test, acting below timestep `LATE` alone."""
+    jobs = [replace(job, first=LATE) for job in study.confirmation(names)]
+    do_all(study, [Job("base", {}, "test"), *jobs], processes)
+    base = study.measures("base", "test")
+    found = {
+        name: [
+            study.measures(f"confirm/{name}/{seed}", "test", first=LATE)
+            for seed in CONFIRMATION_SEEDS
+        ]
+        for name in names
+    }
+    return _tables(base, found, OURS)
+
+
 def _tables(base: trial.Measures, found: Mapping[str, list[trial.Measures]], ours: str) -> str:
     tables = [confirmation_table(base, found)]
     if ours in found:
@@ -236,11 +293,11 @@ def _tables(base: trial.Measures, found: Mapping[str, list[trial.Measures]], our
 
 def ablate(study: Study, processes: int) -> str:
     """Table 4 in miniature, on validation, at the paper's method's own rate; two seeds."""
-    seeds, rate = (0, 1), study.best_rate("dmp-paper")
+    seeds, setting = (0, 1), study.best("dmp-paper")
     jobs = [
         Job(
             f"ablate/{name}/{seed}",
-            study.options("dmp-paper", rate, seed, **changes),
+            study.options("dmp-paper", setting, seed, **changes),
             "validation",
         )
         for name, changes in _ablations().items()
@@ -261,7 +318,7 @@ def strengths(study: Study, names: list[str], processes: int) -> str:
     jobs = [
         Job(
             f"confirm/{name}/{seed}",
-            study.options(name, study.best_rate(name), seed),
+            study.options(name, study.best(name), seed),
             "test",
             strengths=STRENGTHS,
         )
@@ -299,6 +356,7 @@ def main() -> None:
         table = {
             "tune": lambda: tune(study, arguments.only, arguments.processes),
             "confirm": lambda: confirm(study, arguments.only, arguments.processes),
+            "late": lambda: late(study, patches, arguments.processes),
             "ablate": lambda: ablate(study, arguments.processes),
             "strength": lambda: strengths(study, patches, arguments.processes),
         }[stage]()

@@ -11,15 +11,15 @@ from training.miniature.trial import Measures
 
 
 def tuning_table(
-    base: Measures, found: Mapping[str, Mapping[float, Measures]], chosen: Mapping[str, float]
+    base: Measures, found: Mapping[str, Mapping[str, Measures]], chosen: Mapping[str, str]
 ) -> str:
-    """Each method at each of its rates, validation; the chosen rate is marked."""
-    lines = _head(["method", "learning rate", "loss", "relative loss", *_distances(base)])
+    """Each method with each of its settings, validation; the chosen one is marked."""
+    lines = _head(["method", "learning rate and loss", "loss", "relative loss", *_distances(base)])
     lines.append(f"| base | | {base.loss:.5f} | 0 | {_plain(base.frechet.values())} |")
-    for name, by_rate in found.items():
-        for rate, measures in by_rate.items():
-            mark = " (chosen)" if rate == chosen[name] else ""
-            lines.append(f"| {name} | {rate:g}{mark} | {_changes(base, measures)} |")
+    for name, by_setting in found.items():
+        for setting, measures in by_setting.items():
+            mark = " (chosen)" if setting == chosen[name] else ""
+            lines.append(f"| {name} | {setting}{mark} | {_changes(base, measures)} |")
     return "\n".join(lines)
 
 

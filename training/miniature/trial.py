@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmp_common import attach
+from dmp_common import Schedule, attach
 from dmp_common.serialize import write_atomically
 from training.config import TrainConfig
 from training.evaluation.frechet import frechet_distance
@@ -109,12 +109,14 @@ def measure(
     path: Path,
     *,
     strength: float = 1.0,
+    first: float = 999.0,
 ) -> Measures:
     """Measures of a trained model, or of the base (None), read from `path` if they are there.
 
     Args:
         split: "validation" or "test".
         strength: of a patch.
+        first: timestep at which a patch begins to act.
     """
     if path.is_file():
         return Measures.load(path)
@@ -123,7 +125,9 @@ def measure(
     )
     compared = None if spec is None else load_compared(spec)
     if isinstance(compared, PatchModel):
-        context: Any = attach(frozen.model, compared.patch, strength=strength)
+        context: Any = attach(
+            frozen.model, compared.patch, strength=strength, schedule=Schedule(first=first)
+        )
     else:
         context = nullcontext() if compared is None else compared.on(frozen)
     with context as used:

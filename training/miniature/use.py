@@ -64,8 +64,6 @@ SETTINGS: dict[str, list[tuple[str, Setting]]] = {
     ],
     "sampler": [(name, Setting(sampler=name)) for name in ("ddim", "ddpm", "dpm++", "euler")],
     "steps": [(str(n), Setting(steps=n)) for n in (6, 10, 50)],
-    "steps of DDIM": [(str(n), Setting(sampler="ddim", steps=n)) for n in (50, 100)],
-    "strength with DDIM": [(f"{s:g}", Setting(strength=s, sampler="ddim")) for s in (1.5, 2.0)],
     "guidance": [(f"{g:g}", Setting(guidance=g)) for g in (1.5, 2.0, 4.0)],
     "sibling": [("fine-tuned base", Setting(sibling=True))],
 }

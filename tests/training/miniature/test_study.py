@@ -7,7 +7,18 @@ import torch
 
 from training.miniature import study as module
 from training.miniature import subjects
-from training.miniature.study import CONTENDERS, Job, Study, ablate, confirm, do, strengths, tune
+from training.miniature.study import (
+    CONTENDERS,
+    Job,
+    Setting,
+    Study,
+    ablate,
+    confirm,
+    do,
+    late,
+    strengths,
+    tune,
+)
 from training.miniature.tables import bins_table, confirmation_table, difference_table
 from training.miniature.trial import Measures
 
@@ -25,20 +36,20 @@ def test_tables_say_changes_and_intervals():
     base = _measures(0.2, 5.0)
     ours = [_measures(0.18 + 0.001 * n, 4.0 + 0.1 * n) for n in range(3)]
     other = [_measures(0.19, 4.5)] * 3
-    found = {"mixture": ours, "prompt": other}
+    found = {"stages": ours, "prompt": other}
     rows = _rows(confirmation_table(base, found))
     assert rows[2] == ["base", "0.20000", "0", "5.000", "10.000"]
     assert rows[3] == [
-        "mixture", "-9.500 % +- 0.500", "-9.500 % +- 0.500", "4.100 +- 0.100", "8.200 +- 0.200",
+        "stages", "-9.500 % +- 0.500", "-9.500 % +- 0.500", "4.100 +- 0.100", "8.200 +- 0.200",
     ]  # fmt: skip
     assert rows[4][1].startswith("-5.000 % +- 0.000")
-    rows = _rows(difference_table(base, found, "mixture"))
+    rows = _rows(difference_table(base, found, "stages"))
     assert rows[2][:2] == ["base", "-9.500 [-10.742, -8.258]"]
     # -4.5 per cent, and the t interval of three values 0.5 apart: 4.303 * 0.5 / sqrt(3)
     assert rows[3][:2] == ["prompt", "-4.500 [-5.742, -3.258]"]
     assert rows[3][3:] == ["-0.400 [-0.648, -0.152]", "-0.800 [-1.297, -0.303]"]
-    bins = bins_table(base, {"mixture": ours})
-    assert "| mixture | -9.50 | -9.50 |" in bins
+    bins = bins_table(base, {"stages": ours})
+    assert "| stages | -9.50 | -9.50 |" in bins
 
 
 def test_relative_loss_counts_every_bin_alike():
@@ -50,7 +61,7 @@ def test_relative_loss_counts_every_bin_alike():
 def test_contenders_have_as_many_rates_and_prompts_each():
     assert len({len(contender.rates) for contender in CONTENDERS.values()}) == 1
     study = Study("digits", None, None, 10)
-    options = study.options("mixture", 1e-3, 0)
+    options = study.options("stages", Setting(1e-3, True), 0)
     assert options["grid"] ** 2 * options["grids"] == 16
 
 
@@ -72,7 +83,7 @@ def small(monkeypatch):
     monkeypatch.setattr(Study, "open", lambda self: few)
     monkeypatch.setattr(module, "CONFIRMATION_SEEDS", (101, 102))
     monkeypatch.setattr(module, "STRENGTHS", (1.0, 2.0))
-    kept = {name: replace(CONTENDERS[name], rates=(1e-3, 1e-2)) for name in ("prompt", "mixture")}
+    kept = {name: replace(CONTENDERS[name], rates=(1e-2,)) for name in ("prompt", "stages")}
     monkeypatch.setattr(module, "CONTENDERS", {**kept, "dmp-paper": kept["prompt"]})
     monkeypatch.setattr(
         module, "_ablations", lambda: {"linear": {}, "none": {"learning_rate": 1e-3}}
@@ -87,18 +98,25 @@ def small(monkeypatch):
 
 
 def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
-    study, names = Study("digits", None, tmp_path, 3), ["prompt", "mixture"]
+    study, names = Study("digits", None, tmp_path, 3), ["prompt", "stages"]
     table = tune(study, names, 1)
-    assert table.count("(chosen)") == 2 and len(table.splitlines()) == 3 + 4
+    assert table.count("(chosen)") == 2 and len(table.splitlines()) == 3 + 3
     table = confirm(study, names, 1)
-    assert "| base |" in table and "| mixture |" in table and "| mixture minus |" in table
-    folder = tmp_path / "digits" / "confirm" / "mixture" / "101"
+    assert "| base |" in table and "| stages |" in table and "| stages minus |" in table
+    folder = tmp_path / "digits" / "confirm" / "stages" / "101"
     assert (folder / "test.safetensors").is_file() and not (
         folder / "validation.safetensors"
     ).exists()
     before = (folder / "trained.safetensors").stat().st_mtime_ns
-    table = strengths(study, ["mixture"], 1)
-    assert "| mixture x 2 |" in table
+    table = late(study, ["stages"], 1)
+    assert "| stages |" in table
+    whole = study.measures("confirm/stages/101", "test")
+    only = study.measures("confirm/stages/101", "test", first=module.LATE)
+    base = study.measures("base", "test")
+    assert torch.equal(only.losses[:, 5:], base.losses[:, 5:])  # it does not act there
+    assert torch.equal(only.losses[:, :5], whole.losses[:, :5])
+    table = strengths(study, ["stages"], 1)
+    assert "| stages x 2 |" in table
     assert (folder / "trained.safetensors").stat().st_mtime_ns == before  # not trained again
     tune(study, ["dmp-paper"], 1)
     assert "| none |" in ablate(study, 1)
@@ -106,9 +124,9 @@ def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
 
 def test_a_folder_of_another_trial_is_refused(small, tmp_path):
     study = Study("digits", None, tmp_path, 2)
-    do(study, Job("x", study.options("prompt", 1e-3, 0), "validation"))
+    do(study, Job("x", study.options("prompt", Setting(1e-3, False), 0), "validation"))
     with pytest.raises(ValueError, match="choose another folder"):
-        do(study, Job("x", study.options("prompt", 1e-2, 0), "validation"))
+        do(study, Job("x", study.options("prompt", Setting(1e-2, False), 0), "validation"))
 
 
 def test_cifar_needs_its_folder(tmp_path):
