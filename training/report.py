@@ -165,7 +165,7 @@ def _text(
             f"| {patched.frechet_distance / base.frechet_distance - 1:+.2%} |",
             "",
             f"The training images themselves have Frechet distance {floor:.3f} to the test images, "
-            "so there is nothing to gain below that. Features are those of the bundled "
+            "so there is little to gain below that. Features are those of the bundled "
             "classifier.",
             "",
             "![samples](samples.png)",
