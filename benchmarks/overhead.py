@@ -16,8 +16,7 @@ import torch
 from benchmarks.models import dit, random_patch, sd15
 from benchmarks.timing import CLOCKS, clocked, interleaved, ratio
 from dmp_common import attach
-
-STAGES: dict[str, Any] = {"grids": 4, "gate_unit": "grid", "gate_form": "residual"}
+from training.presets import STAGES
 
 
 def main() -> None:

@@ -6,9 +6,6 @@ import torch
 
 from dmp_common import Patch
 
-# Our variant in the trainer's recipe of that name.
-STAGES = {"grids": 4, "gate_unit": "grid", "gate_form": "residual"}
-
 
 def randomise(patch: Patch, seed: int, std: float = 0.5) -> Patch:
     """Fills a patch; the fields it adds are of about `std`, whatever the number of prompts."""

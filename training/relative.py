@@ -21,7 +21,7 @@ from training.config import TrainConfig
 
 BINS = 20
 IMAGES = 256
-# Four times that; float16 has three more bits.
+# Four times that mean square; float16 has three more bits.
 _ROUNDED = {"bf16": 2e-4, "fp16": 3e-6}
 
 

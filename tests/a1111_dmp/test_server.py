@@ -26,7 +26,8 @@ from dmp_common import Patch, get_base
 from dmp_common.patchfile import file_hash
 from tests.a1111_dmp import tiny_base
 from tests.a1111_dmp.server import FailedError, Made, Server, encoded
-from tests.randomness import STAGES, randomise
+from tests.randomness import randomise
+from training.presets import STAGES
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -39,7 +39,7 @@ RECIPE = Recipe(
 )
 RECIPES = {
     "cifar10": RECIPE,
-    # At 16 x 16 pixels, 16 tokens: so small that a computer without GPU does a study in an hour.
+    # At 16 x 16 pixels, 16 tokens: so small that a computer without GPU can do a study.
     "cifar10-s": replace(RECIPE, size=16, heads=2, head_width=32, batch=128, steps=24000),
 }
 _KEPT = 600  # steps between states of the constant part

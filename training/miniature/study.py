@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dmp_common import get_base
+from training import presets
 from training.miniature import trial
 from training.miniature.subjects import Subject, cifar10, digits
 from training.miniature.tables import (
@@ -31,7 +32,6 @@ from training.miniature.tables import (
     strength_table,
     tuning_table,
 )
-from training.presets import RECIPES
 
 CONFIRMATION_SEEDS = (101, 102, 103, 104, 105)
 STAGES = ("tune", "confirm", "late", "ablate", "strength")
@@ -85,7 +85,6 @@ class Contender:
         return [Setting(rate, relative) for relative in self.objectives for rate in self.rates]
 
 
-_STAGES = {name: value for name, value in RECIPES["stages"].items() if name != "relative_loss"}
 CONTENDERS: dict[str, Contender] = {
     # Naive prompt tuning, eq. 2.
     "prompt": Contender({"method": "prompt"}),
@@ -99,8 +98,8 @@ CONTENDERS: dict[str, Contender] = {
     "dmp-gate": Contender({"method": "dmp", "gate_lr_factor": 10.0}),
     # Ours: as many prompts on coarser grids, each with a part of the noise levels; the recipe as it
     # is, and with the objective tuned as that of the others.
-    "stages": Contender({"method": "dmp", **_STAGES}, objectives=(True,)),
-    "mixture": Contender({"method": "dmp", **_STAGES}),
+    "stages": Contender({"method": "dmp", **presets.STAGES}, objectives=(True,)),
+    "mixture": Contender({"method": "dmp", **presets.STAGES}),
     # The paper's places, each free to be off, negative or strong.
     "residual": Contender({"method": "dmp", "gate_form": "residual", "gate_init": "random"}),
     "lora": Contender({"method": "lora"}),
@@ -258,30 +257,18 @@ def tune(study: Study, names: list[str], processes: int) -> str:
     return tuning_table(study.measures("base", "validation"), found, chosen)
 
 
-def confirm(study: Study, names: list[str], processes: int) -> str:
-    """The second stage; returns its tables."""
-    do_all(study, [Job("base", {}, "test"), *study.confirmation(names)], processes)
-    base = study.measures("base", "test")
-    found = {
-        name: [study.measures(f"confirm/{name}/{seed}", "test") for seed in CONFIRMATION_SEEDS]
-        for name in names
-    }
-    return _tables(base, found, OURS)
-
-
-def late(study: Study, names: list[str], processes: int) -> str:
-    """The confirmed patches on test, acting below timestep `LATE` alone."""
-    jobs = [replace(job, first=LATE) for job in study.confirmation(names)]
+def confirm(study: Study, names: list[str], processes: int, first: float = 999.0) -> str:
+    """The best settings on fresh seeds, test; of patches that act from timestep `first` on."""
+    jobs = [replace(job, first=first) for job in study.confirmation(names)]
     do_all(study, [Job("base", {}, "test"), *jobs], processes)
-    base = study.measures("base", "test")
     found = {
         name: [
-            study.measures(f"confirm/{name}/{seed}", "test", first=LATE)
+            study.measures(f"confirm/{name}/{seed}", "test", first=first)
             for seed in CONFIRMATION_SEEDS
         ]
         for name in names
     }
-    return _tables(base, found, OURS)
+    return _tables(study.measures("base", "test"), found, OURS)
 
 
 def _tables(base: trial.Measures, found: Mapping[str, list[trial.Measures]], ours: str) -> str:
@@ -356,7 +343,7 @@ def main() -> None:
         table = {
             "tune": lambda: tune(study, arguments.only, arguments.processes),
             "confirm": lambda: confirm(study, arguments.only, arguments.processes),
-            "late": lambda: late(study, patches, arguments.processes),
+            "late": lambda: confirm(study, patches, arguments.processes, LATE),
             "ablate": lambda: ablate(study, arguments.processes),
             "strength": lambda: strengths(study, patches, arguments.processes),
         }[stage]()

@@ -73,8 +73,7 @@ def columns(base: Measures, several: Sequence[Measures]) -> list[torch.Tensor]:
 def bins_table(base: Measures, found: Mapping[str, Sequence[Measures]]) -> str:
     """Change of the loss in each bin of timesteps, per cent, mean over seeds."""
     bins = base.losses.shape[1]
-    head = " | ".join(f"{1000 * n // bins}-" for n in range(bins))
-    lines = [f"| method | {head} |", "|---" * (bins + 1) + "|"]
+    lines = _head(["method", *(f"{1000 * n // bins}-" for n in range(bins))])
     lines.append("| base (loss) | " + " | ".join(f"{x:.5f}" for x in base.losses.mean(0)) + " |")
     for name, several in found.items():
         change = torch.stack([m.losses.mean(0) / base.losses.mean(0) - 1 for m in several]).mean(0)

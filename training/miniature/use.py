@@ -25,7 +25,7 @@ from training.evaluation.models import Spec, load_compared
 from training.evaluation.sampling import draw_images, noises
 from training.frozen import FrozenBase, load_frozen
 from training.miniature.pretraining import as_float
-from training.miniature.study import Study
+from training.miniature.study import LATE, Study
 from training.miniature.subjects import Subject
 
 SEEDS = (0, 1)
@@ -59,7 +59,7 @@ SETTINGS: dict[str, list[tuple[str, Setting]]] = {
     "strength": [(f"{s:g}", Setting(strength=s)) for s in (0.5, 1.0, 1.5, 2.0, 3.0)],
     "part of the schedule": [
         ("noisy half", Setting(last=500.0)),
-        ("clean half", Setting(first=500.0)),
+        ("clean half", Setting(first=LATE)),
         ("noisy half, strength 2", Setting(strength=2.0, last=500.0)),
     ],
     "sampler": [(name, Setting(sampler=name)) for name in ("ddim", "ddpm", "dpm++", "euler")],

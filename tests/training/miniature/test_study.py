@@ -15,7 +15,6 @@ from training.miniature.study import (
     ablate,
     confirm,
     do,
-    late,
     strengths,
     tune,
 )
@@ -108,7 +107,7 @@ def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
         folder / "validation.safetensors"
     ).exists()
     before = (folder / "trained.safetensors").stat().st_mtime_ns
-    table = late(study, ["stages"], 1)
+    table = confirm(study, ["stages"], 1, module.LATE)
     assert "| stages |" in table
     whole = study.measures("confirm/stages/101", "test")
     only = study.measures("confirm/stages/101", "test", first=module.LATE)
