@@ -118,9 +118,10 @@ class Wrapper:
         model = executor.class_obj
         settings = self.settings(model.model_sampling)
         timesteps = None
-        if self._slot in ("dit", "after") or not settings.schedule.always:
+        patch = self.record.loaded.patch
+        if self._slot in ("dit", "after") or patch.needs_timesteps(settings):
             timesteps = timesteps_of(model.model_sampling, self._base, t)
-        strength = settings.strengths(timesteps)
+        strength = patch.strengths(settings, timesteps)
         if isinstance(strength, float) and strength == 0.0:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
@@ -129,7 +130,7 @@ class Wrapper:
             compiled = is_compiled(model, options)
             if self._slot == "hooks":
                 require_not_compiled(model, options)
-                labels = self.record.loaded.patch.variant.condition == "t+y"
+                labels = patch.variant.condition == "t+y"
                 stack.enter_context(hooked(denoiser_of(model), self._sites, prepare, labels))
             elif self._slot == "unet":
                 facts: object = settings
@@ -144,8 +145,7 @@ class Wrapper:
                     refiners = len(denoiser_of(model).get_submodule("noise_refiner"))
                     options = after_options(options, self._keys, context, refiners)
             if compiled:
-                variant = self.record.loaded.patch.variant
-                stack.enter_context(own_graph(denoiser_of(model), (variant, facts)))
+                stack.enter_context(own_graph(denoiser_of(model), (patch.variant, facts)))
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def settings(self, model_sampling: Any) -> Settings:

@@ -248,7 +248,7 @@ class _Call:
         if self.missing:
             return
         timesteps = None
-        if not attachment.settings.schedule.always:
+        if attachment.patch.needs_timesteps(attachment.settings):
             timesteps = attachment._source.timesteps(self._timesteps(e))
         latent = latent_of(attachment._base, *self.described, attachment._multiple)
         attachment.calls += 0 if is_compiling() else 1

@@ -19,11 +19,15 @@ from torch import Tensor
 
 
 def stratified_timesteps(
-    count: int, last: float = 999.0, generator: torch.Generator | None = None
+    count: int,
+    last: float = 999.0,
+    generator: torch.Generator | None = None,
+    *,
+    first: float = 0.0,
 ) -> Tensor:
-    """One jittered timestep in each of `count` equal parts of [0, last]; (T,), float32, CPU."""
+    """One jittered timestep in each of `count` equal parts of [first, last]; (T,), float32, CPU."""
     jitter = torch.rand(count, generator=generator)
-    return (torch.arange(count) + jitter) * (last / count)
+    return first + (torch.arange(count) + jitter) * ((last - first) / count)
 
 
 def importance_loss(weights: Tensor) -> Tensor:

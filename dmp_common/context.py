@@ -13,7 +13,7 @@ from dmp_common.compat import is_compiling, without_autocast
 from dmp_common.errors import PatchError
 from dmp_common.field import Field
 from dmp_common.prompts import resize
-from dmp_common.schedule import ALWAYS, Schedule
+from dmp_common.schedule import ALWAYS, EVERYWHERE, Schedule, inside
 from dmp_common.sites import Site, grid_cells
 
 if TYPE_CHECKING:
@@ -50,19 +50,25 @@ class Settings:
                 "use about 0.5 to 2."
             )
 
-    def strengths(self, timesteps: Tensor | None) -> float | Tensor:
+    def strengths(
+        self, timesteps: Tensor | None, within: tuple[int, int] = EVERYWHERE
+    ) -> float | Tensor:
         """Strength of each batch item, one number where it is the same for all.
 
         Args:
-            timesteps: (B,) on the scale 0..1000; needed where the schedule is not constant.
+            timesteps: (B,) on the scale 0..1000; needed where the strength is not constant.
+            within: where the patch acts, see `Variant.timesteps`.
         """
-        if self.schedule.always or self.strength == 0.0:
+        if (self.schedule.always and within == EVERYWHERE) or self.strength == 0.0:
             return self.strength
         if timesteps is None:
             raise PatchError(
-                "a schedule needs the timesteps of the call: pass `timesteps` to prepare()."
+                "a schedule, or a patch of a part of the timesteps, needs the timesteps of the "
+                "call: pass `timesteps` to prepare()."
             )
         strengths = self.schedule.factors(timesteps) * self.strength  # (B,)
+        if within != EVERYWHERE:
+            strengths = torch.where(inside(timesteps, within), strengths, 0.0)
         if is_compiling():
             return strengths
         values = strengths.tolist()

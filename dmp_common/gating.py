@@ -103,17 +103,20 @@ class Gate(nn.Module):
     def begin_with_stages(self, e: Tensor) -> None:
         """Gives each grid a part of the schedule: weights 1 at its own place, 0 at the others'.
 
-        K places are spread evenly over the timesteps, first and last included, and the weights are
-        linear in between; the gate is fitted to them by least squares. Prompts are zero then, so
-        nothing changes yet, but from the first step on each grid learns from its own noise levels.
+        K places are spread evenly over the patch's timesteps, first and last included, and the
+        weights are linear in between; the gate is fitted to them by least squares. Prompts are
+        zero then, so nothing changes yet, but from the first step on each grid learns from its own
+        noise levels.
 
         Args:
             e: time embedding (T, E) at timesteps spread evenly over the schedule, T >= E.
         """
-        places = torch.linspace(0, 1, e.shape[0], dtype=torch.float64)[:, None]
+        places = torch.linspace(0, 1000, e.shape[0], dtype=torch.float64)[:, None]
+        low, high = self.variant.timesteps
         grids = self.variant.grids
-        knots = torch.linspace(0, 1, grids, dtype=torch.float64)
-        weights = (1 - (places - knots).abs() * (grids - 1)).clamp(min=0)  # (T, K); 1 for one grid
+        knots = torch.linspace(low, high, grids, dtype=torch.float64)
+        distances = (places - knots).abs() / (high - low)
+        weights = (1 - distances * (grids - 1)).clamp(min=0)  # (T, K); 1 for one grid
         inputs = torch.cat([e.detach().cpu().double(), torch.ones_like(places)], dim=1)
         fitted = torch.linalg.lstsq(inputs, weights - 1.0, driver="gelsd", rcond=3e-3).solution
         self.weight.zero_()

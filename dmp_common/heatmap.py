@@ -23,6 +23,7 @@ from dmp_common import drawing
 from dmp_common.drawing import ColourScale, Layout, Values
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
+from dmp_common.schedule import EVERYWHERE, inside
 from dmp_common.serialize import write_atomically
 from dmp_common.timefile import even_timesteps, time_embedding_of
 
@@ -158,7 +159,8 @@ def gate_heatmap(
 def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Values]:
     """What a heat map shows: timesteps (T,) from noise to picture, weights (T, S, K*N).
 
-    Soft weights are times K*N (K, where a whole grid has one), so that their mean is 1.
+    Soft weights are times K*N (K, where a whole grid has one), so that their mean is 1; where the
+    patch is off all are 0.
     """
     timesteps = torch.as_tensor(timesteps).detach().float().cpu()
     size = patch.base.embedding
@@ -172,7 +174,8 @@ def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Val
         weights = patch.gate_weights(e.detach().to(next(patch.parameters()).device))
     if not weights.isfinite().all():
         raise PatchError("expected finite gate weights, found NaN: is the time embedding damaged?")
-    weights = weights.float().cpu()[order] * (patch.variant.outputs if _is_soft(patch) else 1)
+    weights = weights.float().cpu() * (patch.variant.outputs if _is_soft(patch) else 1)
+    weights = (weights * inside(timesteps, patch.variant.timesteps)[:, None, None])[order]
     return timesteps[order].numpy(), weights.numpy()
 
 
@@ -224,10 +227,12 @@ def _subtitle(patch: Patch) -> str:
         kind = "No gate: every weight is 1 at every timestep"
     elif variant.selection == "hard":
         kind += ", hard: the top 75 % have weight 1"
-    if variant.grid is None:
-        return f"{kind}. {variant.count} prompts in front of the image tokens."
     if variant.gate_form == "residual":
         kind = f"Residual {variant.gate} gate"
+    if variant.timesteps != EVERYWHERE:
+        kind += ", off but at timesteps {} to {}".format(*variant.timesteps)
+    if variant.grid is None:
+        return f"{kind}. {variant.count} prompts in front of the image tokens."
     place = "{} x {} prompts".format(*variant.grid)
     if variant.gate_unit == "grid":
         return f"{kind}. {variant.grids} grids of {place}, each with one weight."

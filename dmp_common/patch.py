@@ -19,6 +19,7 @@ from dmp_common.context import Context, FieldKey, Settings
 from dmp_common.errors import PatchError
 from dmp_common.gating import Gate, kept_prompts
 from dmp_common.prompts import PromptPool
+from dmp_common.schedule import EVERYWHERE
 from dmp_common.variant import Variant
 
 
@@ -130,7 +131,7 @@ class Patch(nn.Module):
             e: the model's time embedding of each batch item (B, E).
             latent_hw: height and width of the latent; may be None for UNets.
             settings: strength, schedule and so on.
-            timesteps: (B,) on the scale 0..1000; needed by a schedule.
+            timesteps: (B,) on the scale 0..1000; needed where `needs_timesteps` says so.
             image_tokens, text_tokens: see `Context`.
 
         Returns:
@@ -152,7 +153,7 @@ class Patch(nn.Module):
                 image_tokens=image_tokens,
                 text_tokens=text_tokens,
             )
-        strength = settings.strengths(timesteps)
+        strength = self.strengths(settings, timesteps)
         columns = self._active_columns(settings.sites)
         if isinstance(strength, float) and strength == 0.0:
             columns = {}  # exactly the base
@@ -173,6 +174,14 @@ class Patch(nn.Module):
             key=(key, latent_hw, image_tokens, text_tokens),
             cache=None if key is None else self.cache,
         )
+
+    def needs_timesteps(self, settings: Settings) -> bool:
+        """Whether its strength differs between timesteps."""
+        return not settings.schedule.always or self.variant.timesteps != EVERYWHERE
+
+    def strengths(self, settings: Settings, timesteps: Tensor | None) -> float | Tensor:
+        """Strength of each batch item, 0 outside the patch's own timesteps; see `Settings`."""
+        return settings.strengths(timesteps, self.variant.timesteps)
 
     def pool(self, site: str) -> PromptPool:
         """The prompt pool of a site."""

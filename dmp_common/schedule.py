@@ -113,3 +113,21 @@ class Schedule:
 
 
 ALWAYS = Schedule()  # everywhere, with factor 1
+EVERYWHERE = (0, 1000)  # the timesteps of a patch that has no part of its own
+
+
+def inside(timesteps: Tensor, within: tuple[int, int]) -> Tensor:
+    """Which timesteps belong to a patch: from the first number to below the second.
+
+    Args:
+        timesteps: any shape, on the scale 0..1000.
+        within: see `Variant.timesteps`; 1000 belongs to a patch that reaches to the end.
+
+    >>> inside(torch.tensor([499.5, 500.0, 1000.0]), (0, 500)).tolist()
+    [True, False, False]
+    >>> inside(torch.tensor([499.5, 500.0, 1000.0]), (500, 1000)).tolist()
+    [False, True, True]
+    """
+    low, high = within
+    below_end = timesteps < high if high < EVERYWHERE[1] else torch.ones_like(timesteps).bool()
+    return (timesteps >= low) & below_end

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from dmp_common.bases import Base, Prediction
 from dmp_common.errors import PatchError
 from dmp_common.registry import get_base
+from dmp_common.schedule import EVERYWHERE
 from dmp_common.sites import Site
 
 GateKind = Literal["linear", "attention", "none"]
@@ -37,7 +38,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Entries that files have had since the first ones; where one is missing, the file is older or means
 # the paper's choice, which is not written.
-_LATER: dict[str, str] = {"gate_unit": "prompt", "gate_form": "softmax"}
+_LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
 # What a gate must be to begin with stages: a place in the schedule for each whole grid.
 _STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
@@ -69,6 +70,9 @@ class Variant:
             can be nothing, negative or large, at each noise level by itself. Ours.
         prompt_init, gate_init: how training began. "stages", for a residual gate of grids: each
             grid begins with a part of the timesteps, fading into its neighbours'. Ours.
+        timesteps: the patch acts at timesteps from the first number to below the second (1000: to
+            the last), and is off elsewhere: its gate's off switch. Trained with --min_timestep or
+            --max_timestep it knows no others. Ours.
         frequency_shift: of the sinusoid behind e; a model with another one is refused.
         prediction: what the base predicted when the patch was trained.
 
@@ -94,6 +98,7 @@ class Variant:
     gate_init: GateInit = "zero"
     gate_unit: GateUnit = "prompt"
     gate_form: GateForm = "softmax"
+    timesteps: tuple[int, int] = EVERYWHERE
 
     @classmethod
     def create(cls, base: str | Base, **options: Any) -> Variant:
@@ -124,6 +129,8 @@ class Variant:
             # Equal grids would stay equal.
             fitting = all(options.get(n, getattr(cls, n)) == value for n, value in _STAGED.items())
             options.setdefault("gate_init", "stages" if fitting else "random")
+        if "timesteps" in options:
+            options["timesteps"] = _pair(options["timesteps"], "timesteps as first and last")
         options.setdefault("frequency_shift", spec.frequency_shift)
         options.setdefault("prediction", spec.prediction)
         return cls(base=spec.name, sites=tuple(site.name for site in sites), **options)
@@ -191,6 +198,12 @@ class Variant:
             raise PatchError(
                 f"expected a frequency shift of 0 or 1, found {self.frequency_shift!r}: set it."
             )
+        low, high = self.timesteps
+        if not 0 <= low < high <= EVERYWHERE[1]:
+            raise PatchError(
+                f"expected timesteps from one number to a higher one, both from 0 to "
+                f"{EVERYWHERE[1]}, found {low} to {high}: correct them."
+            )
 
     @property
     def count(self) -> int:
@@ -222,6 +235,7 @@ class Variant:
         depths = self.base_spec.depths
         record["sites"] = {name: depths[name] for name in self.sites}
         record["grid"] = None if self.grid is None else list(self.grid)
+        record["timesteps"] = list(self.timesteps)
         for name, usual in _LATER.items():
             if record[name] == usual:
                 del record[name]
@@ -258,6 +272,7 @@ class Variant:
                 **record,
                 "sites": tuple(sorted(sites, key=lambda name: depths[name])),
                 "grid": None if record["grid"] is None else _pair(record["grid"]),
+                "timesteps": _pair(record["timesteps"], "timesteps as first and last"),
             }
         )
 
@@ -271,12 +286,10 @@ def _usual_grid(spec: Base, options: Mapping[str, Any]) -> tuple[int, int]:
     return rows, columns
 
 
-def _pair(grid: object) -> tuple[int, int]:
-    whole = isinstance(grid, Sequence) and [side for side in grid if type(side) is int]
-    if not whole or len(whole) != 2 or len(grid) != 2:  # type: ignore[arg-type]
-        raise PatchError(
-            f"expected a grid as rows and columns, found {_short(grid)}: give two whole numbers."
-        )
+def _pair(value: object, what: str = "a grid as rows and columns") -> tuple[int, int]:
+    whole = isinstance(value, Sequence) and [side for side in value if type(side) is int]
+    if not whole or len(whole) != 2 or len(value) != 2:  # type: ignore[arg-type]
+        raise PatchError(f"expected {what}, found {_short(value)}: give two whole numbers.")
     return whole[0], whole[1]
 
 

@@ -41,6 +41,7 @@ class TrainConfig(
         """The options of `Patch.create`."""
         names = ("gate", "selection", "across_depth", "mix", "condition", "prompt_init")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options["timesteps"] = (self.min_timestep, self.max_timestep)
         if self.method == "prompt":
             options["gate"] = "none"
         else:

@@ -119,7 +119,7 @@ class Student(nn.Module):
         return parts
 
     def _balancing(self, given: Given, step: int) -> dict[str, Tensor]:
-        """Both balancing losses on timesteps over the whole schedule, not on the batch's."""
+        """Both balancing losses on timesteps over all that the patch has, not on the batch's."""
         config, frozen, method = self._config, self._frozen, self.method
         if not isinstance(method, PatchMethod) or method.patch.variant.gate == "none":
             return {}
@@ -128,7 +128,10 @@ class Student(nn.Module):
         patch = method.patch
         # Not of the rank: every process sees the same, so that its gradient is that of one.
         source = generator(config.seed, "balancing", step)
-        t = stratified_timesteps(config.balancing_timesteps, generator=source)
+        low, high = patch.variant.timesteps
+        t = stratified_timesteps(
+            config.balancing_timesteps, high - 1.0, generator=source, first=float(low)
+        )
         with torch.no_grad():
             e = embed_timesteps(
                 self.backbone, frozen.base, frozen.naming, t, self._classes(given, source, len(t))

@@ -164,8 +164,12 @@ class ObjectiveOptions(BaseModel):
     variational_weight: float = option(
         "objective", 1.0, "of the variational term, for bases that learn sigma", ge=0
     )
-    min_timestep: int = option("objective", 0, "first timestep trained on", ge=0, le=999)
-    max_timestep: int = option("objective", 1000, "one after the last", ge=1, le=1000)
+    min_timestep: int = option(
+        "objective", 0, "first timestep trained on; a patch is off below it", ge=0, le=999
+    )
+    max_timestep: int = option(
+        "objective", 1000, "one after the last; a patch is off from it on", ge=1, le=1000
+    )
     timestep_sampling: TimestepSampling = option(
         "objective",
         "sigma",

@@ -97,3 +97,31 @@ def test_schedule_outside_of_its_range_costs_no_field(kind, monkeypatch):
         assert mix == []
         kind.run(model, [300.0, 200.0])
         assert len(mix) == len(patch.sites)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_a_patch_of_a_part_of_the_timesteps_is_off_elsewhere(kind, train):
+    """Item by item, exactly the base outside, and together with a schedule."""
+    model, whole = kind.model(), make(kind).train(train)
+    timesteps = [999.5, 500.0, 499.5, 100.0, 99.0]
+    base = kind.run(model, timesteps)
+    with attach(model, whole):
+        full = kind.run(model, timesteps)
+    ranges = {
+        (0, 1000): [1, 1, 1, 1, 1],
+        (0, 500): [0, 0, 1, 1, 1],
+        (100, 1000): [1, 1, 1, 1, 0],
+        (100, 500): [0, 0, 1, 1, 0],
+        (0, 50): [0, 0, 0, 0, 0],
+    }
+    for own, acts in ranges.items():
+        patch = make(kind, timesteps=own).train(train)
+        patch.load_tensors(whole.tensors())
+        for schedule, also in ((Schedule(), [1] * 5), (Schedule(last=100.0), [1, 1, 1, 1, 0])):
+            with attach(model, patch, schedule=schedule):
+                found = kind.run(model, timesteps)
+            for item, on in enumerate(acts):
+                wanted = full if on and also[item] else base
+                assert close(found[item], wanted[item], 1e-5), (own, schedule, item)
+                if not on:
+                    assert torch.equal(found[item], base[item])

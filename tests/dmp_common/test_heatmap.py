@@ -135,6 +135,7 @@ def test_order_of_timesteps_does_not_matter():
             "Residual linear gate. 2 grids of 3 x 3 prompts, each with one weight",
         ),
         ({"gate_form": "residual"}, "Residual linear gate. 4 x 4 prompts"),
+        ({"timesteps": (0, 500)}, "Linear gate, off but at timesteps 0 to 500. 4 x 4 prompts"),
         ({"mix": "prepend"}, "50 prompts in front of the image tokens"),
         ({"grid": (2, 5)}, "2 x 5 prompts"),
         ({"grid": (3, 300)}, "3 x 300 prompts"),
@@ -217,6 +218,10 @@ def test_values_are_gate_weights_times_their_number():
     residual = random_patch(gate_form="residual")
     found = gate_values(residual, STEPS, e)[1]
     assert np.allclose(found, residual.gate_weights(e).detach().numpy(), atol=1e-6)
+    part = random_patch(timesteps=(0, 500))
+    found = gate_values(part, STEPS, e)[1]
+    on = STEPS.numpy() < 500
+    assert (found[~on] == 0).all() and np.allclose(found[on].mean(-1), 1, atol=1e-6)
 
 
 def test_long_titles_fit(texts):

@@ -66,6 +66,16 @@ def test_stages_give_each_grid_a_part_of_the_schedule():
     torch.testing.assert_close(alone.gate_weights(e), torch.ones(200, 6, 16))
 
 
+def test_stages_of_a_part_of_the_schedule_share_that_part():
+    patch = Patch.create("digits", **MIXTURE, timesteps=(200, 600))
+    e = _embedding(1000)
+    patch.gate.begin_with_stages(e)
+    by_grid = patch.gate_weights(e)[:, 0].reshape(1000, 3, 16)[:, :, 0]
+    places = torch.linspace(0, 1000, 1000)[:, None]
+    wanted = (1 - 2 * (places - torch.tensor([200.0, 400.0, 600.0])).abs() / 400).clamp(min=0)
+    assert (by_grid - wanted)[200:600].abs().max() < 0.2
+
+
 def test_a_mixture_has_as_many_prompts_as_one_grid():
     paper = Patch.create("sd15")
     mixture = Patch.create("sd15", grids=4, gate_unit="grid", gate_form="residual")
@@ -96,9 +106,10 @@ def test_the_file_says_which_variant_and_gives_it_back(tmp_path):
 
 def test_the_papers_file_says_nothing_of_it_and_older_files_are_read():
     record = Patch.create("digits").variant.to_json()
-    assert not {"gate_unit", "gate_form"} & set(record)
+    assert not {"gate_unit", "gate_form", "timesteps"} & set(record)
     variant = Variant.from_json(record)
     assert (variant.gate_unit, variant.gate_form) == ("prompt", "softmax")
+    assert variant.timesteps == (0, 1000)
     with pytest.raises(PatchError, match="gate_form"):
         Variant.from_json({**record, "gate_form": "tanh"})
 
@@ -107,6 +118,10 @@ def test_the_papers_file_says_nothing_of_it_and_older_files_are_read():
     ("options", "found"),
     [
         ({"gate_form": "residual", "gate": "none"}, "gate none"),
+        ({"timesteps": (500, 400)}, "found 500 to 400"),
+        ({"timesteps": (0, 1001)}, "found 0 to 1001"),
+        ({"timesteps": [0.0, 500.0]}, "timesteps as first and last"),
+        ({"timesteps": 500}, "timesteps as first and last, found 500"),
         ({"gate_form": "residual", "selection": "hard"}, "selection hard"),
         ({"gate_unit": "grid", "grids": 2, "selection": "hard"}, "selection hard"),
         ({"gate_init": "stages"}, "unit prompt"),

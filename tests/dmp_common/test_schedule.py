@@ -88,3 +88,7 @@ def test_strengths_of_a_batch() -> None:
     assert Settings(strength=0.5).strengths(None) == 0.5
     with pytest.raises(PatchError, match="needs the timesteps"):
         half.strengths(None)
+    assert Settings().strengths(torch.tensor([500.0, 499.0]), (0, 500)).tolist() == [0.0, 1.0]
+    assert Settings().strengths(torch.tensor([1000.0]), (500, 1000)) == 1.0
+    with pytest.raises(PatchError, match="a part of the timesteps, needs the timesteps"):
+        Settings().strengths(None, (0, 500))

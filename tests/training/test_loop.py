@@ -157,6 +157,7 @@ def test_non_finite_loss_names_the_sample(go: Go, monkeypatch: pytest.MonkeyPatc
         {"dmp_depth": 1},
         {"prompt_init": "random", "gate_init": "random"},
         {"prompt_scale": "literal", "learning_rate": 0.01},
+        {"min_timestep": 100, "max_timestep": 600},
     ],
     ids=str,
 )
@@ -168,6 +169,9 @@ def test_every_variant_trains(go: Go, variant: dict[str, object]) -> None:
         assert list(patch.sites) == ["block.0"]
     assert all(bool(tensor.any()) for tensor in patch.tensors().values())
     assert Patch.load(events.outputs.path()).variant == patch.variant
+    assert patch.variant.timesteps == (
+        variant.get("min_timestep", 0), variant.get("max_timestep", 1000)
+    )  # fmt: skip
 
 
 def test_literal_scale_moves_prompts_by_the_rate_itself(go: Go) -> None:

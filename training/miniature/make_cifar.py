@@ -35,12 +35,14 @@ RECIPE = Recipe(
     ema_decay=0.998,
     weight_decay=0.02,
     flip=True,
-    autocast=True,
+    autocast=7200,
 )
 RECIPES = {
     "cifar10": RECIPE,
     # At 16 x 16 pixels, 16 tokens: so small that a computer without GPU can do a study.
-    "cifar10-s": replace(RECIPE, size=16, heads=2, head_width=32, batch=128, steps=24000),
+    "cifar10-s": replace(
+        RECIPE, size=16, heads=2, head_width=32, batch=128, steps=48000, autocast=23040
+    ),
 }
 _KEPT = 600  # steps between states of the constant part
 

@@ -34,8 +34,8 @@ class Recipe:
             for widths near 1000; at width 64 it starts them close to zero and learning is slow
             (digits, validation loss after 1000 AdamW steps 0.106 against 0.095).
         flip: mirror every other image.
-        autocast: bfloat16 for the forward pass until the annealing begins. Its rounding is as large
-            as the loss at the noisiest timesteps, so the end is in full precision.
+        autocast: first steps with bfloat16 for the forward pass. Its rounding is as large as the
+            loss at the noisiest timesteps, so the annealing, at least, is in full precision.
     """
 
     size: int
@@ -58,7 +58,7 @@ class Recipe:
     embedding_std: float = 0.1
     label_dropout: float = 0.1
     flip: bool = False
-    autocast: bool = False
+    autocast: int = 0
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -183,7 +183,7 @@ class Pretraining:
         t = t.clamp(max=999)  # rounding can reach 1000
         noise = torch.randn_like(images)
         noisy = self.scheduler.add_noise(images, noise, t)
-        half = recipe.autocast and self.step < recipe.constant_steps
+        half = self.step < recipe.autocast
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             prediction = self.forward(noisy, t, labels).sample
         loss = F.mse_loss(prediction.float(), noise)

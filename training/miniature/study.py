@@ -12,7 +12,7 @@ at a time. What is done is not done again: a study that was stopped goes on.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -126,6 +126,10 @@ class Job:
     first: float = 999.0
 
 
+class UntunedError(Exception):
+    """A stage needs the best setting of a contender that was not tuned."""
+
+
 @dataclass(frozen=True)
 class Study:
     """Where it happens, and how much of it.
@@ -175,8 +179,18 @@ class Study:
         """The setting with the lowest loss on validation, the usual mean over all timesteps.
 
         Raises:
-            FileNotFoundError: it was not tuned.
+            UntunedError: it was not tuned.
         """
+        missing = [
+            setting.name
+            for setting in CONTENDERS[name].settings
+            if not self.path(f"tune/{name}/{setting.name}", "validation").is_file()
+        ]
+        if missing:
+            raise UntunedError(
+                f"expected {name} tuned in {self.out / self.subject}, found no measures of "
+                f"{', '.join(missing)}: run the stage tune first"
+            )
         losses = {
             setting: self.measures(f"tune/{name}/{setting.name}", "validation").loss
             for setting in CONTENDERS[name].settings
@@ -339,14 +353,18 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     patches = [name for name in arguments.only if CONTENDERS[name].options["method"] in PATCHES]
+    doing: dict[str, Callable[[], str]] = {
+        "tune": lambda: tune(study, arguments.only, arguments.processes),
+        "confirm": lambda: confirm(study, arguments.only, arguments.processes),
+        "late": lambda: confirm(study, patches, arguments.processes, LATE),
+        "ablate": lambda: ablate(study, arguments.processes),
+        "strength": lambda: strengths(study, patches, arguments.processes),
+    }
     for stage in arguments.stages:
-        table = {
-            "tune": lambda: tune(study, arguments.only, arguments.processes),
-            "confirm": lambda: confirm(study, arguments.only, arguments.processes),
-            "late": lambda: confirm(study, patches, arguments.processes, LATE),
-            "ablate": lambda: ablate(study, arguments.processes),
-            "strength": lambda: strengths(study, patches, arguments.processes),
-        }[stage]()
+        try:
+            table = doing[stage]()
+        except UntunedError as error:
+            parser.error(str(error))
         path = study.out / study.subject / f"{stage}.md"
         path.write_text(table + "\n", encoding="utf-8")
         print(f"\n{stage} on {study.subject}\n\n{table}\n", flush=True)
