@@ -10,6 +10,8 @@ SOURCES = ("train_data_dir", "dataset_config", "webdataset", "dataset_name")
 # Ours, see docs/RESULTS.md: the patch, and how it is trained.
 STAGES: dict[str, Any] = {"grids": 4, "gate_unit": "grid", "gate_form": "residual"}
 _STAGES = {**STAGES, "relative_loss": True}
+# The same with an off switch for the noisy half, and a gate that hardly leaves its beginning.
+CLEAN: dict[str, Any] = {**STAGES, "gate_lr_factor": 0.01, "max_timestep": 500}
 # Measured for digits, see docs/RESULTS.md; the others are sizes that fit, not tuned.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {

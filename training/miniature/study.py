@@ -36,7 +36,8 @@ from training.miniature.tables import (
 CONFIRMATION_SEEDS = (101, 102, 103, 104, 105)
 STAGES = ("tune", "confirm", "late", "ablate", "strength")
 PATCHES = ("dmp", "prompt")
-OURS = "stages"  # the contender that the others are compared with
+# The contender that the others are compared with.
+OURS = {"digits": "stages", "cifar10": "stages-half", "cifar10-s": "stages-half"}
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
 LATE = 499.0  # the clean half
 _RATES = (3e-4, 1e-3, 3e-3)
@@ -100,6 +101,13 @@ CONTENDERS: dict[str, Contender] = {
     # is, and with the objective tuned as that of the others.
     "stages": Contender({"method": "dmp", **presets.STAGES}, objectives=(True,)),
     "mixture": Contender({"method": "dmp", **presets.STAGES}),
+    # Ours with an off switch: nothing in the noisy half, neither in training nor in use.
+    "stages-half": Contender({"method": "dmp", **presets.CLEAN}),
+    # Two grids of 3 x 3 instead of four of 2 x 2: finer in the picture, coarser in time.
+    "pair-half": Contender({"method": "dmp", **presets.CLEAN, "grids": 2}),
+    # The same switch for the controls: is it the gate, or the half?
+    "prompt-half": Contender({"method": "prompt", "max_timestep": 500}),
+    "lora-half": Contender({"method": "lora", "max_timestep": 500}),
     # The paper's places, each free to be off, negative or strong.
     "residual": Contender({"method": "dmp", "gate_form": "residual", "gate_init": "random"}),
     "lora": Contender({"method": "lora"}),
@@ -123,7 +131,7 @@ class Job:
     options: Mapping[str, Any]
     split: str
     strengths: tuple[float, ...] = (1.0,)
-    first: float = 999.0
+    first: float = trial.WHOLE
 
 
 class UntunedError(Exception):
@@ -160,7 +168,7 @@ class Study:
         """Of the trainer."""
         own = dict(CONTENDERS[contender].options)
         # K = 4 grids of half the side: as many prompts as the others have.
-        if contender in ("stages", "mixture", "prompt-coarse"):
+        if contender in ("stages", "stages-half", "mixture", "prompt-coarse"):
             own["grid"] = (get_base(self.subject).grid or (0,))[0] // 2
         return {
             **own, **setting.options, "seed": seed,
@@ -206,15 +214,17 @@ class Study:
         ]
 
     def measures(
-        self, name: str, split: str, strength: float = 1.0, first: float = 999.0
+        self, name: str, split: str, strength: float = 1.0, first: float = trial.WHOLE
     ) -> trial.Measures:
         """Of a job that is done."""
         return trial.Measures.load(self.path(name, split, strength, first))
 
-    def path(self, name: str, split: str, strength: float = 1.0, first: float = 999.0) -> Path:
+    def path(
+        self, name: str, split: str, strength: float = 1.0, first: float = trial.WHOLE
+    ) -> Path:
         """Of its measures."""
         suffix = "" if strength == 1.0 else f"-{strength:g}"
-        late = "" if first == 999.0 else f"-from{first:g}"
+        late = "" if first == trial.WHOLE else f"-from{first:g}"
         return self.out / self.subject / name / f"{split}{suffix}{late}.safetensors"
 
 
@@ -242,9 +252,11 @@ def do(study: Study, job: Job) -> str:
     subject = study.open()
     folder = study.out / study.subject / job.name
     spec = None if job.name == "base" else trial.train(subject, job.options, folder)
+    # A patch has its own off switch; whatever else was trained on a part gets it here.
+    first = min(job.first, job.options.get("max_timestep", 1000) - 1)
     for strength in job.strengths:
         path = study.path(job.name, job.split, strength, job.first)
-        trial.measure(subject, spec, job.split, path, strength=strength, first=job.first)
+        trial.measure(subject, spec, job.split, path, strength=strength, first=first)
     return job.name
 
 
@@ -271,7 +283,7 @@ def tune(study: Study, names: list[str], processes: int) -> str:
     return tuning_table(study.measures("base", "validation"), found, chosen)
 
 
-def confirm(study: Study, names: list[str], processes: int, first: float = 999.0) -> str:
+def confirm(study: Study, names: list[str], processes: int, first: float = trial.WHOLE) -> str:
     """The best settings on fresh seeds, test; of patches that act from timestep `first` on."""
     jobs = [replace(job, first=first) for job in study.confirmation(names)]
     do_all(study, [Job("base", {}, "test"), *jobs], processes)
@@ -282,7 +294,7 @@ def confirm(study: Study, names: list[str], processes: int, first: float = 999.0
         ]
         for name in names
     }
-    return _tables(study.measures("base", "test"), found, OURS)
+    return _tables(study.measures("base", "test"), found, OURS[study.subject])
 
 
 def _tables(base: trial.Measures, found: Mapping[str, list[trial.Measures]], ours: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmp_common import Schedule, attach
 from dmp_common.serialize import write_atomically
@@ -26,6 +28,7 @@ from training.miniature.subjects import Subject
 from training.run import run
 
 BINS = 10
+WHOLE = 999.0  # timestep at which a schedule begins
 _LOSS_SEED, _SAMPLE_SEED = 7, 1234
 _FRECHET = "frechet."  # before the sampler's name in a file
 
@@ -109,14 +112,14 @@ def measure(
     path: Path,
     *,
     strength: float = 1.0,
-    first: float = 999.0,
+    first: float = WHOLE,
 ) -> Measures:
     """Measures of a trained model, or of the base (None), read from `path` if they are there.
 
     Args:
         split: "validation" or "test".
         strength: of a patch.
-        first: timestep at which a patch begins to act.
+        first: timestep at which a patch, or another method's change, begins to act.
     """
     if path.is_file():
         return Measures.load(path)
@@ -130,27 +133,45 @@ def measure(
         )
     else:
         context = nullcontext() if compared is None else compared.on(frozen)
+    plain = copy.deepcopy(frozen.model)
     with context as used:
-        model = used if isinstance(used, FrozenBase) else frozen
-        found = _measure(subject, model, split)
+        model = used.model if isinstance(used, FrozenBase) else frozen.model
+        if first < WHOLE and not isinstance(compared, PatchModel):  # no host can do this
+            model = _Switched(plain, model, first)
+        found = _measure(subject, model, frozen.scheduler, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
     return found
 
 
-def _measure(subject: Subject, frozen: FrozenBase, split: Any) -> Measures:
+class _Switched(nn.Module):
+    """The base above a timestep, another model from there on."""
+
+    def __init__(self, base: nn.Module, other: nn.Module, first: float) -> None:
+        super().__init__()
+        self.base, self.other, self.first = base, other, first
+        self.config, self.dtype = base.config, base.dtype
+
+    def forward(self, x: Tensor, timestep: Tensor, **given: Any) -> Any:
+        acts = timestep <= self.first
+        if acts.any() != acts.all():
+            raise ValueError(f"expected timesteps on one side of {self.first}, found {timestep}")
+        return (self.other if acts.all() else self.base)(x, timestep=timestep, **given)
+
+
+def _measure(subject: Subject, model: nn.Module, scheduler: SchedulerMixin, split: Any) -> Measures:
     held_out = subject.split(split)
     images = as_float(held_out.images)
     stride = max(len(images) // (subject.loss_images or len(images)), 1)
     losses = denoising_losses(
-        frozen.model, frozen.scheduler, images[::stride], held_out.labels[::stride],
+        model, scheduler, images[::stride], held_out.labels[::stride],
         bins=BINS, draws=subject.draws, seed=_LOSS_SEED,
     )  # fmt: skip
     real, distances = subject.features(images), {}
     for sampler, steps in subject.samplers.items():
         drawn = sample(
-            frozen.model,
-            frozen.scheduler,
+            model,
+            scheduler,
             subject.labels(split),
             seed=_SAMPLE_SEED,
             steps=steps,

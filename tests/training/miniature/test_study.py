@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from training import presets
 from training.miniature import study as module
 from training.miniature import subjects
 from training.miniature.study import (
@@ -119,6 +120,29 @@ def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
     assert (folder / "trained.safetensors").stat().st_mtime_ns == before  # not trained again
     tune(study, ["dmp-paper"], 1)
     assert "| none |" in ablate(study, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "lora"}, {"method": "prompt"}, {"method": "dmp", **presets.CLEAN}],
+    ids=["lora", "prompt", "dmp"],
+)  # fmt: skip
+def test_what_was_trained_on_a_part_acts_there_alone(small, tmp_path, options):
+    study = Study("digits", None, tmp_path, 2)
+    told = {"learning_rate": 1e-2, "seed": 0, "max_train_steps": 2, **options}
+    do(study, Job("base", {}, "validation"))
+    do(study, Job("x", {**told, "max_timestep": 500}, "validation"))
+    base, found = study.measures("base", "validation"), study.measures("x", "validation")
+    assert torch.equal(found.losses[:, 5:], base.losses[:, 5:])
+    assert (found.losses[:, :5] != base.losses[:, :5]).any(0).all()
+    assert found.frechet != base.frechet
+
+
+def test_a_stage_before_its_tuning_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["study", "digits", "late", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        module.main()
+    told = capsys.readouterr().err
+    assert "expected prompt tuned in" in told and "run the stage tune first" in told
 
 
 def test_a_folder_of_another_trial_is_refused(small, tmp_path):
