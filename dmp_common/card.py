@@ -99,11 +99,15 @@ with dmp.attach(pipe, patch): image = pipe(...).images[0]
 def _options(patch: Patch) -> dict[str, str]:
     variant = patch.variant
     grid = f"{variant.grid[0]} x {variant.grid[1]}" if variant.grid else f"{variant.prompts}"
+    gate = f"{variant.gate}, {variant.selection}, {variant.across_depth} across depth"
+    if (variant.gate_unit, variant.gate_form) != ("prompt", "softmax"):
+        gate += f", a weight for each {variant.gate_unit}, {variant.gate_form}"
     return {
         "base": variant.base,
         "sites": ", ".join(variant.sites),
         "prompts of a site": grid if variant.grids == 1 else f"{variant.grids} grids of {grid}",
-        "gate": f"{variant.gate}, {variant.selection}, {variant.across_depth} across depth",
+        "gate": gate,
+        "acts at timesteps": "{} to {}".format(*variant.timesteps),
         "mix": variant.mix,
         "condition": variant.condition,
         "prediction": variant.prediction,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
 from dmp_common.patchfile import PatchFile, file_hash, read_header
-from dmp_common.variant import Variant
+from dmp_common.variant import LATER, Variant
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _COLUMN = 13  # where values begin
@@ -26,8 +26,8 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = read_header(path)
     variant = file.variant
-    default = Variant.create(variant.base).to_json()
-    made_of = variant.to_json()
+    default = {**LATER, **Variant.create(variant.base).to_json()}
+    made_of = {**LATER, **variant.to_json()}
     del made_of["base"], made_of["sites"]
     base, depths = variant.base_spec, variant.base_spec.depths
     with torch.device("meta"):
@@ -83,10 +83,11 @@ def as_text(record: dict[str, Any], list_sites: bool = False) -> str:
         "  variant (* differs from the default of this base)",
     ]
     for name, value in record["variant"].items():
-        text = _plain(value)
+        between = " to " if name == "timesteps" else " x "
+        text = _plain(value, between)
         changed = name in record["not_default"]
         if changed:
-            text += f"   (default: {_plain(record['defaults'][name])})"
+            text += f"   (default: {_plain(record['defaults'][name], between)})"
         lines.append(f"  {'*' if changed else ' '} {name:<17}{text}")
     metadata = record["metadata"]
     for heading, prefix in (("training", "ss_"), ("model spec", "modelspec."), ("other", "")):
@@ -165,9 +166,9 @@ def _line(name: str, text: str, changed: bool = False) -> str:
     return f"{'*' if changed else ' '} {name:<{_COLUMN}}{text}".rstrip()
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, between: str) -> str:
     if isinstance(value, list):
-        return " x ".join(map(str, value))
+        return between.join(map(str, value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -38,7 +38,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Entries that files have had since the first ones; where one is missing, the file is older or means
 # the paper's choice, which is not written.
-_LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
+LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
 # What a gate must be to begin with stages: a place in the schedule for each whole grid.
 _STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
@@ -236,7 +236,7 @@ class Variant:
         record["sites"] = {name: depths[name] for name in self.sites}
         record["grid"] = None if self.grid is None else list(self.grid)
         record["timesteps"] = list(self.timesteps)
-        for name, usual in _LATER.items():
+        for name, usual in LATER.items():
             if record[name] == usual:
                 del record[name]
         return record
@@ -244,7 +244,7 @@ class Variant:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Variant:
         """The inverse of `to_json`; unknown, missing or mistyped entries are refused."""
-        record = {**_LATER, **record}
+        record = {**LATER, **record}
         expected = {f.name for f in dataclasses.fields(cls)}
         if set(record) != expected:
             raise PatchError(

@@ -36,6 +36,7 @@ def test_card_says_what_it_is_and_how_to_use_it() -> None:
     for words in ("`models/dmp`", "`models/DMP`", "| gate | linear, soft, distinct across depth |"):
         assert words in card
     assert "| prompts of a site | 2 x 2 |" in card
+    assert "| acts at timesteps | 0 to 1000 |" in card
     assert r"| ss\_steps | 100 |" in card
     assert r"| ss\_note | a\|b &lt;i&gt;c |" in card  # a file's text cannot leave its cell
     assert "| modelspec.author | Me |" in card

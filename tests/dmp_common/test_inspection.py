@@ -88,6 +88,12 @@ def test_inspect_marks_what_differs_from_the_default(tmp_path, capsys):
         "* prompts 6 (default: 256)",
         "* gate attention (default: linear)",
     ]
+    ours = {"grids": 4, "gate_unit": "grid", "gate_form": "residual", "timesteps": (0, 500)}
+    Patch.create("sd15", **ours).save(tmp_path / "ours.safetensors")
+    assert run("inspect", tmp_path / "ours.safetensors") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "* gate_unit grid (default: prompt)" in told
+    assert "* timesteps 0 to 500 (default: 0 to 1000)" in told
     table = lines.index("name depth width stride")
     assert lines[table + 1 : table + 3] == ["in.1 0 320 1", "mid 11 1280 8"]
 
