@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from training.config import SECRETS, TrainConfig
-from training.presets import ELSEWHERE, PRESETS, RECIPES, SOURCES
+from training.presets import ELSEWHERE, PRESETS, RECIPES, SOURCES, VARIANTS
 
 
 class ConfigError(Exception):
@@ -66,6 +66,8 @@ def _validated(chosen: dict[str, Any], base: str) -> TrainConfig:
     preset = dict(PRESETS.get(base, {}))
     if any(chosen.get(name) for name in SOURCES):
         preset.pop("dataset_name", None)  # other data were asked for
+    if chosen.get("method", "dmp") == "dmp":
+        preset |= VARIANTS.get(base, {})
     recipe = RECIPES.get(str(chosen.get("recipe", "none")), {})
     try:
         return TrainConfig(**{**preset, **recipe, **chosen})

@@ -16,12 +16,13 @@ Scheduler = Literal[
 class OptimisationOptions(BaseModel):
     """How the trained values move."""
 
-    recipe: Literal["none", "paper", "stages"] = option(
+    recipe: Literal["none", "paper", "stages", "clean"] = option(
         "optimisation",
         "none",
         "paper: AdamW, learning rate 1e-4 on the prompts themselves, gate and noise x10, weight "
         "decay 0, global batch 128, both balancing losses at 1, no EMA; stages: four coarser "
-        "grids, each for a part of the noise levels, trained with --relative_loss",
+        "grids, each for a part of the noise levels, trained with --relative_loss; clean: such "
+        "grids for timesteps below 500 alone, off above, plain loss, gate x0.01",
     )
     optimizer_type: str = option(
         "optimisation",

@@ -219,6 +219,21 @@ def test_schedule_by_percent(family, run, host):
     assert torch.equal(run.call(fade, family, early), run.call(patcher, family, early))
 
 
+def test_a_patch_of_a_part_of_the_timesteps_is_off_elsewhere(family, run, host):
+    patcher = family.comfy()
+    whole, part = family.patch(std=0.1), family.patch(timesteps=(0, 500))
+    part.load_tensors(whole.tensors())
+    full, half = (host.attach(patcher, run.record(patch)) for patch in (whole, part))
+    acted = []
+    for percent in (0.05, 0.95):
+        sigmas = sigmas_at(patcher, percent, percent)
+        at = host.timesteps_of(patcher.model.model_sampling, whole.base, sigmas)
+        acted.append(bool((at < 500).all()))
+        reference = full if acted[-1] else patcher
+        assert torch.equal(run.call(half, family, sigmas), run.call(reference, family, sigmas))
+    assert acted == [False, True]
+
+
 def test_sites_and_temperature(family, run, host):
     patcher, sigmas = family.comfy(), torch.tensor([0.5])
     patch = family.patch()

@@ -25,6 +25,25 @@ def test_presets_are_valid() -> None:
         assert TrainConfig(base=base, **preset).base == base
 
 
+def test_a_base_has_its_variant_for_dmp_alone() -> None:
+    def found(*arguments: str) -> tuple[int, int, bool]:
+        config = parse_arguments(list(arguments))
+        return config.grids, config.max_timestep, config.relative_loss
+
+    assert found("--base", "digits") == found("--base", "sd15", "--recipe", "stages")
+    assert found("--base", "digits") == (4, 1000, True)
+    cifar = ("--base", "cifar10-s", "--train_data_dir", "x")
+    assert found(*cifar) == (4, 500, False)
+    assert found(*cifar, "--recipe", "paper") == (1, 1000, False)
+    assert found("--base", "digits", "--recipe", "clean") == (4, 500, False)
+    assert found("--base", "cifar10-s", "--train_data_dir", "x", "--recipe", "paper")[:2] == (
+        1,
+        1000,
+    )
+    for method in ("prompt", "lora", "full", "joint"):
+        assert found("--base", "digits", "--method", method) == (1, 1000, False)
+
+
 def test_names_take_the_base() -> None:
     config = TrainConfig(base="dit-b/2")
     assert config.output_dir == "output/dit-b-2"

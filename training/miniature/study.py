@@ -103,8 +103,6 @@ CONTENDERS: dict[str, Contender] = {
     "mixture": Contender({"method": "dmp", **presets.STAGES}),
     # Ours with an off switch: nothing in the noisy half, neither in training nor in use.
     "stages-half": Contender({"method": "dmp", **presets.CLEAN}),
-    # Two grids of 3 x 3 instead of four of 2 x 2: finer in the picture, coarser in time.
-    "pair-half": Contender({"method": "dmp", **presets.CLEAN, "grids": 2}),
     # The same switch for the controls: is it the gate, or the half?
     "prompt-half": Contender({"method": "prompt", "max_timestep": 500}),
     "lora-half": Contender({"method": "lora", "max_timestep": 500}),
