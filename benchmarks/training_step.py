@@ -5,7 +5,7 @@ and the backward pass to the input of the base's first site. Prints the ratio to
 of the trainer's own loop (noising, loss, check for NaN, clipping, AdamW, average; without data and
 encoders), and of the bytes saved for backward, taken in turns in one process; with --decoder also
 that of a patch at the decoder's sites alone, which needs no backward pass through the encoder; with
---variants also `--recipe stages` and prompt tuning; with --lora also a step of peft's LoRA r = 16
+--variants also our recipes and prompt tuning; with --lora also a step of peft's LoRA r = 16
 on the attention projections.
 """
 
@@ -36,6 +36,8 @@ from training.loop import losses_of, update
 from training.methods import PatchMethod
 from training.prepare import assemble
 from training.process import process_of
+
+RECIPES = ("stages", "clean")
 
 
 def saved_bytes(run: Callable[[], Any], ignore: set[int]) -> int:
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["sd15", "dit-b/2"], default="dit-b/2")
     parser.add_argument("--sites", default="all", help="all, or a named set such as encoder")
     parser.add_argument("--decoder", action="store_true", help="also a patch of the decoder alone")
-    parser.add_argument("--variants", action="store_true", help="also stages and prompt tuning")
+    parser.add_argument("--variants", action="store_true", help="also ours and prompt tuning")
     parser.add_argument("--latent", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
@@ -180,7 +182,8 @@ def main() -> None:
         steps["decoder"] = TrainerStep(model, options.model, given, dmp_sites="decoder")
     if options.variants:
         shared = {"dmp_sites": options.sites}
-        steps["stages"] = TrainerStep(model, options.model, given, recipe="stages", **shared)
+        for recipe in RECIPES:
+            steps[recipe] = TrainerStep(model, options.model, given, recipe=recipe, **shared)
         steps["prompt"] = TrainerStep(model, options.model, given, method="prompt", **shared)
     seconds = interleaved(steps, options.rounds, now)
     for name in list(steps)[1:]:
@@ -188,8 +191,9 @@ def main() -> None:
         print(f"training step, {name} / floor: {middle:.4f} +- {spread:.4f}; "
               f"floor {statistics.median(seconds['floor']):.2f} s")  # fmt: skip
     if options.variants:
-        middle, spread = ratio(seconds, "stages", "prompt")
-        print(f"training step, stages / prompt: {middle:.4f} +- {spread:.4f}")
+        for recipe in RECIPES:
+            middle, spread = ratio(seconds, recipe, "prompt")
+            print(f"training step, {recipe} / prompt: {middle:.4f} +- {spread:.4f}")
     if options.lora:
         lora = partial(TrainerStep, model, options.model, given, method="lora", network_dim=16)
         compare_with_lora(patched, lora, options.rounds, now)

@@ -52,7 +52,9 @@ def difference_table(base: Measures, found: Mapping[str, Sequence[Measures]], ou
     rivals |= {name: list(several) for name, several in found.items() if name != ours}
     for name, several in rivals.items():
         pairs = zip(own, columns(base, several), strict=True)
-        cells = [_interval(a - b, 100 if n < 2 else 1) for n, (a, b) in enumerate(pairs)]
+        cells = [
+            _interval(a - b, *((100, 4) if n < 2 else (1, 3))) for n, (a, b) in enumerate(pairs)
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -77,7 +79,7 @@ def bins_table(base: Measures, found: Mapping[str, Sequence[Measures]]) -> str:
     lines.append("| base (loss) | " + " | ".join(f"{x:.5f}" for x in base.losses.mean(0)) + " |")
     for name, several in found.items():
         change = torch.stack([m.losses.mean(0) / base.losses.mean(0) - 1 for m in several]).mean(0)
-        lines.append(f"| {name} | " + " | ".join(f"{100 * x:+.2f}" for x in change) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{100 * x:+.3f}" for x in change) + " |")
     return "\n".join(lines)
 
 
@@ -94,17 +96,18 @@ def _plain(values: Iterable[float]) -> str:
 
 
 def _changes(base: Measures, measures: Measures) -> str:
-    losses = f"{measures.loss / base.loss - 1:+.3%} | {float(measures.relative(base).mean()):+.3%}"
+    losses = f"{measures.loss / base.loss - 1:+.4%} | {float(measures.relative(base).mean()):+.4%}"
     return " | ".join([losses, *(f"{measures.frechet[name]:.3f}" for name in base.frechet)])
 
 
 def _spread(values: torch.Tensor, unit: str = "") -> str:
-    mean = f"{values.mean():+.3f} {unit}" if unit else f"{values.mean():.3f}"
-    return f"{mean} +- {values.std():.3f}"
+    if unit:  # changes of a loss
+        return f"{values.mean():+.4f} {unit} +- {values.std():.4f}"
+    return f"{values.mean():.3f} +- {values.std():.3f}"
 
 
-def _interval(differences: torch.Tensor, scale: float) -> str:
+def _interval(differences: torch.Tensor, scale: float, places: int) -> str:
     if len(differences) < 2:
-        return f"{scale * float(differences.mean()):+.3f}"
-    mean, low, high = (scale * x for x in t_interval(differences))
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{scale * float(differences.mean()):+.{places}f}"
+    mean, low, high = (f"{scale * x:+.{places}f}" for x in t_interval(differences))
+    return f"{mean} [{low}, {high}]"

@@ -40,16 +40,16 @@ def test_tables_say_changes_and_intervals():
     rows = _rows(confirmation_table(base, found))
     assert rows[2] == ["base", "0.20000", "0", "5.000", "10.000"]
     assert rows[3] == [
-        "stages", "-9.500 % +- 0.500", "-9.500 % +- 0.500", "4.100 +- 0.100", "8.200 +- 0.200",
+        "stages", "-9.5000 % +- 0.5000", "-9.5000 % +- 0.5000", "4.100 +- 0.100", "8.200 +- 0.200",
     ]  # fmt: skip
-    assert rows[4][1].startswith("-5.000 % +- 0.000")
+    assert rows[4][1].startswith("-5.0000 % +- 0.0000")
     rows = _rows(difference_table(base, found, "stages"))
-    assert rows[2][:2] == ["base", "-9.500 [-10.742, -8.258]"]
+    assert rows[2][:2] == ["base", "-9.5000 [-10.7421, -8.2579]"]
     # -4.5 per cent, and the t interval of three values 0.5 apart: 4.303 * 0.5 / sqrt(3)
-    assert rows[3][:2] == ["prompt", "-4.500 [-5.742, -3.258]"]
+    assert rows[3][:2] == ["prompt", "-4.5000 [-5.7421, -3.2579]"]
     assert rows[3][3:] == ["-0.400 [-0.648, -0.152]", "-0.800 [-1.297, -0.303]"]
     bins = bins_table(base, {"stages": ours})
-    assert "| stages | -9.50 | -9.50 |" in bins
+    assert "| stages | -9.500 | -9.500 |" in bins
 
 
 def test_relative_loss_counts_every_bin_alike():
