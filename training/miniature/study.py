@@ -4,9 +4,9 @@
     python -m training.miniature.study cifar10 --data DIR --out OUT tune confirm ablate
 
 `tune` trains each method at each of its learning rates with each objective (one seed) and judges it
-on validation; `confirm` trains the best of each on fresh seeds and judges it on test; `late` judges
-those patches once more, acting below timestep 500 alone; `ablate` changes the paper's choices one
-at a time. What is done is not done again: a study that was stopped goes on.
+on validation; `confirm` trains the best of each on fresh seeds and judges it on test, which `plot`
+draws; `late` judges those patches once more, acting below timestep 500 alone; `ablate` changes the
+paper's choices one at a time. What is done is not done again: a study that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from dmp_common import get_base
-from training import presets
+from dmp_common import PatchError, get_base
 from training.miniature import trial
+from training.miniature.contenders import CONTENDERS, Setting, ablations
+from training.miniature.plot import plot_confirmation
 from training.miniature.subjects import Subject, cifar10, digits
 from training.miniature.tables import (
     bins_table,
@@ -34,83 +35,12 @@ from training.miniature.tables import (
 )
 
 CONFIRMATION_SEEDS = (101, 102, 103, 104, 105)
-STAGES = ("tune", "confirm", "late", "ablate", "strength")
+STAGES = ("tune", "confirm", "plot", "late", "ablate", "strength")
 PATCHES = ("dmp", "prompt")
 # The contender that the others are compared with.
 OURS = {"digits": "stages", "cifar10": "stages-half", "cifar10-s": "stages-half"}
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
 LATE = 499.0  # the clean half
-_RATES = (3e-4, 1e-3, 3e-3)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is tuned.
-
-    Args:
-        rate: learning rate.
-        relative: whether with the relative loss; the plain one otherwise.
-    """
-
-    rate: float
-    relative: bool
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.rate:g}" if self.relative else f"{self.rate:g}-plain"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the trainer."""
-        return {"learning_rate": self.rate} | ({"relative_loss": True} if self.relative else {})
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method with everything but what is tuned, and the seed.
-
-    Args:
-        options: of the trainer.
-        rates: learning rates to choose from, as many for each contender.
-        objectives: relative loss (True) and plain loss (False), to choose from.
-    """
-
-    options: Mapping[str, Any]
-    rates: tuple[float, ...] = _RATES
-    objectives: tuple[bool, ...] = (True, False)
-
-    @property
-    def settings(self) -> list[Setting]:
-        """All of them."""
-        return [Setting(rate, relative) for relative in self.objectives for rate in self.rates]
-
-
-CONTENDERS: dict[str, Contender] = {
-    # Naive prompt tuning, eq. 2.
-    "prompt": Contender({"method": "prompt"}),
-    # The same on the mixture's coarser grid: is it the gate, or are there just fewer values?
-    "prompt-coarse": Contender({"method": "prompt"}),
-    # The paper's method with its losses, and its gate without balancing.
-    "dmp-paper": Contender(
-        {"method": "dmp", "importance_weight": 1.0, "load_weight": 1.0, "gate_lr_factor": 10.0},
-        objectives=(False,),
-    ),
-    "dmp-gate": Contender({"method": "dmp", "gate_lr_factor": 10.0}),
-    # Ours: as many prompts on coarser grids, each with a part of the noise levels; the recipe as it
-    # is, and with the objective tuned as that of the others.
-    "stages": Contender({"method": "dmp", **presets.STAGES}, objectives=(True,)),
-    "mixture": Contender({"method": "dmp", **presets.STAGES}),
-    # Ours with an off switch: nothing in the noisy half, neither in training nor in use.
-    "stages-half": Contender({"method": "dmp", **presets.CLEAN}),
-    # The same switch for the controls: is it the gate, or the half?
-    "prompt-half": Contender({"method": "prompt", "max_timestep": 500}),
-    "lora-half": Contender({"method": "lora", "max_timestep": 500}),
-    # The paper's places, each free to be off, negative or strong.
-    "residual": Contender({"method": "dmp", "gate_form": "residual", "gate_init": "random"}),
-    "lora": Contender({"method": "lora"}),
-    "full": Contender({"method": "full"}, (1e-5, 3e-5, 1e-4)),
-}
 
 
 @dataclass(frozen=True)
@@ -132,8 +62,8 @@ class Job:
     first: float = trial.WHOLE
 
 
-class UntunedError(Exception):
-    """A stage needs the best setting of a contender that was not tuned."""
+class MissingError(Exception):
+    """A stage needs what another one has not made yet."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +115,7 @@ class Study:
         """The setting with the lowest loss on validation, the usual mean over all timesteps.
 
         Raises:
-            UntunedError: it was not tuned.
+            MissingError: it was not tuned.
         """
         missing = [
             setting.name
@@ -193,7 +123,7 @@ class Study:
             if not self.path(f"tune/{name}/{setting.name}", "validation").is_file()
         ]
         if missing:
-            raise UntunedError(
+            raise MissingError(
                 f"expected {name} tuned in {self.out / self.subject}, found no measures of "
                 f"{', '.join(missing)}: run the stage tune first"
             )
@@ -224,24 +154,6 @@ class Study:
         suffix = "" if strength == 1.0 else f"-{strength:g}"
         late = "" if first == trial.WHOLE else f"-from{first:g}"
         return self.out / self.subject / name / f"{split}{suffix}{late}.safetensors"
-
-
-def _ablations() -> dict[str, dict[str, Any]]:
-    """The paper's Table 4 in miniature: one choice changed at a time, from its own default."""
-    return {
-        "none": {"method": "prompt"},
-        "linear": {},
-        "attention": {"gate": "attention"},
-        "hard": {"selection": "hard"},
-        "uniform": {"across_depth": "uniform"},
-        "prepend": {"mix": "prepend"},
-        "first half": {"dmp_depth": 3},
-        "t+y": {"condition": "t+y"},
-        "random prompts": {"prompt_init": "random"},
-        "no balancing": {"importance_weight": 0.0, "load_weight": 0.0},
-        "importance alone": {"load_weight": 0.0},
-        "load alone": {"importance_weight": 0.0},
-    }
 
 
 def do(study: Study, job: Job) -> str:
@@ -285,14 +197,36 @@ def confirm(study: Study, names: list[str], processes: int, first: float = trial
     """The best settings on fresh seeds, test; of patches that act from timestep `first` on."""
     jobs = [replace(job, first=first) for job in study.confirmation(names)]
     do_all(study, [Job("base", {}, "test"), *jobs], processes)
-    found = {
+    base, found = _confirmed(study, names, first)
+    return _tables(base, found, OURS[study.subject])
+
+
+def plot(study: Study, names: list[str]) -> str:
+    """What `confirm` found as a picture, confirm.png.
+
+    Raises:
+        MissingError: it was not run.
+    """
+    path = study.out / study.subject / "confirm.png"
+    try:
+        base, found = _confirmed(study, names)
+    except FileNotFoundError as error:
+        raise MissingError(f"{error}: run the stage confirm first") from error
+    plot_confirmation(base, found, path, f"{study.subject}, five seeds, test")
+    return f"![Loss and Frechet distance]({path.name})"
+
+
+def _confirmed(
+    study: Study, names: list[str], first: float = trial.WHOLE
+) -> tuple[trial.Measures, dict[str, list[trial.Measures]]]:
+    """The base's measures, and those of each contender by seed."""
+    return study.measures("base", "test"), {
         name: [
             study.measures(f"confirm/{name}/{seed}", "test", first=first)
             for seed in CONFIRMATION_SEEDS
         ]
         for name in names
     }
-    return _tables(study.measures("base", "test"), found, OURS[study.subject])
 
 
 def _tables(base: trial.Measures, found: Mapping[str, list[trial.Measures]], ours: str) -> str:
@@ -311,13 +245,13 @@ def ablate(study: Study, processes: int) -> str:
             study.options("dmp-paper", setting, seed, **changes),
             "validation",
         )
-        for name, changes in _ablations().items()
+        for name, changes in ablations().items()
         for seed in seeds
     ]
     do_all(study, jobs, processes)
     found = {
         name: [study.measures(f"ablate/{name}/{seed}", "validation") for seed in seeds]
-        for name in _ablations()
+        for name in ablations()
     }
     base = study.measures("base", "validation")
     return _tables(base, found, "linear")
@@ -366,6 +300,7 @@ def main() -> None:
     doing: dict[str, Callable[[], str]] = {
         "tune": lambda: tune(study, arguments.only, arguments.processes),
         "confirm": lambda: confirm(study, arguments.only, arguments.processes),
+        "plot": lambda: plot(study, arguments.only),
         "late": lambda: confirm(study, patches, arguments.processes, LATE),
         "ablate": lambda: ablate(study, arguments.processes),
         "strength": lambda: strengths(study, patches, arguments.processes),
@@ -373,7 +308,7 @@ def main() -> None:
     for stage in arguments.stages:
         try:
             table = doing[stage]()
-        except UntunedError as error:
+        except (MissingError, PatchError) as error:
             parser.error(str(error))
         path = study.out / study.subject / f"{stage}.md"
         path.write_text(table + "\n", encoding="utf-8")

@@ -4,21 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from training import presets
 from training.miniature import study as module
 from training.miniature import subjects
-from training.miniature.study import (
-    CONTENDERS,
-    Job,
-    Setting,
-    Study,
-    ablate,
-    confirm,
-    do,
-    strengths,
-    tune,
-)
+from training.miniature.contenders import CONTENDERS, Setting, ablations
+from training.miniature.study import Job, Study, ablate, confirm, do, plot, strengths, tune
 from training.miniature.tables import bins_table, confirmation_table, difference_table
 from training.miniature.trial import Measures
 
@@ -69,7 +61,7 @@ def test_every_ablation_is_a_variant():
     from dmp_common import Patch
     from training.config import TrainConfig
 
-    for changes in module._ablations().values():
+    for changes in ablations().values():
         options = {**CONTENDERS["dmp-paper"].options, **changes}
         Patch.create("digits", **TrainConfig(**options).variant)
 
@@ -86,7 +78,7 @@ def small(monkeypatch):
     kept = {name: replace(CONTENDERS[name], rates=(1e-2,)) for name in ("prompt", "stages")}
     monkeypatch.setattr(module, "CONTENDERS", {**kept, "dmp-paper": kept["prompt"]})
     monkeypatch.setattr(
-        module, "_ablations", lambda: {"linear": {}, "none": {"learning_rate": 1e-3}}
+        module, "ablations", lambda: {"linear": {}, "none": {"learning_rate": 1e-3}}
     )
     done = []
 
@@ -107,6 +99,11 @@ def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
     assert (folder / "test.safetensors").is_file() and not (
         folder / "validation.safetensors"
     ).exists()
+    assert "confirm.png" in plot(study, names)
+    with Image.open(tmp_path / "digits" / "confirm.png") as picture:
+        assert picture.size == (500, 450) and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    with pytest.raises(module.MissingError, match="run the stage confirm first"):
+        plot(study, ["dmp-paper"])
     before = (folder / "trained.safetensors").stat().st_mtime_ns
     table = confirm(study, ["stages"], 1, module.LATE)
     assert "| stages |" in table
