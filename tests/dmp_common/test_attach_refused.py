@@ -182,7 +182,7 @@ def test_shapes_that_cannot_be_a_site(kind):
         patch.prepare(torch.zeros(2, kind.base.embedding + 1), (8, 8))
     with pytest.raises(PatchError, match="expected a time embedding"):
         patch.prepare(torch.zeros(kind.base.embedding), (8, 8))
-    with pytest.raises(PatchError, match="a schedule needs the timesteps"):
+    with pytest.raises(PatchError, match="needs the timesteps of the call"):
         patch.prepare(e, (8, 8), Settings(schedule=Schedule(first=3.0)))
     with pytest.raises(PatchError, match="expected sites of this patch"):
         patch.prepare(e, (8, 8), Settings(sites=frozenset(["nowhere"])))
