@@ -50,6 +50,10 @@ class Settings:
                 "use about 0.5 to 2."
             )
 
+    def needs_timesteps(self, within: tuple[int, int] = EVERYWHERE) -> bool:
+        """Whether the strength of a patch that acts there differs between timesteps."""
+        return not self.schedule.always or within != EVERYWHERE
+
     def strengths(
         self, timesteps: Tensor | None, within: tuple[int, int] = EVERYWHERE
     ) -> float | Tensor:
@@ -59,7 +63,7 @@ class Settings:
             timesteps: (B,) on the scale 0..1000; needed where the strength is not constant.
             within: where the patch acts, see `Variant.timesteps`.
         """
-        if (self.schedule.always and within == EVERYWHERE) or self.strength == 0.0:
+        if self.strength == 0.0 or not self.needs_timesteps(within):
             return self.strength
         if timesteps is None:
             raise PatchError(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from dmp_common.errors import PatchError
 from dmp_common.patch import Patch
 from dmp_common.patchfile import PatchFile, file_hash, read_header
-from dmp_common.variant import LATER, Variant
+from dmp_common.variant import Variant
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _COLUMN = 13  # where values begin
@@ -26,8 +26,8 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = read_header(path)
     variant = file.variant
-    default = {**LATER, **Variant.create(variant.base).to_json()}
-    made_of = {**LATER, **variant.to_json()}
+    default = Variant.create(variant.base).described()
+    made_of = variant.described()
     del made_of["base"], made_of["sites"]
     base, depths = variant.base_spec, variant.base_spec.depths
     with torch.device("meta"):

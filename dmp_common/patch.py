@@ -19,7 +19,6 @@ from dmp_common.context import Context, FieldKey, Settings
 from dmp_common.errors import PatchError
 from dmp_common.gating import Gate, kept_prompts
 from dmp_common.prompts import PromptPool
-from dmp_common.schedule import EVERYWHERE
 from dmp_common.variant import Variant
 
 
@@ -177,7 +176,7 @@ class Patch(nn.Module):
 
     def needs_timesteps(self, settings: Settings) -> bool:
         """Whether its strength differs between timesteps."""
-        return not settings.schedule.always or self.variant.timesteps != EVERYWHERE
+        return settings.needs_timesteps(self.variant.timesteps)
 
     def strengths(self, settings: Settings, timesteps: Tensor | None) -> float | Tensor:
         """Strength of each batch item, 0 outside the patch's own timesteps; see `Settings`."""

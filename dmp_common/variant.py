@@ -241,6 +241,10 @@ class Variant:
                 del record[name]
         return record
 
+    def described(self) -> dict[str, Any]:
+        """`to_json` with the entries that the file leaves out."""
+        return {**LATER, **self.to_json()}
+
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Variant:
         """The inverse of `to_json`; unknown, missing or mistyped entries are refused."""

@@ -210,10 +210,11 @@ def _load_matching(config: TrainConfig, frozen: FrozenBase) -> Patch:
         )
     wanted = Patch.create(frozen.base, **config.variant, **frozen.facts).variant
     if patch.variant != wanted:
+        asked = wanted.described()
         differs = [
             f"{name} {value}"
-            for name, value in patch.variant.to_json().items()
-            if wanted.to_json().get(name) != value
+            for name, value in patch.variant.described().items()
+            if asked[name] != value
         ]
         raise PatchError(
             "expected a patch of the variant that the options ask for as --network_weights, found "

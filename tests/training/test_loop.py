@@ -222,6 +222,9 @@ def test_going_on_from_a_patch(go: Go, start: Start) -> None:
         assert torch.allclose(tensor, patch_of(run).tensors()[name], atol=1e-7)
     with pytest.raises(PatchError, match="of the variant"):
         start(network_weights=path, gate="none")
+    # Entries that the file leaves out are told too.
+    with pytest.raises(PatchError, match=r"found one with timesteps \[0, 1000\]: "):
+        start(network_weights=path, max_timestep=500)
 
 
 def test_saves_along_the_way_and_takes_old_ones_away(go: Go) -> None:

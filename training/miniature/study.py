@@ -133,12 +133,12 @@ class Study:
         }
         return min(losses, key=lambda setting: (losses[setting], setting.rate))
 
-    def confirmation(self, names: Iterable[str]) -> list[Job]:
+    def confirmation(self, names: Iterable[str], seeds: Iterable[int]) -> list[Job]:
         """The best setting of each contender on fresh seeds."""
         return [
             Job(f"confirm/{name}/{seed}", self.options(name, self.best(name), seed), "test")
             for name in names
-            for seed in CONFIRMATION_SEEDS
+            for seed in seeds
         ]
 
     def measures(
@@ -195,7 +195,7 @@ def tune(study: Study, names: list[str], processes: int) -> str:
 
 def confirm(study: Study, names: list[str], processes: int, first: float = trial.WHOLE) -> str:
     """The best settings on fresh seeds, test; of patches that act from timestep `first` on."""
-    jobs = [replace(job, first=first) for job in study.confirmation(names)]
+    jobs = [replace(job, first=first) for job in study.confirmation(names, CONFIRMATION_SEEDS)]
     do_all(study, [Job("base", {}, "test"), *jobs], processes)
     base, found = _confirmed(study, names, first)
     return _tables(base, found, OURS[study.subject])
@@ -211,7 +211,10 @@ def plot(study: Study, names: list[str]) -> str:
     try:
         base, found = _confirmed(study, names)
     except FileNotFoundError as error:
-        raise MissingError(f"{error}: run the stage confirm first") from error
+        raise MissingError(
+            f"expected the measures of {', '.join(names)} on test, found {error}: run the stage "
+            "confirm first"
+        ) from error
     plot_confirmation(base, found, path, f"{study.subject}, five seeds, test")
     return f"![Loss and Frechet distance]({path.name})"
 
@@ -260,15 +263,7 @@ def ablate(study: Study, processes: int) -> str:
 def strengths(study: Study, names: list[str], processes: int) -> str:
     """Patches at other strengths than 1, first confirmation seed, test."""
     seed = CONFIRMATION_SEEDS[0]
-    jobs = [
-        Job(
-            f"confirm/{name}/{seed}",
-            study.options(name, study.best(name), seed),
-            "test",
-            strengths=STRENGTHS,
-        )
-        for name in names
-    ]
+    jobs = [replace(job, strengths=STRENGTHS) for job in study.confirmation(names, [seed])]
     do_all(study, jobs, processes)
     found = {
         f"{name} x {strength:g}": study.measures(f"confirm/{name}/{seed}", "test", strength)

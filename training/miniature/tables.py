@@ -52,9 +52,7 @@ def difference_table(base: Measures, found: Mapping[str, Sequence[Measures]], ou
     rivals |= {name: list(several) for name, several in found.items() if name != ours}
     for name, several in rivals.items():
         pairs = zip(own, columns(base, several), strict=True)
-        cells = [
-            _interval(a - b, *((100, 4) if n < 2 else (1, 3))) for n, (a, b) in enumerate(pairs)
-        ]
+        cells = [_interval(a - b, loss=n < 2) for n, (a, b) in enumerate(pairs)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -106,7 +104,8 @@ def _spread(values: torch.Tensor, unit: str = "") -> str:
     return f"{values.mean():.3f} +- {values.std():.3f}"
 
 
-def _interval(differences: torch.Tensor, scale: float, places: int) -> str:
+def _interval(differences: torch.Tensor, loss: bool) -> str:
+    scale, places = (100, 4) if loss else (1, 3)
     if len(differences) < 2:
         return f"{scale * float(differences.mean()):+.{places}f}"
     mean, low, high = (f"{scale * x:+.{places}f}" for x in t_interval(differences))

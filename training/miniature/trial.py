@@ -133,10 +133,11 @@ def measure(
         )
     else:
         context = nullcontext() if compared is None else compared.on(frozen)
-    plain = copy.deepcopy(frozen.model)
+    switched = first < WHOLE and not isinstance(compared, PatchModel)  # no host can do this
+    plain = copy.deepcopy(frozen.model) if switched else None
     with context as used:
         model = used.model if isinstance(used, FrozenBase) else frozen.model
-        if first < WHOLE and not isinstance(compared, PatchModel):  # no host can do this
+        if plain is not None:
             model = _Switched(plain, model, first)
         found = _measure(subject, model, frozen.scheduler, split)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from training.frozen import FrozenBase, load_frozen
 from training.miniature.pretraining import as_float
 from training.miniature.study import LATE, Study
 from training.miniature.subjects import Subject
+from training.miniature.trial import WHOLE
 
 SEEDS = (0, 1)
 _BATCH = 500
@@ -42,7 +43,7 @@ class Setting:
     """
 
     strength: float = 1.0
-    first: float = 999.0
+    first: float = WHOLE
     last: float = 0.0
     sampler: str = "unipc"
     steps: int = 20
