@@ -13,7 +13,7 @@ from modules.ui_extra_networks import quote_js
 from a1111_dmp import host
 from a1111_dmp.choice import from_prompt
 from dmp_common import PatchError
-from dmp_common.inspection import as_text, inspect_file
+from dmp_common.tools.inspect import as_text, inspect_file
 
 _NAME = "dmp"
 _HASHES = "DMP hashes"

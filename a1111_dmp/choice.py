@@ -9,7 +9,7 @@ from typing import Any
 
 from a1111_dmp.files import NONE, Folder, Known
 from dmp_common import PatchError
-from dmp_common.record import PatchRecord
+from dmp_common.attach.record import PatchRecord
 
 SLOTS = 3  # patches that can be stacked in one set of controls
 _EMPTY = (None, "", NONE, "none")

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from dmp_common import Patch, PatchError
-from dmp_common.patchfile import file_hash
-from dmp_common.record import LoadedPatch
+from dmp_common.attach.record import LoadedPatch
+from dmp_common.patch.file import file_hash
 
 NONE = "None"  # what drop-downs show where no patch is chosen
 _SUFFIX = ".safetensors"

@@ -22,9 +22,9 @@ from a1111_dmp.choice import Choice, to_infotext
 from a1111_dmp.files import Folder
 from a1111_dmp.session import Model, Session
 from dmp_common import Base, PatchError
-from dmp_common.detect import find_denoiser, prediction_of
-from dmp_common.heatmap import even_timesteps, gate_heatmap, time_embedding_of
-from dmp_common.record import PatchRecord
+from dmp_common.attach.record import PatchRecord
+from dmp_common.bases.detect import find_denoiser, prediction_of
+from dmp_common.tools.heatmap import even_timesteps, gate_heatmap, time_embedding_of
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "const": "flow"}  # A1111's and Forge's words
 _log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from types import TracebackType
 import torch.nn as nn
 
 from dmp_common import Attachment, Base, PatchError, attach
-from dmp_common.detect import require_base
-from dmp_common.record import PatchRecord
+from dmp_common.attach.record import PatchRecord
+from dmp_common.bases.detect import require_base
 
 NAME = "DMP"  # begins every message, which the host shows among those of others
 

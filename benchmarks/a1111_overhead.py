@@ -23,7 +23,7 @@ from a1111_dmp.session import Model, Session
 from benchmarks.models import SD15, random_patch, randomised
 from benchmarks.timing import CLOCKS, clocked, host_options, interleaved, ratio
 from dmp_common import Patch, attach
-from dmp_common.record import LoadedPatch, PatchRecord
+from dmp_common.attach.record import LoadedPatch, PatchRecord
 
 CONFIG = {
     "image_size": 32,

@@ -126,7 +126,7 @@ def clocked(host: Any, now: Callable[[], float]) -> HookClock:
 
 
 def _load(host: Any, patcher: Any, file: Path) -> Any:
-    record = importlib.import_module("dmp_common.record")
+    record = importlib.import_module("dmp_common.attach.record")
     loaded = record.LoadedPatch(Patch.load(file), file)
     return host.attach(patcher, record.PatchRecord(loaded))
 

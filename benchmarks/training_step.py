@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from benchmarks.models import dit, sd15
 from benchmarks.timing import CLOCKS, interleaved, ratio
 from dmp_common import Patch, attach, get_base
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
 from training.command_line import resolve
 from training.draws import draw
 from training.families.table import family_of

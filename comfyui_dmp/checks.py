@@ -8,9 +8,9 @@ import torch
 
 from comfyui_dmp.model import SUPPORTED, denoiser_of, is_compiled, timesteps_of
 from dmp_common import PatchError, known_bases
-from dmp_common.detect import naming_of, prediction_of
-from dmp_common.record import PatchRecord
-from dmp_common.timesteps import frequency_shift
+from dmp_common.attach.record import PatchRecord
+from dmp_common.bases.detect import naming_of, prediction_of
+from dmp_common.bases.timesteps import frequency_shift
 
 
 def require_supported(model: Any, record: PatchRecord) -> None:

@@ -44,8 +44,8 @@ from comfyui_dmp.slots import (
     unet_options,
 )
 from dmp_common import Context, Patch, PatchError, Settings
-from dmp_common.latents import tokens_multiple
-from dmp_common.record import LoadedPatch, PatchRecord
+from dmp_common.attach.record import LoadedPatch, PatchRecord
+from dmp_common.bases.latents import tokens_multiple
 
 KEY = "dmp"  # of our wrappers on a model
 FOLDER = "dmp"  # in models/

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from comfyui_dmp.slots import slot_of
 from dmp_common import Base, PatchError
-from dmp_common.latents import padded_tokens
-from dmp_common.sites import grid_cells
-from dmp_common.timesteps import time_features
+from dmp_common.bases.base import grid_cells
+from dmp_common.bases.latents import padded_tokens
+from dmp_common.bases.timesteps import time_features
 
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "

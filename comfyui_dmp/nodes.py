@@ -14,9 +14,9 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 
 from comfyui_dmp import host
-from dmp_common.heatmap import choose_sites, gate_heatmap
-from dmp_common.inspection import as_text, inspect_file
-from dmp_common.record import PatchRecord
+from dmp_common.attach.record import PatchRecord
+from dmp_common.tools.heatmap import choose_sites, gate_heatmap
+from dmp_common.tools.inspect import as_text, inspect_file
 
 CATEGORY = "DMP"
 DmpPatch = io.Custom("DMP_PATCH")

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Base, Context, PatchError, Site
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
 
 Slot = Literal["unet", "dit", "after", "hooks"]
 Prepare = Callable[[Tensor], Context]  # from the time embedding (B, E)

@@ -6,17 +6,16 @@ grid, D channels of a site, E size of the time embedding.
 Source: Ham et al., "Diffusion Model Patching via Mixture-of-Prompts", AAAI 2025, arXiv 2405.17825.
 """
 
-from dmp_common.attach import Attachment, attach
-from dmp_common.balancing import importance_loss, load_loss
-from dmp_common.bases import Base
-from dmp_common.context import Context, Settings
-from dmp_common.detect import detect_base
+from dmp_common.attach.context import Context, Settings
+from dmp_common.attach.hooks import Attachment, attach
+from dmp_common.bases.base import Base, Site
+from dmp_common.bases.detect import detect_base
+from dmp_common.bases.schedule import Schedule
+from dmp_common.bases.table import get_base, known_bases, register_base
 from dmp_common.errors import PatchError
-from dmp_common.patch import Patch
-from dmp_common.registry import get_base, known_bases, register_base
-from dmp_common.schedule import Schedule
-from dmp_common.sites import Site
-from dmp_common.variant import Variant
+from dmp_common.patch.balancing import importance_loss, load_loss
+from dmp_common.patch.patch import Patch
+from dmp_common.patch.variant import Variant
 from dmp_common.version import __version__
 
 __all__ = [

@@ -180,7 +180,7 @@ def _require_free(path: Path, force: bool) -> None:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from dmp_common.patchfile import file_hash, load_patch
+    from dmp_common.patch.file import file_hash, load_patch
 
     code = 0
     for path in options.files:
@@ -193,12 +193,12 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _heatmap(options: argparse.Namespace) -> int:
-    from dmp_common.heatmap import (  # numpy and Pillow only where they are used
+    from dmp_common.patch.file import load_patch
+    from dmp_common.tools.heatmap import (  # numpy and Pillow only where they are used
         even_timesteps,
         save_heatmap,
         time_embedding_of,
     )
-    from dmp_common.patchfile import load_patch
 
     _require_free(options.out, options.force)
     patch = load_patch(options.file)
@@ -222,8 +222,8 @@ def _heatmap(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from dmp_common.convert import convert_official
-    from dmp_common.patchfile import file_hash
+    from dmp_common.patch.file import file_hash
+    from dmp_common.tools.convert import convert_official
 
     _require_free(options.out, options.force)
     patch = convert_official(options.source, options.out, base=options.base, mix=options.mix)
@@ -235,7 +235,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from dmp_common.inspection import as_text, inspect_file
+    from dmp_common.tools.inspect import as_text, inspect_file
 
     code, records = 0, []
     for path in options.files:

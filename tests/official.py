@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmp_common import Base, families, register_base
+from dmp_common import Base, bases, register_base
 
 DEPTH, WIDTH, SIDE, SIZE = 4, 24, 4, 2  # a DiT for latents of 8 x 8
 COUNT = SIDE * SIDE
 BASE = register_base(
-    families.dit("convert-dit", depth=DEPTH, width=WIDTH, patch_size=SIZE, frequency_shift=1.0)
+    bases.dit("convert-dit", depth=DEPTH, width=WIDTH, patch_size=SIZE, frequency_shift=1.0)
 )
 # Two bases that only the patch size tells apart, as in the real table.
 TWINS = [
-    register_base(families.dit(f"convert-dit/{size}", depth=3, width=40, patch_size=size))
+    register_base(bases.dit(f"convert-dit/{size}", depth=3, width=40, patch_size=size))
     for size in (2, 4)
 ]
 

@@ -77,7 +77,7 @@ def test_every_module_can_be_imported_first() -> None:
 
 def test_importing_the_core_loads_nothing_heavy() -> None:
     code = (
-        "import sys, dmp_common, dmp_common.heatmap, dmp_common.timefile; "
+        "import sys, dmp_common, dmp_common.tools.heatmap, dmp_common.tools.timefile; "
         f"print(sorted(set(sys.modules) & {HEAVY!r}))"
     )
     done = subprocess.run(

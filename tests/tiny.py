@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common import families, register_base
+from dmp_common import bases, register_base
 from tests import tinyllm
 from tests.tinymodel import Tiny, noise
 
@@ -40,7 +40,7 @@ def _unet(
     name: str, context: int, widths: tuple[int, ...], attention: tuple[bool, ...], xl: bool = False
 ) -> Tiny:
     base = register_base(
-        families.unet(f"tiny-{name}", widths=widths, context=context, attention=attention)
+        bases.unet(f"tiny-{name}", widths=widths, context=context, attention=attention)
     )
     extra = {}
     if xl:
@@ -68,7 +68,7 @@ def _unet(
 
 def _dit() -> Tiny:
     base = register_base(
-        families.dit("tiny-dit", depth=3, width=32, patch_size=2, frequency_shift=1.0, grid=(4, 4))
+        bases.dit("tiny-dit", depth=3, width=32, patch_size=2, frequency_shift=1.0, grid=(4, 4))
     )
 
     def build() -> nn.Module:
@@ -95,7 +95,7 @@ def _dit() -> Tiny:
 
 
 def _pixart() -> Tiny:
-    base = register_base(families.pixart("tiny-pixart", depth=3, width=32, hub_id=None))
+    base = register_base(bases.pixart("tiny-pixart", depth=3, width=32, hub_id=None))
 
     def build() -> nn.Module:
         return diffusers.PixArtTransformer2DModel(
@@ -125,7 +125,7 @@ def _pixart() -> Tiny:
 
 
 def _sd3(name: str, dual: bool) -> Tiny:
-    base = register_base(families.sd3(f"tiny-{name}", depth=3, width=32, dual=dual, hub_id=None))
+    base = register_base(bases.sd3(f"tiny-{name}", depth=3, width=32, dual=dual, hub_id=None))
 
     def build() -> nn.Module:
         return diffusers.SD3Transformer2DModel(
@@ -157,7 +157,7 @@ def _sd3(name: str, dual: bool) -> Tiny:
 
 
 def _flux() -> Tiny:
-    base = register_base(families.flux("tiny-flux", double=2, single=2, width=32, hub_id=None))
+    base = register_base(bases.flux("tiny-flux", double=2, single=2, width=32, hub_id=None))
 
     def build() -> nn.Module:
         return diffusers.FluxTransformer2DModel(

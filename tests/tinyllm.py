@@ -11,7 +11,7 @@ import diffusers
 import torch
 import torch.nn as nn
 
-from dmp_common import families, register_base
+from dmp_common import bases, register_base
 from tests.tinymodel import Tiny, noise
 
 TEXT = 5  # tokens of a caption
@@ -28,7 +28,7 @@ def known() -> list[Tiny]:
 
 
 def qwen_image() -> Tiny:
-    base = register_base(families.qwen_image("tiny-qwen-image", depth=2, width=32, hub_id=None))
+    base = register_base(bases.qwen_image("tiny-qwen-image", depth=2, width=32, hub_id=None))
 
     def build() -> nn.Module:
         return diffusers.QwenImageTransformer2DModel(
@@ -59,7 +59,7 @@ def qwen_image() -> Tiny:
 
 def lumina2() -> Tiny:
     """Captions of two lengths, so that the image tokens of a batch begin at two places."""
-    base = register_base(families.lumina2("tiny-lumina2", depth=2, width=32, hub_id=None))
+    base = register_base(bases.lumina2("tiny-lumina2", depth=2, width=32, hub_id=None))
     lengths = (TEXT, TEXT - 2)
 
     def build() -> nn.Module:
@@ -93,7 +93,7 @@ def lumina2() -> Tiny:
 
 def z_image() -> Tiny:
     """Sequences filled up to multiples of 32, from 16 image tokens and 5 or 3 of the captions."""
-    base = register_base(families.z_image("tiny-z-image", depth=2, width=48, hub_id=None))
+    base = register_base(bases.z_image("tiny-z-image", depth=2, width=48, hub_id=None))
 
     def build() -> nn.Module:
         return diffusers.ZImageTransformer2DModel(

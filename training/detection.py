@@ -8,8 +8,8 @@ import diffusers
 import torch
 
 from dmp_common import Base, PatchError, detect_base, known_bases
-from dmp_common.detect import bases_of_shapes
-from dmp_common.timefile import tensor_shapes
+from dmp_common.bases.detect import bases_of_shapes
+from dmp_common.tools.timefile import tensor_shapes
 from training.families.checkpoint import read_shapes
 from training.loading import Source
 

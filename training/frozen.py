@@ -13,9 +13,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Base, PatchError, get_base
-from dmp_common.detect import require_base
-from dmp_common.sites import Naming
-from dmp_common.timesteps import frequency_shift
+from dmp_common.bases.base import Naming
+from dmp_common.bases.detect import require_base
+from dmp_common.bases.timesteps import frequency_shift
 from training.config import TrainConfig
 from training.data.kind import DataKind
 from training.families import dit

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from dmp_common import Patch, PatchError
-from dmp_common.serialize import serialize, write_atomically
+from dmp_common.patch.serialize import serialize, write_atomically
 from training.config import TrainConfig
 from training.frozen import FrozenBase
 from training.method import Method

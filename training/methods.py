@@ -17,10 +17,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.balancing import GateNoise
-from dmp_common.patchfile import save_patch
-from dmp_common.serialize import serialize, write_atomically
-from dmp_common.timesteps import embed_timesteps
+from dmp_common.bases.timesteps import embed_timesteps
+from dmp_common.patch.balancing import GateNoise
+from dmp_common.patch.file import save_patch
+from dmp_common.patch.serialize import serialize, write_atomically
 from training.config import TrainConfig
 from training.families import dit
 from training.frozen import TEXT_FILE, TIME_FILE, FrozenBase

@@ -7,9 +7,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import importance_loss, load_loss
-from dmp_common.balancing import stratified_timesteps
-from dmp_common.gating import kept_prompts
-from dmp_common.timesteps import embed_timesteps
+from dmp_common.bases.timesteps import embed_timesteps
+from dmp_common.patch.balancing import stratified_timesteps
+from dmp_common.patch.gate import kept_prompts
 from training.config import TrainConfig
 from training.draws import generator
 from training.families.family import Given

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from dmp_common import PatchError
-from dmp_common.heatmap import save_heatmap
-from dmp_common.timefile import even_timesteps
-from dmp_common.timesteps import embed_timesteps
+from dmp_common.bases.timesteps import embed_timesteps
+from dmp_common.tools.heatmap import save_heatmap
+from dmp_common.tools.timefile import even_timesteps
 from training.config import TrainConfig
 from training.frozen import FrozenBase
 from training.methods import Method, PatchMethod

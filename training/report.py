@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from dmp_common import Patch, attach
-from dmp_common.heatmap import save_heatmap
-from dmp_common.timefile import even_timesteps, time_embedding_of
+from dmp_common.tools.heatmap import save_heatmap
+from dmp_common.tools.timefile import even_timesteps, time_embedding_of
 from training.config import TrainConfig
 from training.data.digits import NUM_CLASSES, DigitsSplit, load_digits_split
 from training.digits.classifier import load_classifier

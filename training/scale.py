@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from dmp_common import PatchError
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
 from training.config import TrainConfig
 from training.frozen import FrozenBase
 

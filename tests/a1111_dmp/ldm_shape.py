@@ -12,7 +12,7 @@ import torch.nn as nn
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import Tensor
 
-from dmp_common.timesteps import sinusoid
+from dmp_common.bases.timesteps import sinusoid
 from tests.tiny import FAMILIES
 
 

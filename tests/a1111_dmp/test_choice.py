@@ -20,7 +20,7 @@ from a1111_dmp.choice import (
 )
 from a1111_dmp.files import Folder
 from dmp_common import PatchError
-from dmp_common.patchfile import file_hash
+from dmp_common.patch.file import file_hash
 from tests.tiny import FAMILIES
 
 TINY = FAMILIES["sd15"]

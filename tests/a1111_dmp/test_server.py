@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from dmp_common import Patch, get_base
-from dmp_common.patchfile import file_hash
+from dmp_common.patch.file import file_hash
 from tests.a1111_dmp import tiny_base
 from tests.a1111_dmp.server import FailedError, Made, Server, encoded
 from tests.randomness import randomise

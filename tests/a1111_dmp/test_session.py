@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from a1111_dmp.session import Model, Session
 from dmp_common import Base, Patch, PatchError, Schedule, attach
-from dmp_common.record import LoadedPatch, PatchRecord
+from dmp_common.attach.record import LoadedPatch, PatchRecord
 from tests.a1111_dmp.ldm_shape import TINY, Unet, pair, run
 from tests.tiny import FAMILIES
 

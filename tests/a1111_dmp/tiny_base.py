@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmp_common import Base, families, register_base
+from dmp_common import Base, bases, register_base
 
 WIDTH = 32  # channels of the UNet; the real ones have ten times as many
 SD = {"widths": (WIDTH, 2 * WIDTH, 4 * WIDTH, 4 * WIDTH), "attention": (True, True, True, False)}
@@ -26,12 +26,12 @@ T5 = {"d_model": 64, "d_ff": 128, "d_kv": 32, "num_heads": 2, "num_layers": 2}
 
 def register() -> dict[str, Base]:
     """Makes the bases known."""
-    bases = {name: register_base(families.unet(name, **kind)) for name, kind in BASES.items()}
-    flux = families.flux(
+    made = {name: register_base(bases.unet(name, **kind)) for name, kind in BASES.items()}
+    flux = bases.flux(
         "narrow-flux-a1111",
         double=FLUX["depth"],
         single=FLUX["depth_single_blocks"],
         width=FLUX["hidden_size"],
         hub_id=None,
     )
-    return bases | {flux.name: register_base(flux)}
+    return made | {flux.name: register_base(flux)}

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common import families, register_base
+from dmp_common import bases, register_base
 from tests.comfyui_dmp import realllm
 from tests.comfyui_dmp.family import TEXT, Family, noise, packed, randomised, unpacked
 
@@ -70,7 +70,7 @@ def _unet(name: str, config: str, widths: tuple[int, ...], attention: str, xl: b
             arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.float()}
         return arguments
 
-    base = families.unet(
+    base = bases.unet(
         f"comfy-{name}",
         widths=widths,
         context=16,
@@ -141,7 +141,7 @@ def _sd3(name: str, dual: bool) -> Family:
             "timestep": t,
         }
 
-    base = register_base(families.sd3(f"comfy-{name}", depth=3, width=128, dual=dual, hub_id=None))
+    base = register_base(bases.sd3(f"comfy-{name}", depth=3, width=128, dual=dual, hub_id=None))
     return Family(name, base, "SD3", unet, twin, keys, call, channels=16)
 
 
@@ -193,7 +193,7 @@ def _flux() -> Family:
     def unpack(out: Tensor, size: tuple[int, int]) -> Tensor:
         return unpacked(out, *size)
 
-    base = register_base(families.flux("comfy-flux", double=2, single=2, width=64, hub_id=None))
+    base = register_base(bases.flux("comfy-flux", double=2, single=2, width=64, hub_id=None))
     keys = {"depth": 2, "depth_single_blocks": 2, "hidden_size": 64}
     return Family(
         "flux",
@@ -246,7 +246,7 @@ def _pixart() -> Family:
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
 
-    base = register_base(families.pixart("comfy-pixart", depth=3, width=32, hub_id=None))
+    base = register_base(bases.pixart("comfy-pixart", depth=3, width=32, hub_id=None))
     return Family(
         "pixart",
         base,

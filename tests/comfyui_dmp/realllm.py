@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common import families, register_base
+from dmp_common import bases, register_base
 from tests.comfyui_dmp.family import TEXT, Family, packed, unpacked
 
 
@@ -52,7 +52,7 @@ def _qwen_image() -> Family:
     def unpack(out: Tensor, size: tuple[int, int]) -> Tensor:
         return unpacked(out, 1, *size[-2:])
 
-    base = families.qwen_image("comfy-qwen-image", depth=2, width=64, hub_id=None)
+    base = bases.qwen_image("comfy-qwen-image", depth=2, width=64, hub_id=None)
     return Family(
         "qwen-image",
         register_base(base),
@@ -107,7 +107,7 @@ def _lumina2() -> Family:
             "encoder_attention_mask": torch.ones(len(x), TEXT, dtype=torch.bool),
         }
 
-    base = families.lumina2("comfy-lumina2", depth=3, width=64, hub_id=None)
+    base = bases.lumina2("comfy-lumina2", depth=3, width=64, hub_id=None)
     return Family(
         "lumina2",
         register_base(base),
@@ -185,7 +185,7 @@ def _z_image() -> Family:
         latents = list(x.unsqueeze(2).unbind())
         return {"x": latents, "t": 1 - t / 1000, "cap_feats": list(text.unbind())}
 
-    base = families.z_image("comfy-z-image", depth=3, width=288, hub_id=None)
+    base = bases.z_image("comfy-z-image", depth=3, width=288, hub_id=None)
     return Family(
         "z-image",
         register_base(base),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import Patch
-from dmp_common.record import LoadedPatch, PatchRecord
+from dmp_common.attach.record import LoadedPatch, PatchRecord
 
 
 def record(patch: Patch, **settings: Any) -> PatchRecord:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmp_common import Patch, families, register_base
+from dmp_common import Patch, bases, register_base
 from tests.comfyui_dmp.server import ROOT, Server, linked, made, message_of, same, save_random
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -49,7 +49,7 @@ def filled(server: Server) -> Server:
         pytest.skip("needs a server that the tests start: set COMFYUI_PATH only")
     for name, kind in CHECKPOINTS.items():
         linked(made(kind), server.models / "checkpoints", name)
-    small = register_base(families.sd3("test-sd3", depth=2, width=128, dual=False, hub_id=None))
+    small = register_base(bases.sd3("test-sd3", depth=2, width=128, dual=False, hub_id=None))
     folder = server.models / "dmp"
     for seed, name in enumerate(("sd15-patch", "sd15-other")):
         save_random(folder / f"{name}.safetensors", Patch.create("sd15"), seed)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dmp_common import Base, Patch, attach, families, register_base
+from dmp_common import Base, Patch, attach, bases, register_base
 from tests.randomness import randomise
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
@@ -50,7 +50,7 @@ class _Empty:
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return register_base(families.dit("comfy-dit-extra", depth=3, width=32, patch_size=2))
+    return register_base(bases.dit("comfy-dit-extra", depth=3, width=32, patch_size=2))
 
 
 @pytest.fixture

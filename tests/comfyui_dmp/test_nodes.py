@@ -201,7 +201,7 @@ def test_heat_map_shows_the_timesteps_of_the_scheduler(host, run, sd15):
     assert timesteps[0] == 999
     assert timesteps.diff().max() < 0
     mlp = patcher.model.diffusion_model.time_embed
-    from dmp_common.timesteps import sinusoid
+    from dmp_common.bases.timesteps import sinusoid
 
     torch.testing.assert_close(e, mlp(sinusoid(timesteps, 32)))
 

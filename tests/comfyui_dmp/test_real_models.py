@@ -305,9 +305,9 @@ def test_refiner_is_refused(real, run, host):
 
 
 def test_prepending_patches_are_refused(real, run, host):
-    from dmp_common import Variant, families, register_base
+    from dmp_common import Variant, bases, register_base
 
-    base = register_base(families.dit("comfy-dit", depth=2, width=32, patch_size=2))
+    base = register_base(bases.dit("comfy-dit", depth=2, width=32, patch_size=2))
     record = run.record(type(real.FAMILIES["sd15"].patch())(Variant.create(base, mix="prepend")))
     with pytest.raises(PatchError, match="expected a model of base comfy-dit"):
         host.attach(real.FAMILIES["sd15"].comfy(), record)

@@ -18,7 +18,7 @@ from comfyui_dmp.checks import require_same_prediction, require_supported, requi
 from comfyui_dmp.model import image_tokens, latent_hw
 from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
 from dmp_common import Patch, PatchError, get_base
-from dmp_common.record import LoadedPatch, PatchRecord
+from dmp_common.attach.record import LoadedPatch, PatchRecord
 from tests.tiny import FAMILIES
 
 

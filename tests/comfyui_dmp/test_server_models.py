@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dmp_common import Base, Patch, families, register_base
+from dmp_common import Base, Patch, bases, register_base
 from tests.comfyui_dmp.graphs import Graph
 from tests.comfyui_dmp.server import Server, same, save_random
 
@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ig
 TRANSFORMERS: dict[str, Base] = {
     base.name: register_base(base)
     for base in (
-        families.sd3("test-sd3", depth=2, width=128, dual=False, hub_id=None),
-        families.flux("test-flux", double=1, single=2, width=3072, hub_id=None),
-        families.pixart("test-pixart", depth=2, width=1152, hub_id=None),
+        bases.sd3("test-sd3", depth=2, width=128, dual=False, hub_id=None),
+        bases.flux("test-flux", double=1, single=2, width=3072, hub_id=None),
+        bases.pixart("test-pixart", depth=2, width=1152, hub_id=None),
     )
 }
 POOLED = {"test-sd3": 2048, "test-flux": 768, "test-pixart": 1}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import dmp_common as dmp
 from dmp_common import Patch, attach
-from dmp_common.prompts import PromptPool
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
+from dmp_common.patch.prompts import PromptPool
 from tests.tiny import FAMILIES, Tiny
 
 UNETS = [FAMILIES[name] for name in ("sd15", "sd21", "sdxl")]

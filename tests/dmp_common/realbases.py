@@ -12,7 +12,7 @@ import torch.nn as nn
 
 import dmp_common as dmp
 from dmp_common import get_base
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
 from tests.dmp_common import realllm
 from tests.dmp_common.realmodel import Real, meta
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmp_common import PatchError, Schedule, attach
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
 from tests.dmp_common.attaching import (
     REPRESENTATIVES,
     make,

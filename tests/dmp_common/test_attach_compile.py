@@ -39,7 +39,7 @@ def _small_unet() -> Tiny:
     """Two levels, one layer: compiling takes seconds."""
     widths, attention = (16, 32), (True, False)
     base = dmp.register_base(
-        dmp.families.unet("tiny-compile", widths=widths, context=12, attention=attention, layers=1)
+        dmp.bases.unet("tiny-compile", widths=widths, context=12, attention=attention, layers=1)
     )
 
     def build() -> nn.Module:
@@ -98,7 +98,7 @@ def test_compile_after_attach(tiny, dynamo):
 
 def _shallow_dit() -> Tiny:
     base = dmp.register_base(
-        dmp.families.dit("tiny-inductor", depth=1, width=32, patch_size=2, frequency_shift=1.0)
+        dmp.bases.dit("tiny-inductor", depth=1, width=32, patch_size=2, frequency_shift=1.0)
     )
 
     def build() -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from dmp_common import PatchError, Schedule, attach
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
 from tests.dmp_common.attaching import (
     DIT,
     FLUX,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dmp_common import PatchError, Schedule, Settings, attach, detect_base
-from dmp_common.detect import naming_of
-from dmp_common.latents import Latent, latent_of
-from dmp_common.timesteps import embed_timesteps
+from dmp_common.bases.detect import naming_of
+from dmp_common.bases.latents import Latent, latent_of
+from dmp_common.bases.timesteps import embed_timesteps
 from tests.dmp_common.attaching import check_fields, make, plain_field, watched
 from tests.tiny import FAMILIES, Tiny
 

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import PatchError, Schedule, Settings, attach
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
 from tests.dmp_common.attaching import DIT, FLUX, SD15, close, make, structure
 from tests.tiny import FAMILIES
 

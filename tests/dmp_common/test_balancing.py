@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmp_common import importance_loss, load_loss
-from dmp_common.balancing import GateNoise, stratified_timesteps
+from dmp_common.patch.balancing import GateNoise, stratified_timesteps
 
 
 def generator(seed: int = 0) -> torch.Generator:

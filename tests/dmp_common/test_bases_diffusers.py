@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dmp_common import Patch, PatchError, detect_base, get_base, known_bases
-from dmp_common.detect import naming_of
-from dmp_common.sites import find_module
-from dmp_common.timesteps import frequency_shift
+from dmp_common.bases.base import find_module
+from dmp_common.bases.detect import naming_of
+from dmp_common.bases.timesteps import frequency_shift
 from tests.dmp_common.realbases import ALL, MODELS, count, meta, model_of, seen
 
 

@@ -17,8 +17,8 @@ import torch.nn as nn
 
 import dmp_common as dmp
 from dmp_common import detect_base, get_base, known_bases
-from dmp_common.detect import naming_of
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
+from dmp_common.bases.detect import naming_of
 from tests.dmp_common.originalnames import original_shapes
 from tests.dmp_common.realbases import MODELS, meta, seen
 from tests.dmp_common.test_bases_names import official_pixart

@@ -8,9 +8,9 @@ import pytest
 import torch.nn as nn
 
 from dmp_common import detect_base, get_base, known_bases
-from dmp_common.detect import naming_of
-from dmp_common.sites import find_module
-from dmp_common.timesteps import frequency_shift
+from dmp_common.bases.base import find_module
+from dmp_common.bases.detect import naming_of
+from dmp_common.bases.timesteps import frequency_shift
 from tests.dmp_common.originalnames import original_names, original_shapes
 from tests.dmp_common.realbases import MODELS, meta, model_of, seen
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCard
 
-from dmp_common import Patch, families, register_base
-from dmp_common.card import model_card
+from dmp_common import Patch, bases, register_base
+from dmp_common.tools.card import model_card
 
 BASE = register_base(
-    families.dit(
-        "card-dit/2", depth=2, width=8, patch_size=2, grid=(2, 2), hub_id="someone/card-dit"
-    )
+    bases.dit("card-dit/2", depth=2, width=8, patch_size=2, grid=(2, 2), hub_id="someone/card-dit")
 )
 
 

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dmp_common import Patch, families, register_base
+from dmp_common import Patch, bases, register_base
 from dmp_common.__main__ import main
-from dmp_common.patchfile import file_hash
+from dmp_common.patch.file import file_hash
 
 BASE = register_base(
-    families.dit(
+    bases.dit(
         "six-blocks", depth=6, width=96, patch_size=2, in_channels=1, frequency_shift=1, grid=(4, 4)
     )
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmp_common.drawing import ColourScale
+from dmp_common.tools.drawing import ColourScale
 
 
 def test_colours_become_steadily_lighter():

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from dmp_common import Patch, PatchError, drawing, families, register_base
-from dmp_common.drawing import ColourScale, Layout
-from dmp_common.heatmap import (
+from dmp_common import Patch, PatchError, bases, register_base
+from dmp_common.tools import drawing
+from dmp_common.tools.drawing import ColourScale, Layout
+from dmp_common.tools.heatmap import (
     choose_sites,
     even_timesteps,
     gate_heatmap,
@@ -16,7 +17,7 @@ from dmp_common.heatmap import (
 )
 
 BASE = register_base(
-    families.dit(
+    bases.dit(
         "six-blocks", depth=6, width=96, patch_size=2, in_channels=1, frequency_shift=1, grid=(4, 4)
     )
 )

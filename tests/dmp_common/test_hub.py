@@ -11,12 +11,12 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 
-from dmp_common import Patch, PatchError, families, register_base
-from dmp_common.hub import push_to_hub, resolve
+from dmp_common import Patch, PatchError, bases, register_base
+from dmp_common.tools.hub import push_to_hub, resolve
 from tests.hub_server import TOKEN, Hub
 
 BASE = register_base(
-    families.dit("hub-dit/2", depth=2, width=8, patch_size=2, grid=(2, 2), hub_id="someone/hub-dit")
+    bases.dit("hub-dit/2", depth=2, width=8, patch_size=2, grid=(2, 2), hub_id="someone/hub-dit")
 )
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 CLIENT = (HfApi, snapshot_download)  # loads the modules whose settings the tests change

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmp_common import Patch, families, register_base
+from dmp_common import Patch, bases, register_base
 from dmp_common.__main__ import main
-from dmp_common.inspection import as_text, inspect_file
-from dmp_common.patchfile import file_hash, save_patch
+from dmp_common.patch.file import file_hash, save_patch
+from dmp_common.tools.inspect import as_text, inspect_file
 
 BASE = register_base(
-    families.dit(
+    bases.dit(
         "six-blocks", depth=6, width=96, patch_size=2, in_channels=1, frequency_shift=1, grid=(4, 4)
     )
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmp_common import Patch, PatchError
-from dmp_common.variant import Variant
+from dmp_common.patch.variant import Variant
 from tests.randomness import randomise
 
 MIXTURE = {"grids": 3, "gate_unit": "grid", "gate_form": "residual", "grid": 4}

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Patch, Schedule, attach, detect_base
-from dmp_common.timesteps import embed_timesteps
+from dmp_common.bases.timesteps import embed_timesteps
 from tests.tiny import FAMILIES
 
 BASE = FAMILIES["dit"].base  # 3 blocks of width 32, patch size 2

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmp_common import Patch, attach
-from dmp_common.prompts import resize
-from dmp_common.timesteps import sinusoid
+from dmp_common.bases.timesteps import sinusoid
+from dmp_common.patch.prompts import resize
 from tests.tiny import FAMILIES
 
 T = torch.tensor([3.0, 871.0])
@@ -144,7 +144,7 @@ def test_at_the_papers_size_nothing_is_resized(monkeypatch: pytest.MonkeyPatch) 
     def never(*_: object) -> Tensor:
         raise AssertionError("a matrix of the resize was asked for")
 
-    monkeypatch.setattr("dmp_common.prompts.resize_matrix", never)
+    monkeypatch.setattr("dmp_common.patch.prompts.resize_matrix", never)
     patch = Patch.create("dit-xl/2", gate_init="random", prompt_init="random").eval()
     e, x = torch.randn(1, 1152), torch.zeros(1, 256, 1152)
     for dtype in (torch.float32, torch.bfloat16):

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.patchfile import file_hash, load_patch, read_header, save_patch
+from dmp_common.patch.file import file_hash, load_patch, read_header, save_patch
 from tests.tiny import FAMILIES
 
 TINY = FAMILIES["dit"]

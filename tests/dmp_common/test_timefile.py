@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmp_common import PatchError, timefile
-from dmp_common.timefile import time_embedding_of
-from dmp_common.timesteps import embed_timesteps
+from dmp_common import PatchError
+from dmp_common.bases.timesteps import embed_timesteps
+from dmp_common.tools import timefile
+from dmp_common.tools.timefile import time_embedding_of
 from tests.tiny import FAMILIES, Tiny
 
 TIMES = torch.tensor([0.0, 10.5, 500.0, 999.0])

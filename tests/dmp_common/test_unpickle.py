@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmp_common import PatchError, unpickle
-from dmp_common.convert import convert_official
+from dmp_common import PatchError
+from dmp_common.tools import unpickle
+from dmp_common.tools.convert import convert_official
 from tests.official import learned, official, save
 
 

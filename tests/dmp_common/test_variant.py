@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dmp_common import Patch, PatchError, Variant, families, get_base, known_bases, register_base
+from dmp_common import Patch, PatchError, Variant, bases, get_base, known_bases, register_base
 
 
 def test_defaults_are_the_paper() -> None:
@@ -87,7 +87,7 @@ def test_unknown_base_lists_the_known_ones() -> None:
 def test_register_refuses_another_base_of_the_same_name() -> None:
     base = get_base("sd15")
     assert register_base(base) is base
-    other = families.unet("sd15", widths=(8, 8), context=8, attention=(True, True))
+    other = bases.unet("sd15", widths=(8, 8), context=8, attention=(True, True))
     with pytest.raises(PatchError, match="exists already"):
         register_base(other)
     assert get_base("sd15") is base

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from dmp_common import Patch, families, register_base
+from dmp_common import Patch, bases, register_base
 from tests.tiny import FAMILIES
 from tests.training.tinybases import OPTIONS, make_base, make_classes, make_pictures
 from training.command_line import resolve
@@ -24,7 +24,7 @@ from training.prepare import prepare
 from training.train_dmp import main
 
 TINY = register_base(
-    families.dit(
+    bases.dit(
         "tiny-digits", depth=2, width=16, patch_size=2, in_channels=1, frequency_shift=1.0,
         grid=(4, 4),
     )

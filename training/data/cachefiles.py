@@ -15,7 +15,7 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
 
 from dmp_common import PatchError
-from dmp_common.serialize import write_atomically
+from dmp_common.patch.serialize import write_atomically
 
 _FORMAT = 1  # goes into every key: files of another format are never read
 _CHECKSUM = "crc32"

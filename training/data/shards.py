@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from dmp_common import PatchError
-from dmp_common.serialize import write_atomically
+from dmp_common.patch.serialize import write_atomically
 from training.data import remote
 from training.data.images import EXTENSIONS
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmp_common import PatchError
-from dmp_common.serialize import write_atomically
+from dmp_common.patch.serialize import write_atomically
 from training.evaluation.compare import Difference
 from training.evaluation.controls import Controls
 from training.evaluation.differences import Judged

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
-from dmp_common.unpickle import StoredTensor, TorchFile
+from dmp_common.tools.unpickle import StoredTensor, TorchFile
 
 # Where the weights are, best first: fast-DiT samples from its average.
 _NESTS = ("ema", "state_dict_ema", "state_dict", "model")

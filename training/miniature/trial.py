@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmp_common import Schedule, attach
-from dmp_common.serialize import write_atomically
+from dmp_common.patch.serialize import write_atomically
 from training.config import TrainConfig
 from training.evaluation.frechet import frechet_distance
 from training.evaluation.losses import denoising_losses

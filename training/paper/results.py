@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmp_common import PatchError
-from dmp_common.serialize import write_atomically
+from dmp_common.patch.serialize import write_atomically
 from training.paper.tables import Cell, Table, read_table, table_names
 
 FORMAT = 1

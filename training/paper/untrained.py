@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 from dmp_common import get_base
-from dmp_common.serialize import serialize, write_atomically
+from dmp_common.patch.serialize import serialize, write_atomically
 from training.families.dit import initialise, share_embeddings, use_text
 from training.frozen import TEXT_FILE
 from training.methods import DIFFUSERS_SHIFT, replace_folder

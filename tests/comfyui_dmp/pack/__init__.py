@@ -23,11 +23,11 @@ def _register() -> None:
     entry = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(entry)
     entry._load("dmp_common")
-    from dmp_common import families, register_base
+    from dmp_common import bases, register_base
 
-    register_base(families.sd3("test-sd3", depth=2, width=128, dual=False, hub_id=None))
-    register_base(families.flux("test-flux", double=1, single=2, width=3072, hub_id=None))
-    register_base(families.pixart("test-pixart", depth=2, width=1152, hub_id=None))
+    register_base(bases.sd3("test-sd3", depth=2, width=128, dual=False, hub_id=None))
+    register_base(bases.flux("test-flux", double=1, single=2, width=3072, hub_id=None))
+    register_base(bases.pixart("test-pixart", depth=2, width=1152, hub_id=None))
 
 
 class RandomConditioning:

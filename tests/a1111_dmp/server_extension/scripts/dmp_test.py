@@ -15,8 +15,8 @@ import torch
 from fastapi import Body, FastAPI
 from modules import script_callbacks, sd_unet, shared
 
-from dmp_common.detect import detect_base, find_denoiser
-from dmp_common.sites import find_module
+from dmp_common.bases.base import find_module
+from dmp_common.bases.detect import detect_base, find_denoiser
 
 FOLDER = Path(__file__).resolve().parents[2]
 calls: list[dict[str, object]] = []

@@ -8,10 +8,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common.bases import Base
+from dmp_common.bases.base import Base, Naming, find_module
+from dmp_common.bases.schedule import LAST
 from dmp_common.errors import PatchError
-from dmp_common.schedule import LAST
-from dmp_common.sites import Naming, find_module
 
 
 def sinusoid(timesteps: Tensor, channels: int, shift: float = 0.0) -> Tensor:

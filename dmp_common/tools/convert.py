@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dmp_common.bases import Base
+from dmp_common.bases.base import Base
+from dmp_common.bases.table import get_base, known_bases
 from dmp_common.errors import PatchError
-from dmp_common.patch import Patch
-from dmp_common.patchfile import file_hash
-from dmp_common.registry import get_base, known_bases
-from dmp_common.unpickle import StoredTensor, TorchFile
-from dmp_common.variant import Mix
+from dmp_common.patch.file import file_hash
+from dmp_common.patch.patch import Patch
+from dmp_common.patch.variant import Mix
+from dmp_common.tools.unpickle import StoredTensor, TorchFile
 
 _PROMPTS, _WEIGHT, _BIAS = "prompt_embeddings", "gate.weight", "gate.bias"
 _LATENTS = (32, 64)  # height of the latents the official code trains on: 256 and 512 pixels

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch.nn as nn
 
-from dmp_common.bases import Base, Probe
+from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
+from dmp_common.bases.table import known_bases
+from dmp_common.bases.timesteps import frequency_shift
 from dmp_common.errors import PatchError
-from dmp_common.registry import known_bases
-from dmp_common.sites import NAMINGS, Naming, find_module
-from dmp_common.timesteps import frequency_shift
-from dmp_common.variant import Variant
+from dmp_common.patch.variant import Variant
 
 # Where pipelines and hosts keep the denoiser: diffusers, A1111 and ComfyUI, Forge.
 _DENOISERS = (

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dmp_common.bases import Base, Probe, TimeSource
-from dmp_common.families.transformer import block_sites, depth_probes
-from dmp_common.sites import Argument
+from dmp_common.bases.base import Argument, Base, Probe, TimeSource
+from dmp_common.bases.transformer import block_sites, depth_probes
 
 # ComfyUI has one class for Lumina 2 and Z-Image. It is given sigma, and inverts it itself.
 _NEXT_TIME = TimeSource("t_embedder", Argument("timesteps", 1), "t_embedder.mlp", scale=1000.0)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dmp_common.attach.field import Field
+from dmp_common.bases.base import Site, grid_cells
+from dmp_common.bases.schedule import ALWAYS, EVERYWHERE, Schedule, inside
 from dmp_common.compat import is_compiling, without_autocast
 from dmp_common.errors import PatchError
-from dmp_common.field import Field
-from dmp_common.prompts import resize
-from dmp_common.schedule import ALWAYS, EVERYWHERE, Schedule, inside
-from dmp_common.sites import Site, grid_cells
+from dmp_common.patch.prompts import resize
 
 if TYPE_CHECKING:
-    from dmp_common.cache import FieldCache
-    from dmp_common.prompts import PromptPool
+    from dmp_common.attach.cache import FieldCache
+    from dmp_common.patch.prompts import PromptPool
 
 FieldKey = tuple[object, ...]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 
-from dmp_common import families
-from dmp_common.bases import Base
+from dmp_common import bases
+from dmp_common.bases.base import Base
 from dmp_common.errors import PatchError
 
 _BASES: dict[str, Base] = {}
@@ -50,7 +50,7 @@ def known_bases() -> tuple[Base, ...]:
 
 def _fill() -> None:
     register_base(
-        families.dit(
+        bases.dit(
             "digits",
             depth=6,
             width=64,
@@ -63,7 +63,7 @@ def _fill() -> None:
     )
     for name, width, grid in (("cifar10", 96, 8), ("cifar10-s", 64, 4)):  # of training/miniature
         register_base(
-            families.dit(
+            bases.dit(
                 name,
                 depth=6,
                 width=width,
@@ -75,7 +75,7 @@ def _fill() -> None:
             )
         )
     register_base(
-        families.unet(
+        bases.unet(
             "sd15",
             widths=(320, 640, 1280, 1280),
             context=768,
@@ -85,7 +85,7 @@ def _fill() -> None:
         )
     )
     register_base(
-        families.unet(
+        bases.unet(
             "sd21",
             widths=(320, 640, 1280, 1280),
             context=1024,
@@ -96,7 +96,7 @@ def _fill() -> None:
         )
     )
     register_base(
-        families.unet(
+        bases.unet(
             "sdxl",
             widths=(320, 640, 1280),
             context=2048,
@@ -108,7 +108,7 @@ def _fill() -> None:
     for size, (depth, width) in _DIT_SIZES.items():
         for patch_size in (2, 4, 8):
             register_base(
-                families.dit(
+                bases.dit(
                     f"dit-{size}/{patch_size}",
                     depth=depth,
                     width=width,
@@ -117,7 +117,7 @@ def _fill() -> None:
                 )
             )
     register_base(
-        families.pixart(
+        bases.pixart(
             "pixart", depth=28, width=1152, hub_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
         )
     )
@@ -127,21 +127,15 @@ def _fill() -> None:
         ("sd35-large", 38, 2432, False, "stable-diffusion-3.5-large"),
     ):
         register_base(
-            families.sd3(
-                name, depth=depth, width=width, dual=dual, hub_id=f"stabilityai/{repository}"
-            )
+            bases.sd3(name, depth=depth, width=width, dual=dual, hub_id=f"stabilityai/{repository}")
         )
     register_base(
-        families.flux(
-            "flux", double=19, single=38, width=3072, hub_id="black-forest-labs/FLUX.1-dev"
-        )
+        bases.flux("flux", double=19, single=38, width=3072, hub_id="black-forest-labs/FLUX.1-dev")
     )
-    register_base(families.qwen_image("qwen-image", depth=60, width=3072, hub_id="Qwen/Qwen-Image"))
+    register_base(bases.qwen_image("qwen-image", depth=60, width=3072, hub_id="Qwen/Qwen-Image"))
+    register_base(bases.z_image("z-image", depth=30, width=3840, hub_id="Tongyi-MAI/Z-Image-Turbo"))
     register_base(
-        families.z_image("z-image", depth=30, width=3840, hub_id="Tongyi-MAI/Z-Image-Turbo")
-    )
-    register_base(
-        families.lumina2("lumina2", depth=26, width=2304, hub_id="Alpha-VLLM/Lumina-Image-2.0")
+        bases.lumina2("lumina2", depth=26, width=2304, hub_id="Alpha-VLLM/Lumina-Image-2.0")
     )
 
 

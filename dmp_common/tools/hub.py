@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmp_common.card import LIBRARY, model_card
 from dmp_common.errors import PatchError
-from dmp_common.patch import Patch
-from dmp_common.patchfile import load_patch, save_patch
+from dmp_common.patch.file import load_patch, save_patch
+from dmp_common.patch.patch import Patch
+from dmp_common.tools.card import LIBRARY, model_card
 from dmp_common.version import __version__
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

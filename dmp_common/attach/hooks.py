@@ -12,22 +12,21 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dmp_common.bases import Base
-from dmp_common.cache import FieldCache
-from dmp_common.checkpointing import bind, unbind
-from dmp_common.compat import is_compiling
-from dmp_common.context import Context, Settings
-from dmp_common.detect import (
+from dmp_common.attach.cache import FieldCache
+from dmp_common.attach.checkpointing import bind, unbind
+from dmp_common.attach.context import Context, Settings
+from dmp_common.bases.base import Argument, Base, Naming, Site, find_module
+from dmp_common.bases.detect import (
     find_denoiser,
     require_base,
     require_same_prediction,
     require_same_timesteps,
 )
+from dmp_common.bases.latents import latent_of, tokens_multiple
+from dmp_common.bases.schedule import ALWAYS, Schedule
+from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
-from dmp_common.latents import latent_of, tokens_multiple
-from dmp_common.patch import Patch
-from dmp_common.schedule import ALWAYS, Schedule
-from dmp_common.sites import Argument, Naming, Site, find_module
+from dmp_common.patch.patch import Patch
 
 
 def attach(

@@ -8,9 +8,8 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common.bases import Base
+from dmp_common.bases.base import Base, grid_cells
 from dmp_common.errors import PatchError
-from dmp_common.sites import grid_cells
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dmp_common.bases import Base, Prediction, Probe, TimeSource
-from dmp_common.sites import Argument, Site
+from dmp_common.bases.base import Argument, Base, Prediction, Probe, Site, TimeSource
 
 
 def unet(

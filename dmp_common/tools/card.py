@@ -8,7 +8,7 @@ import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 
-from dmp_common.patch import Patch
+from dmp_common.patch.patch import Patch
 
 LIBRARY = "diffusion-model-patching"
 _CELL = 200  # characters of a metadata value in a table

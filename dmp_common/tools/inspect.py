@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dmp_common.errors import PatchError
-from dmp_common.patch import Patch
-from dmp_common.patchfile import PatchFile, file_hash, read_header
-from dmp_common.variant import Variant
+from dmp_common.patch.file import PatchFile, file_hash, read_header
+from dmp_common.patch.patch import Patch
+from dmp_common.patch.variant import Variant
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _COLUMN = 13  # where values begin

@@ -10,7 +10,7 @@ import torch.nn as nn
 from dmp_common.compat import is_compiling
 
 if TYPE_CHECKING:
-    from dmp_common.attach import Attachment
+    from dmp_common.attach.hooks import Attachment
 
 
 class BoundCheckpoint:

@@ -11,11 +11,45 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
+from dmp_common.bases.schedule import LAST
 from dmp_common.errors import PatchError
-from dmp_common.schedule import LAST
-from dmp_common.sites import Argument, Naming, Site
+
+Naming = Literal["diffusers", "ldm"]
+NAMINGS: tuple[Naming, ...] = ("diffusers", "ldm")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Which argument of a module's forward call carries a value.
+
+    Blocks and models are called by position in some hosts and by keyword in others.
+    """
+
+    name: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block input.
+
+    Args:
+        name: permanent, host-neutral name; the key of the tensor in a patch file.
+        width: channels D of the block's own input stream (without a skip connection).
+        stride: latent pixels per grid cell of this site, in each direction.
+        paths: module whose input is the site, for each naming.
+        arguments: the argument of that module which carries the stream, for each naming.
+    """
+
+    name: str
+    width: int
+    stride: int
+    paths: Mapping[Naming, str]
+    arguments: Mapping[Naming, Argument]
+
 
 Layout = Literal["map", "tokens"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -164,3 +198,18 @@ class Base:
                 f"once, found {found}; use names from this list."
             )
         return tuple(site for site in self.sites if site.name in set(names))
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, or None where there is none."""
+    module: nn.Module | None = model
+    for part in path.split("."):
+        module = getattr(module, "_modules", {}).get(part)
+        if module is None:
+            return None
+    return module
+
+
+def grid_cells(latent: int, stride: int) -> int:
+    """Cells of a site's grid along one side of the latent, as patchifying models count them."""
+    return max(latent // stride, 1)

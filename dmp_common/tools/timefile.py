@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dmp_common.bases import Base, Probe
-from dmp_common.detect import PREFIXES, attribute_of_shape, find_denoiser, require_base
+from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
+from dmp_common.bases.detect import PREFIXES, attribute_of_shape, find_denoiser, require_base
+from dmp_common.bases.timesteps import embed_timesteps, frequency_shift, time_features
 from dmp_common.errors import PatchError
-from dmp_common.patch import Patch
-from dmp_common.sites import NAMINGS, Naming, find_module
-from dmp_common.timesteps import embed_timesteps, frequency_shift, time_features
+from dmp_common.patch.patch import Patch
 
 # The two linear layers of a time embedding, in diffusers, LDM and Flux; SiLU is between them.
 _LAYERS = (("linear_1", "linear_2"), ("0", "2"), ("in_layer", "out_layer"))

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dmp_common.bases import Base, Prediction
+from dmp_common.bases.base import Base, Prediction, Site
+from dmp_common.bases.schedule import EVERYWHERE
+from dmp_common.bases.table import get_base
 from dmp_common.errors import PatchError
-from dmp_common.registry import get_base
-from dmp_common.schedule import EVERYWHERE
-from dmp_common.sites import Site
 
 GateKind = Literal["linear", "attention", "none"]
 Selection = Literal["soft", "hard"]

@@ -25,9 +25,9 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from dmp_common.errors import PatchError
-from dmp_common.patch import Patch
-from dmp_common.serialize import serialize, write_atomically
-from dmp_common.variant import Variant
+from dmp_common.patch.patch import Patch
+from dmp_common.patch.serialize import serialize, write_atomically
+from dmp_common.patch.variant import Variant
 
 FORMAT_VERSION = "1"
 HASH_DIGITS = 10

@@ -12,14 +12,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common.bases import Base
-from dmp_common.cache import FieldCache
+from dmp_common.attach.cache import FieldCache
+from dmp_common.attach.context import Context, FieldKey, Settings
+from dmp_common.bases.base import Base
 from dmp_common.compat import is_compiling
-from dmp_common.context import Context, FieldKey, Settings
 from dmp_common.errors import PatchError
-from dmp_common.gating import Gate, kept_prompts
-from dmp_common.prompts import PromptPool
-from dmp_common.variant import Variant
+from dmp_common.patch.gate import Gate, kept_prompts
+from dmp_common.patch.prompts import PromptPool
+from dmp_common.patch.variant import Variant
 
 
 class Patch(nn.Module):
@@ -81,8 +81,8 @@ class Patch(nn.Module):
         Raises:
             PatchError: not a file of ours, or a damaged one.
         """
-        from dmp_common.hub import resolve  # the hub client only where it is used
-        from dmp_common.patchfile import load_patch  # it imports this module
+        from dmp_common.patch.file import load_patch  # it imports this module
+        from dmp_common.tools.hub import resolve  # the hub client only where it is used
 
         return load_patch(resolve(source, **hub_options))
 
@@ -93,7 +93,7 @@ class Patch(nn.Module):
             path: ends in `.safetensors`.
             metadata: header entries besides ours, such as `ss_*` keys.
         """
-        from dmp_common.patchfile import save_patch
+        from dmp_common.patch.file import save_patch
 
         return save_patch(self, path, metadata)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dmp_common.bases import Base, Probe, TimeSource
-from dmp_common.sites import Argument, Site
+from dmp_common.bases.base import Argument, Base, Probe, Site, TimeSource
 
 _X = Argument("x", 0)
 _HIDDEN = Argument("hidden_states", 0)

@@ -19,13 +19,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dmp_common import drawing
-from dmp_common.drawing import ColourScale, Layout, Values
+from dmp_common.bases.schedule import EVERYWHERE, inside
 from dmp_common.errors import PatchError
-from dmp_common.patch import Patch
-from dmp_common.schedule import EVERYWHERE, inside
-from dmp_common.serialize import write_atomically
-from dmp_common.timefile import even_timesteps, time_embedding_of
+from dmp_common.patch.patch import Patch
+from dmp_common.patch.serialize import write_atomically
+from dmp_common.tools import drawing
+from dmp_common.tools.drawing import ColourScale, Layout, Values
+from dmp_common.tools.timefile import even_timesteps, time_embedding_of
 
 __all__ = [
     "choose_sites",

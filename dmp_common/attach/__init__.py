@@ -1,0 +1,1 @@
+"""One forward call: the settings, what is added at each site, and the hooks that add it."""

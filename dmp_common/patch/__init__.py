@@ -1,0 +1,1 @@
+"""The method: what a patch is made of, its formula, its losses and its file."""

@@ -1,0 +1,1 @@
+"""What no forward pass touches: pictures, conversion, inspection, the hub."""
