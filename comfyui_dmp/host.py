@@ -28,9 +28,8 @@ from comfyui_dmp.checks import (
 from comfyui_dmp.compiled import own_graph
 from comfyui_dmp.model import (
     denoiser_of,
-    image_tokens,
     is_compiled,
-    latent_hw,
+    latent_of,
     time_embedding,
     timesteps_of,
 )
@@ -45,7 +44,6 @@ from comfyui_dmp.slots import (
 )
 from dmp_common import Context, Patch, PatchError, Settings
 from dmp_common.attach.record import LoadedPatch, PatchRecord
-from dmp_common.bases.latents import tokens_multiple
 
 KEY = "dmp"  # of our wrappers on a model
 FOLDER = "dmp"  # in models/
@@ -182,15 +180,15 @@ class Wrapper:
     ) -> Prepare:
         """What makes the context of a call, once its time embedding is known."""
         patch = self.record.loaded.patch.on(x.device)  # now: compiled code cannot copy
-        references, multiple = conds.get("ref_latents"), tokens_multiple(denoiser_of(model))
+        latent = latent_of(model, self._base, x, conds)
 
         def prepare(e: Tensor) -> Context:
             return patch.prepare(
                 e,
-                latent_hw(x, self._base),
+                latent.size,
                 settings,
                 timesteps=timesteps,
-                image_tokens=image_tokens(x, self._base, references, multiple),
+                image_tokens=latent.image_tokens,
             )
 
         return prepare

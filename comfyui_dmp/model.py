@@ -7,10 +7,8 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from comfyui_dmp.slots import slot_of
 from dmp_common import Base, PatchError
-from dmp_common.bases.base import grid_cells
-from dmp_common.bases.latents import padded_tokens
+from dmp_common.bases.base import Latent, ModelCall
 from dmp_common.bases.timesteps import time_features
 
 SUPPORTED = (
@@ -66,28 +64,15 @@ def timesteps_of(model_sampling: Any, base: Base, sigmas: Tensor) -> Tensor:
     return base.times["ldm"].timesteps(model_sampling.timestep(sigmas).float())
 
 
-def latent_hw(x: Tensor, base: Base) -> tuple[int, int]:
-    """Height and width of the latent as the model sees it: transformers pad it to whole tokens."""
-    height, width = x.shape[-2:]
-    stride = base.sites[0].stride
-    if slot_of(base) not in ("dit", "after"):
-        return height, width
-    return -(-height // stride) * stride, -(-width // stride) * stride
-
-
-def image_tokens(
-    x: Tensor, base: Base, references: list[Tensor] | None, multiple: int | None = None
-) -> int | None:
-    """Image tokens of a stream that may carry more than the latent's own, None elsewhere.
+def latent_of(model: Any, base: Base, x: Tensor, conds: dict[str, Any]) -> Latent:
+    """The latents of a call of a ComfyUI model, as its transformer will see them.
 
     Args:
-        references: pictures whose tokens come after them (Kontext, Qwen-Edit).
-        multiple: of what they are filled up to (Z-Image), see `tokens_multiple`.
+        model: ComfyUI's `BaseModel`.
+        x: noisy latents (B, C, H, W).
+        conds: other arguments of the call; they reach the transformer by name, among them
+            `ref_latents`, the reference pictures of Kontext and Qwen-Image-Edit.
     """
-    if base.positions is None:
-        return padded_tokens(base, latent_hw(x, base), multiple)
-    stride = base.sites[0].stride
-    return sum(
-        grid_cells(height, stride) * grid_cells(width, stride)
-        for height, width in (latent_hw(picture, base) for picture in (x, *(references or ())))
-    )
+    if base.layout == "map":
+        return Latent(len(x), (x.shape[-2], x.shape[-1]))
+    return base.latent["ldm"](base, ModelCall((x,), conds), denoiser_of(model))

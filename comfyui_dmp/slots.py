@@ -37,8 +37,19 @@ _AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block
 
 
 def slot_of(base: Base) -> Slot:
-    """The kind of slot ComfyUI has for the models of a base."""
-    return _SLOTS[base.sites[0].paths["ldm"].split(".")[0]]
+    """The kind of slot that ComfyUI has for the models of a base.
+
+    Raises:
+        PatchError: ComfyUI has none that we know.
+    """
+    blocks = base.sites[0].paths["ldm"].split(".")[0]
+    if blocks not in _SLOTS:
+        raise PatchError(
+            f"expected a base whose blocks are one of {', '.join(_SLOTS)} in ComfyUI, found base "
+            f"{base.name} with {blocks}: use it in diffusers, or add its slot to "
+            "comfyui_dmp/slots.py."
+        )
+    return _SLOTS[blocks]
 
 
 def block_keys(base: Base) -> dict[tuple[str, int], str]:

@@ -15,14 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from dmp_common.attach.cache import FieldCache
 from dmp_common.attach.checkpointing import bind, unbind
 from dmp_common.attach.context import Context, Settings
-from dmp_common.bases.base import Argument, Base, Naming, Site, find_module
+from dmp_common.bases.base import Argument, Base, ModelCall, Naming, Site, find_module
 from dmp_common.bases.detect import (
     find_denoiser,
     require_base,
     require_same_prediction,
     require_same_timesteps,
 )
-from dmp_common.bases.latents import latent_of, tokens_multiple
 from dmp_common.bases.schedule import ALWAYS, Schedule
 from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
@@ -90,8 +89,8 @@ class Attachment:
         # replaced model (TensorRT) calls the denoiser but none of its parts.
         self.calls = 0
         self._base: Base = patch.base
-        self._multiple = tokens_multiple(denoiser)
-        self._mask = patch.base.caption_mask if naming == "diffusers" else None
+        self._denoiser = denoiser
+        self._naming = naming
         self._source = patch.base.times[naming]
         self._time = _module(denoiser, self._source.path)
         self._active = True
@@ -140,12 +139,9 @@ class Attachment:
         """Before the model: notes what the call is about. Touches no weight (offloading)."""
         if not self._active:
             return
-        sample = (
-            args[0] if args else kwargs.get("hidden_states", kwargs.get("sample", kwargs.get("x")))
-        )
-        wanted = self._source.argument, self._base.labels, self._base.positions, self._mask
-        timestep, labels, positions, mask = (_argument(a, args, kwargs) for a in wanted)
-        self._call = _Call(self, timestep, labels, (sample, positions, mask))
+        call = ModelCall(args, kwargs)
+        timestep, labels = call.get(self._source.argument), call.get(self._base.labels)
+        self._call = _Call(self, timestep, labels, call)
         if torch.is_grad_enabled() and not is_compiling():
             for part in self._checkpointing:
                 bind(part, self)
@@ -226,13 +222,11 @@ class Attachment:
 class _Call:
     """One forward call of the model: its arguments and, once known, its context."""
 
-    def __init__(
-        self, attachment: Attachment, timestep: Any, labels: Any, described: tuple[Any, Any, Any]
-    ) -> None:
+    def __init__(self, attachment: Attachment, timestep: Any, labels: Any, call: ModelCall) -> None:
         self.attachment = attachment
         self.timestep = timestep
         self.labels = labels
-        self.described = described  # sample, positions and mask, see `latent_of`
+        self.call = call
         self.context: Context | None = None
         # How many embeddings the gate sees the sum of, and the sum of those seen so far.
         both = attachment.patch.variant.condition == "t+y" and not attachment._source.inside
@@ -249,15 +243,19 @@ class _Call:
         timesteps = None
         if attachment.patch.needs_timesteps(attachment.settings):
             timesteps = attachment._source.timesteps(self._timesteps(e))
-        latent = latent_of(attachment._base, *self.described, attachment._multiple)
+        base = attachment._base
+        latent = None
+        if base.layout == "tokens":
+            latent = base.latent[attachment._naming](base, self.call, attachment._denoiser)
         attachment.calls += 0 if is_compiling() else 1
         self.context = attachment.patch.prepare(
-            e[: latent.batch],  # Qwen-Image-Edit embeds timestep 0 after them, for its references
-            latent.size,
+            # Qwen-Image-Edit embeds timestep 0 after them, for its references.
+            e if latent is None else e[: latent.batch],
+            None if latent is None else latent.size,
             attachment.settings,
             timesteps=timesteps,
-            image_tokens=latent.image_tokens,
-            text_tokens=latent.text_tokens,
+            image_tokens=latent.image_tokens if latent else None,
+            text_tokens=latent.text_tokens if latent else None,
         )
 
     def context_for(self, x: Tensor) -> Context:
@@ -282,12 +280,6 @@ class _Call:
 
     def _timesteps(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self.timestep, device=like.device).reshape(-1)
-
-
-def _argument(argument: Argument | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if argument is None:
-        return None
-    return args[argument.index] if len(args) > argument.index else kwargs.get(argument.name)
 
 
 def _module(denoiser: nn.Module, path: str) -> nn.Module:

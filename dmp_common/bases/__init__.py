@@ -1,11 +1,29 @@
 """What a model family is, as data: its sites, its time embedding, how it is recognised.
 
-A file for each kind of family (`unet`, `transformer`, `llm`) has the functions that turn a few
-numbers into a `Base`; `table` lists the numbers.
+A file for each kind of family (`unet`, `transformer`, `flux`, `llm`) has the rows that turn a few
+numbers into a `Base`, and the functions that this family alone needs; `table` lists the numbers.
 """
 
-from dmp_common.bases.llm import lumina2, qwen_image, z_image
-from dmp_common.bases.transformer import dit, flux, pixart, sd3
-from dmp_common.bases.unet import unet
+from dmp_common.bases.flux import Flux, flux
+from dmp_common.bases.llm import Lumina2, QwenImage, ZImage, lumina2, qwen_image, z_image
+from dmp_common.bases.transformer import SD3, DiT, PixArt, dit, pixart, sd3
+from dmp_common.bases.unet import Unet, unet
 
-__all__ = ["dit", "flux", "lumina2", "pixart", "qwen_image", "sd3", "unet", "z_image"]
+__all__ = [
+    "SD3",
+    "DiT",
+    "Flux",
+    "Lumina2",
+    "PixArt",
+    "QwenImage",
+    "Unet",
+    "ZImage",
+    "dit",
+    "flux",
+    "lumina2",
+    "pixart",
+    "qwen_image",
+    "sd3",
+    "unet",
+    "z_image",
+]

@@ -1,104 +1,53 @@
 """What a base is: where a model family's sites lie and where its time embedding comes from.
 
-A base is data. `families/` turns a family's few numbers into a `Base`, `registry.py` lists the
-numbers. CONTRIBUTING.md says how to add one.
+A base is data. `table.py` lists the few numbers of each base, and a family's file turns them into
+a `Base`. CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Literal, Protocol
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common.bases.schedule import LAST
+from dmp_common.bases.parts import (
+    NAMINGS,
+    Argument,
+    ByNaming,
+    Latent,
+    ModelCall,
+    Naming,
+    Probe,
+    Site,
+    TimeSource,
+)
 from dmp_common.errors import PatchError
 
-Naming = Literal["diffusers", "ldm"]
-NAMINGS: tuple[Naming, ...] = ("diffusers", "ldm")
-
-
-@dataclass(frozen=True)
-class Argument:
-    """Which argument of a module's forward call carries a value.
-
-    Blocks and models are called by position in some hosts and by keyword in others.
-    """
-
-    name: str
-    index: int
-
-
-@dataclass(frozen=True)
-class Site:
-    """One block input.
-
-    Args:
-        name: permanent, host-neutral name; the key of the tensor in a patch file.
-        width: channels D of the block's own input stream (without a skip connection).
-        stride: latent pixels per grid cell of this site, in each direction.
-        paths: module whose input is the site, for each naming.
-        arguments: the argument of that module which carries the stream, for each naming.
-    """
-
-    name: str
-    width: int
-    stride: int
-    paths: Mapping[Naming, str]
-    arguments: Mapping[Naming, Argument]
-
+__all__ = [
+    "NAMINGS",
+    "Argument",
+    "Base",
+    "ByNaming",
+    "Latent",
+    "LatentOf",
+    "Layout",
+    "ModelCall",
+    "Naming",
+    "Prediction",
+    "Probe",
+    "Row",
+    "Site",
+    "TimeSource",
+    "find_module",
+    "grid_cells",
+]
 
 Layout = Literal["map", "tokens"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
-
-
-@dataclass(frozen=True)
-class TimeSource:
-    """Where the pure time embedding e (T, E) of a model comes from.
-
-    Args:
-        path: the module whose output is e, before class, text, guidance or size embeddings.
-        argument: the argument of the model's forward that carries the timestep.
-        mlp: the module that maps the sinusoid of a timestep to e.
-        projection: the module that knows the sinusoid's `downscale_freq_shift`, where there is
-            one; elsewhere the shift is the base's own.
-        scale: the argument times this is the timestep on the scale 0..1000.
-        inverted: the argument rises from noise to picture: what it gives is 1000 - timestep.
-        inside: e is computed inside a block, after the block's input is needed, so we compute it
-            before the first site (diffusers' DiT). `path` then takes (timestep, labels).
-        labels: the module that embeds class labels, where the base has them; its `embedding_table`
-            is the table.
-    """
-
-    path: str
-    argument: Argument
-    mlp: str
-    projection: str | None = None
-    scale: float = 1.0
-    inverted: bool = False
-    inside: bool = False
-    labels: str | None = None
-
-    def timesteps(self, argument: Tensor) -> Tensor:
-        """Timesteps, 1000 (noise) to 0 (picture), of the model's argument; any shape."""
-        scaled = argument * self.scale
-        # Near 1 a float32 knows a timestep to 6e-5 only; the ends of a schedule are to be met.
-        return torch.round(LAST - scaled, decimals=3) if self.inverted else scaled
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A fact by which a model is recognised: `attribute` of the module at `path` has `value`.
-
-    With `attribute` None the module must be there (`value` True) or must not (`value` False).
-    """
-
-    path: str
-    attribute: str | None
-    value: object
+LatentOf = Callable[["Base", ModelCall, nn.Module], Latent]
 
 
 @dataclass(frozen=True)
@@ -110,25 +59,26 @@ class Base:
         sites: all sites in order of depth; a site's index in this list is its depth input i.
         layout: feature maps (B, D, H, W) or image tokens (B, H*W, D).
         embedding: size E of the time embedding.
-        sinusoid: channels of the sinusoid the time embedding is computed from.
-        time_hidden: channels between the two layers of the time embedding, None where they are E.
+        sinusoid: channels of the sinusoid that the time embedding is computed from.
+        time_hidden: channels between the two layers of the time embedding. None means E.
+        time_bias: the two layers of the time embedding have biases.
         times: where the time embedding comes from, for each naming.
         probes: how the model is recognised, for each naming.
+        latent: for each naming, the function of the family that reads the size of the latents from
+            the arguments of a forward call. Only bases with the layout "tokens" need it; without
+            it the first argument must be a latent (B, C, H, W).
         site_sets: named choices of sites besides "all".
-        default_sites: the choice a new patch takes.
+        default_sites: the choice that a new patch takes.
         prediction: what the family's models usually predict; a patch records its own.
         frequency_shift: `downscale_freq_shift` of the sinusoid.
         inverted: the model counts from noise to picture: its sinusoid is that of 1000 - timestep.
-        sinusoid_scale: what the (inverted) timestep is multiplied by in the sinusoid.
+        sinusoid_scale: factor of the (inverted) timestep in the sinusoid.
         grid: rows and columns of the default prompt grid.
         labels: argument of the model that carries class labels, where the base has them.
-        positions: argument that tells rows and columns, where the latent is packed: position ids
-            (Flux) or shapes (Qwen-Image).
         shared: text and image tokens share a sequence, in all blocks or in some.
-        caption_mask: argument that masks the captions (B, L), where the image tokens of each item
-            follow right after its own caption (Lumina 2 in diffusers).
         architecture: first part of the `modelspec.architecture` of a patch.
         hub_id: the usual source of the weights, for model cards and the trainer.
+        positions, caption_mask: arguments of earlier versions, which are refused.
     """
 
     name: str
@@ -147,11 +97,33 @@ class Base:
     time_hidden: int | None = None
     grid: tuple[int, int] = (16, 16)
     labels: Argument | None = None
-    positions: Argument | None = None
+    positions: InitVar[Argument | None] = None
     shared: bool = False
-    caption_mask: Argument | None = None
+    caption_mask: InitVar[Argument | None] = None
     architecture: str = ""
     hub_id: str | None = None
+    latent: Mapping[Naming, LatentOf] = field(default_factory=dict)
+    time_bias: bool = True
+
+    def __post_init__(self, positions: Argument | None, caption_mask: Argument | None) -> None:
+        for name, value in (("positions", positions), ("caption_mask", caption_mask)):
+            if value is not None:
+                raise PatchError(
+                    f"base {self.name}: expected the field `latent`, found `{name}`, which is no "
+                    "longer a field: write a function of (base, call, denoiser) that returns "
+                    f"Latent(batch, size, image_tokens, text_tokens), read {value.name!r} in it "
+                    f"with call.get({value!r}), and give latent={{'diffusers': that_function}}."
+                )
+        latent = dict(self.latent)
+        if self.layout == "tokens":
+            latent = {"diffusers": hidden_states_latent, "ldm": x_latent, **latent}
+        facts: dict[str, Mapping[Naming, Any]] = {
+            "times": self.times,
+            "probes": self.probes,
+            "latent": latent,
+        }
+        for name, given in facts.items():
+            object.__setattr__(self, name, ByNaming(given, f"`{name}` of base {self.name}"))
 
     @property
     def depths(self) -> dict[str, int]:
@@ -200,6 +172,17 @@ class Base:
         return tuple(site for site in self.sites if site.name in set(names))
 
 
+class Row(Protocol):
+    """A row of the table of bases: the few numbers of one base, and how they make a `Base`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the base."""
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+
+
 def find_module(model: nn.Module, path: str) -> nn.Module | None:
     """The submodule at a dotted path, or None where there is none."""
     module: nn.Module | None = model
@@ -213,3 +196,29 @@ def find_module(model: nn.Module, path: str) -> nn.Module | None:
 def grid_cells(latent: int, stride: int) -> int:
     """Cells of a site's grid along one side of the latent, as patchifying models count them."""
     return max(latent // stride, 1)
+
+
+def map_latent(base: Base, sample: Any) -> Latent:
+    """The latents of a call whose sample is a batch of maps (B, C, H, W) or (B, C, 1, H, W).
+
+    Raises:
+        PatchError: another sample.
+    """
+    if not isinstance(sample, Tensor) or sample.dim() < 4:
+        found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+        raise PatchError(
+            f"expected a latent (B, C, H, W) in the call of a model of base {base.name}, found "
+            f"{found}: call the model with its usual arguments, or give the base a `latent` "
+            "function that reads them."
+        )
+    return Latent(len(sample), (sample.shape[-2], sample.shape[-1]))
+
+
+def hidden_states_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of diffusers' transformers that take maps."""
+    return map_latent(base, call.get(Argument("hidden_states", 0)))
+
+
+def x_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of the original and the hosts' transformers that take maps."""
+    return map_latent(base, call.get(Argument("x", 0)))

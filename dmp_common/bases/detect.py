@@ -104,7 +104,7 @@ def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
         if any(
             all(holds(prefix, probe) for probe in base.probes[naming])
             and all(prefix + site.paths[naming] in paths for site in base.sites)
-            for naming in NAMINGS
+            for naming in namings_of(base)
             for prefix in PREFIXES
         )
     ]
@@ -188,7 +188,7 @@ def prediction_of(model_sampling: object) -> str:
 
 def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:
     """The naming under which every probe and every site of the base is found, or None."""
-    for naming in NAMINGS:
+    for naming in namings_of(base):
         if all(_holds(denoiser, probe) for probe in base.probes[naming]) and all(
             find_module(denoiser, site.paths[naming]) is not None for site in base.sites
         ):
@@ -196,11 +196,20 @@ def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:
     return None
 
 
+def namings_of(base: Base) -> list[Naming]:
+    """The namings that a base has; users' own may have one only."""
+    return [
+        naming
+        for naming in NAMINGS
+        if naming in base.probes and all(naming in site.paths for site in base.sites)
+    ]
+
+
 def describe(denoiser: nn.Module) -> str:
     """Class and telling facts of a model, for error messages."""
     facts: dict[str, None] = {}
     for base in known_bases():
-        for probe in (p for naming in NAMINGS for p in base.probes[naming]):
+        for probe in (p for naming in namings_of(base) for p in base.probes[naming]):
             module = find_module(denoiser, probe.path)
             if module is not None and probe.attribute is not None:
                 value = getattr(module, probe.attribute, "?")

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-from dmp_common.bases.base import Argument, Base, Probe, TimeSource
-from dmp_common.bases.transformer import block_sites, depth_probes
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common.bases.base import (
+    Argument,
+    Base,
+    Latent,
+    ModelCall,
+    Probe,
+    TimeSource,
+    grid_cells,
+    map_latent,
+)
+from dmp_common.bases.transformer import block_sites, depth_probes, latent_with_references
+from dmp_common.errors import PatchError
+
+_HIDDEN = Argument("hidden_states", 0)
 
 # ComfyUI has one class for Lumina 2 and Z-Image. It is given sigma, and inverts it itself.
 _NEXT_TIME = TimeSource("t_embedder", Argument("timesteps", 1), "t_embedder.mlp", scale=1000.0)
@@ -19,132 +37,240 @@ def _next_probes(depth: int, width: int, embedding: int) -> tuple[Probe, ...]:
     )
 
 
-def qwen_image(name: str, *, depth: int, width: int, hub_id: str | None) -> Base:
-    """Qwen-Image and Qwen-Image-Edit. The latent is packed 2 x 2; text has a stream of its own.
+def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of diffusers' Qwen-Image, packed 2 x 2.
 
-    ComfyUI names the parts as diffusers does; how positions are embedded tells them apart. The
-    layered sibling, which makes several pictures in one sequence, is no model of this base.
+    `img_shapes` has (frames, rows, columns) of each item, or for each item a list of these, with
+    those of reference pictures after the latent's own.
     """
-    time = "time_text_embed.timestep_embedder"
-    probes = (
-        Probe("img_in", "out_features", width),
-        Probe("txt_norm", None, True),
-        Probe(time, None, True),
-        Probe("time_text_embed.addition_t_embedding", None, False),
-        *depth_probes("transformer_blocks", depth),
-    )
-    return Base(
-        name=name,
-        sites=block_sites(
-            "block",
-            depth,
-            width,
-            2,
-            diffusers="transformer_blocks",
-            ldm="transformer_blocks",
-            ldm_argument=Argument("hidden_states", 0),
-        ),
-        layout="tokens",
-        embedding=width,
-        sinusoid=256,
-        times={
-            "diffusers": TimeSource(
-                time, Argument("timestep", 3), time, "time_text_embed.time_proj", scale=1000.0
-            ),
-            "ldm": TimeSource(time, Argument("timestep", 1), time, scale=1000.0),
-        },
-        probes={
-            "diffusers": (*probes, Probe("pe_embedder", None, False)),
-            "ldm": (*probes, Probe("pos_embed", None, False)),
-        },
-        prediction="flow",
-        positions=Argument("img_shapes", 4),
-        architecture="qwen-image",
-        hub_id=hub_id,
-    )
+    sample, shapes = call.get(_HIDDEN), call.get(Argument("img_shapes", 4))
+    while not isinstance(shapes[0], int):
+        shapes = shapes[0]
+    return Latent(len(sample), (2 * shapes[1], 2 * shapes[2]), image_tokens=sample.shape[1])
 
 
-def lumina2(name: str, *, depth: int, width: int, hub_id: str | None) -> Base:
-    """Lumina-Image 2.0 (Neta Lumina too); naming "ldm" is the original code's.
+def qwen_host_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of ComfyUI's Qwen-Image, which pads to whole tokens."""
+    return latent_with_references(base, call, Argument("ref_latents", 4))
 
-    Its time runs from 0 (noise) to 1 (picture), and the sinusoid is of that. Text and image tokens
-    share a sequence, text first.
+
+def masked_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of diffusers' Lumina 2: each item's image tokens follow its own caption.
+
+    `encoder_attention_mask` (B, L) masks the captions; its sums are their lengths.
     """
-    time, embedding = "time_caption_embed.timestep_embedder", min(width, 1024)
-    return Base(
-        name=name,
-        sites=block_sites("layer", depth, width, 2, diffusers="layers", ldm="layers"),
-        layout="tokens",
-        embedding=embedding,
-        sinusoid=256,
-        times={
-            "diffusers": TimeSource(
-                time,
-                Argument("timestep", 1),
-                time,
-                "time_caption_embed.time_proj",
-                scale=1000.0,
-                inverted=True,
-            ),
-            "ldm": _NEXT_TIME,
-        },
-        probes={
-            "diffusers": (
-                Probe("x_embedder", "out_features", width),
-                Probe(time, None, True),
-                *depth_probes("layers", depth),
-            ),
-            "ldm": _next_probes(depth, width, embedding),
-        },
-        prediction="flow",
-        inverted=True,
-        sinusoid_scale=0.001,
-        shared=True,
-        caption_mask=Argument("encoder_attention_mask", 3),
-        architecture="lumina-2",
-        hub_id=hub_id,
-    )
+    latent = map_latent(base, call.get(_HIDDEN))
+    mask: Tensor = call.get(Argument("encoder_attention_mask", 3))
+    lengths = tuple(int(length) for length in mask.sum(dim=1).tolist())
+    text = lengths if len(set(lengths)) > 1 else lengths[0]
+    return Latent(latent.batch, latent.size, text_tokens=text)
 
 
-def z_image(name: str, *, depth: int, width: int, hub_id: str | None) -> Base:
-    """Z-Image; naming "ldm" is ComfyUI's, diffusers kept the original code's names.
+def listed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of diffusers' Z-Image: a list of (C, 1, H, W), whose tokens come first.
 
-    Its time runs from noise to picture. Text and image tokens share a sequence, each filled up to
-    multiples of 32: the image first in diffusers, the text first in ComfyUI.
+    Raises:
+        PatchError: latents of different sizes in one batch, or of several frames.
     """
-    embedding = min(width, 256)
-    return Base(
-        name=name,
-        sites=block_sites(
-            "layer",
-            depth,
-            width,
-            2,
-            diffusers="layers",
-            diffusers_argument=Argument("x", 0),
-            ldm="layers",
-        ),
-        layout="tokens",
-        embedding=embedding,
-        sinusoid=256,
-        times={
-            "diffusers": TimeSource(
-                "t_embedder", Argument("t", 1), "t_embedder.mlp", scale=1000.0, inverted=True
+    sample = call.get(Argument("x", 0))
+    shapes = [tuple(item.shape) if isinstance(item, Tensor) else type(item) for item in sample]
+    first = shapes[0]
+    if not isinstance(first, tuple) or len(first) != 4 or first[1] != 1 or len(set(shapes)) > 1:
+        found = ", ".join(str(shape) for shape in dict.fromkeys(shapes))
+        raise PatchError(
+            f"expected latents of one size (C, 1, H, W) in a batch of base {base.name}, found "
+            f"{found}: give pictures of different sizes, or with references, in calls of their own."
+        )
+    return Latent(len(sample), (first[2], first[3]), text_tokens=0)
+
+
+def next_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of ComfyUI's Lumina 2 and Z-Image.
+
+    Z-Image's `pad_tokens_multiple` fills the image tokens up to whole multiples; it is None for
+    Lumina 2.
+    """
+    latent = map_latent(base, call.get(Argument("x", 0)))
+    multiple = getattr(denoiser, "pad_tokens_multiple", None)
+    if not isinstance(multiple, int):
+        return latent
+    stride = base.sites[0].stride
+    rows, columns = (grid_cells(side + stride - 1, stride) for side in latent.size)
+    tokens = -(-rows * columns // multiple) * multiple
+    return Latent(latent.batch, latent.size, image_tokens=tokens)
+
+
+@dataclass(frozen=True)
+class QwenImage:
+    """A row of the table: Qwen-Image and Qwen-Image-Edit.
+
+    The latent is packed 2 x 2; text has a stream of its own. ComfyUI names the parts as diffusers
+    does; how positions are embedded tells them apart. The layered sibling, which makes several
+    pictures in one sequence, is no model of this base.
+    """
+
+    name: str
+    depth: int
+    width: int
+    hub_id: str | None = None
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+        time = "time_text_embed.timestep_embedder"
+        probes = (
+            Probe("img_in", "out_features", self.width),
+            Probe("txt_norm", None, True),
+            Probe(time, None, True),
+            Probe("time_text_embed.addition_t_embedding", None, False),
+            *depth_probes("transformer_blocks", self.depth),
+        )
+        return Base(
+            name=self.name,
+            sites=block_sites(
+                "block",
+                self.depth,
+                self.width,
+                2,
+                diffusers="transformer_blocks",
+                ldm="transformer_blocks",
+                ldm_argument=Argument("hidden_states", 0),
             ),
-            "ldm": _NEXT_TIME,
-        },
-        probes={
-            "diffusers": (
-                Probe("all_x_embedder.2-1", "out_features", width),
-                Probe("siglip_embedder", None, False),  # Omni, which takes references
-                *depth_probes("layers", depth),
+            layout="tokens",
+            embedding=self.width,
+            sinusoid=256,
+            times={
+                "diffusers": TimeSource(
+                    time, Argument("timestep", 3), time, "time_text_embed.time_proj", scale=1000.0
+                ),
+                "ldm": TimeSource(time, Argument("timestep", 1), time, scale=1000.0),
+            },
+            probes={
+                "diffusers": (*probes, Probe("pe_embedder", None, False)),
+                "ldm": (*probes, Probe("pos_embed", None, False)),
+            },
+            prediction="flow",
+            latent={"diffusers": packed_latent, "ldm": qwen_host_latent},
+            architecture="qwen-image",
+            hub_id=self.hub_id,
+        )
+
+
+def qwen_image(name: str, **facts: Any) -> Base:
+    """The base of a row `QwenImage(name, ...)`, for models that are not in the table."""
+    return QwenImage(name, **facts).base()
+
+
+@dataclass(frozen=True)
+class Lumina2:
+    """A row of the table: Lumina-Image 2.0 (Neta Lumina too).
+
+    The naming "ldm" is the original code's. Its time runs from 0 (noise) to 1 (picture), and the
+    sinusoid is of that. Text and image tokens share a sequence, text first.
+    """
+
+    name: str
+    depth: int
+    width: int
+    hub_id: str | None = None
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+        time, embedding = "time_caption_embed.timestep_embedder", min(self.width, 1024)
+        return Base(
+            name=self.name,
+            sites=block_sites("layer", self.depth, self.width, 2, diffusers="layers", ldm="layers"),
+            layout="tokens",
+            embedding=embedding,
+            sinusoid=256,
+            times={
+                "diffusers": TimeSource(
+                    time,
+                    Argument("timestep", 1),
+                    time,
+                    "time_caption_embed.time_proj",
+                    scale=1000.0,
+                    inverted=True,
+                ),
+                "ldm": _NEXT_TIME,
+            },
+            probes={
+                "diffusers": (
+                    Probe("x_embedder", "out_features", self.width),
+                    Probe(time, None, True),
+                    *depth_probes("layers", self.depth),
+                ),
+                "ldm": _next_probes(self.depth, self.width, embedding),
+            },
+            prediction="flow",
+            inverted=True,
+            sinusoid_scale=0.001,
+            shared=True,
+            latent={"diffusers": masked_latent, "ldm": next_latent},
+            architecture="lumina-2",
+            hub_id=self.hub_id,
+        )
+
+
+def lumina2(name: str, **facts: Any) -> Base:
+    """The base of a row `Lumina2(name, ...)`, for models that are not in the table."""
+    return Lumina2(name, **facts).base()
+
+
+@dataclass(frozen=True)
+class ZImage:
+    """A row of the table: Z-Image.
+
+    The naming "ldm" is ComfyUI's; diffusers kept the original code's names. Its time runs from
+    noise to picture. Text and image tokens share a sequence, each filled up to multiples of 32:
+    the image first in diffusers, the text first in ComfyUI.
+    """
+
+    name: str
+    depth: int
+    width: int
+    hub_id: str | None = None
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+        embedding = min(self.width, 256)
+        return Base(
+            name=self.name,
+            sites=block_sites(
+                "layer",
+                self.depth,
+                self.width,
+                2,
+                diffusers="layers",
+                diffusers_argument=Argument("x", 0),
+                ldm="layers",
             ),
-            "ldm": _next_probes(depth, width, embedding),
-        },
-        prediction="flow",
-        inverted=True,
-        time_hidden=1024,
-        shared=True,
-        architecture="z-image",
-        hub_id=hub_id,
-    )
+            layout="tokens",
+            embedding=embedding,
+            sinusoid=256,
+            times={
+                "diffusers": TimeSource(
+                    "t_embedder", Argument("t", 1), "t_embedder.mlp", scale=1000.0, inverted=True
+                ),
+                "ldm": _NEXT_TIME,
+            },
+            probes={
+                "diffusers": (
+                    Probe("all_x_embedder.2-1", "out_features", self.width),
+                    Probe("siglip_embedder", None, False),  # Omni, which takes references
+                    *depth_probes("layers", self.depth),
+                ),
+                "ldm": _next_probes(self.depth, self.width, embedding),
+            },
+            prediction="flow",
+            inverted=True,
+            time_hidden=1024,
+            shared=True,
+            latent={"diffusers": listed_latent, "ldm": next_latent},
+            architecture="z-image",
+            hub_id=self.hub_id,
+        )
+
+
+def z_image(name: str, **facts: Any) -> Base:
+    """The base of a row `ZImage(name, ...)`, for models that are not in the table."""
+    return ZImage(name, **facts).base()

@@ -1,8 +1,20 @@
-"""Transformers: DiT, PixArt, Stable Diffusion 3, FLUX.1."""
+"""Transformers that take the latent as a map: DiT, PixArt, Stable Diffusion 3."""
 
 from __future__ import annotations
 
-from dmp_common.bases.base import Argument, Base, Probe, Site, TimeSource
+from dataclasses import dataclass
+from typing import Any
+
+from dmp_common.bases.base import (
+    Argument,
+    Base,
+    Latent,
+    ModelCall,
+    Probe,
+    Site,
+    TimeSource,
+    map_latent,
+)
 
 _X = Argument("x", 0)
 _HIDDEN = Argument("hidden_states", 0)
@@ -19,6 +31,14 @@ def block_sites(
     diffusers_argument: Argument = _HIDDEN,
     ldm_argument: Argument = _X,
 ) -> tuple[Site, ...]:
+    """The sites of a list of equal blocks: the input of each block.
+
+    Args:
+        prefix: names of the sites are `prefix.0`, `prefix.1` and so on.
+        count, width, stride: number of blocks, and width and stride of every site.
+        diffusers, ldm: path of the list of blocks in each naming.
+        diffusers_argument, ldm_argument: the argument of a block that carries the image tokens.
+    """
     return tuple(
         Site(
             f"{prefix}.{n}",
@@ -32,210 +52,224 @@ def block_sites(
 
 
 def depth_probes(path: str, count: int) -> tuple[Probe, Probe]:
+    """Probes for exactly `count` blocks in the list at a path."""
     return Probe(f"{path}.{count - 1}", None, True), Probe(f"{path}.{count}", None, False)
 
 
-def dit(
-    name: str,
-    *,
-    depth: int,
-    width: int,
-    patch_size: int,
-    in_channels: int = 4,
-    frequency_shift: float = 0.0,
-    grid: tuple[int, int] = (16, 16),
-    architecture: str = "",
-    hub_id: str | None = None,
-) -> Base:
-    """A class-conditional DiT (Peebles and Xie 2023); naming "ldm" is the original code's.
+def latent_with_references(base: Base, call: ModelCall, references: Argument) -> Latent:
+    """The latents of a host's call whose model pads maps to whole tokens.
 
-    The original time embedding has frequency shift 0; diffusers builds its DiT with 1.
+    Args:
+        references: the argument with a list of reference pictures (B, C, H, W), whose tokens
+            follow those of the latent.
     """
-    emb = "transformer_blocks.0.norm1.emb"
-    return Base(
-        name=name,
-        sites=block_sites(
-            "block", depth, width, patch_size, diffusers="transformer_blocks", ldm="blocks"
-        ),
-        layout="tokens",
-        embedding=width,
-        sinusoid=256,
-        times={
-            "diffusers": TimeSource(
-                emb,
-                Argument("timestep", 1),
-                f"{emb}.timestep_embedder",
-                f"{emb}.time_proj",
-                inside=True,
-                labels=f"{emb}.class_embedder",
-            ),
-            "ldm": TimeSource(
-                "t_embedder", Argument("t", 1), "t_embedder.mlp", labels="y_embedder"
-            ),
-        },
-        probes={
-            "diffusers": (
-                Probe("pos_embed.proj", "out_channels", width),
-                Probe("pos_embed.proj", "in_channels", in_channels),
-                Probe("pos_embed.proj", "kernel_size", (patch_size, patch_size)),
-                Probe(f"{emb}.class_embedder", None, True),
-                *depth_probes("transformer_blocks", depth),
-            ),
-            "ldm": (
-                Probe("x_embedder.proj", "out_channels", width),
-                Probe("x_embedder.proj", "in_channels", in_channels),
-                Probe("x_embedder.proj", "kernel_size", (patch_size, patch_size)),
-                Probe("y_embedder.embedding_table", None, True),
-                *depth_probes("blocks", depth),
-            ),
-        },
-        frequency_shift=frequency_shift,
-        grid=grid,
-        labels=Argument("class_labels", 2),
-        architecture=architecture or "diffusion-transformer",
-        hub_id=hub_id,
+    latent = map_latent(base, call.get(_X))
+    pictures = call.get(references) or []
+    sizes = [latent.size, *((picture.shape[-2], picture.shape[-1]) for picture in pictures)]
+    stride = base.sites[0].stride
+    cells = [tuple(-(-side // stride) for side in size) for size in sizes]
+    return Latent(
+        latent.batch,
+        (stride * cells[0][0], stride * cells[0][1]),
+        image_tokens=sum(rows * columns for rows, columns in cells),
     )
 
 
-def pixart(name: str, *, depth: int, width: int, patch_size: int = 2, hub_id: str | None) -> Base:
-    """PixArt-alpha and PixArt-Sigma, whose transformers have the same blocks."""
-    return Base(
-        name=name,
-        sites=block_sites(
-            "block", depth, width, patch_size, diffusers="transformer_blocks", ldm="blocks"
-        ),
-        layout="tokens",
-        embedding=width,
-        sinusoid=256,
-        times={
-            "diffusers": TimeSource(
-                "adaln_single.emb.timestep_embedder",
-                Argument("timestep", 2),
-                "adaln_single.emb.timestep_embedder",
-                "adaln_single.emb.time_proj",
-            ),
-            "ldm": TimeSource("t_embedder", Argument("timesteps", 1), "t_embedder.mlp"),
-        },
-        probes={
-            "diffusers": (
-                Probe("pos_embed.proj", "out_channels", width),
-                Probe("pos_embed.proj", "kernel_size", (patch_size, patch_size)),
-                Probe("adaln_single.emb.timestep_embedder", None, True),
-                Probe("caption_projection", None, True),
-                *depth_probes("transformer_blocks", depth),
-            ),
-            "ldm": (
-                Probe("x_embedder.proj", "out_channels", width),
-                Probe("x_embedder.proj", "kernel_size", (patch_size, patch_size)),
-                Probe("y_embedder.y_proj", None, True),
-                Probe("t_block", None, True),
-                *depth_probes("blocks", depth),
-            ),
-        },
-        architecture="pixart",
-        hub_id=hub_id,
-    )
+@dataclass(frozen=True)
+class DiT:
+    """A row of the table: a class-conditional DiT (Peebles and Xie 2023).
 
+    The naming "ldm" is the original code's. The original time embedding has frequency shift 0;
+    diffusers builds its DiT with 1.
+    """
 
-def sd3(
-    name: str, *, depth: int, width: int, dual: bool, patch_size: int = 2, hub_id: str | None
-) -> Base:
-    """Stable Diffusion 3 and 3.5; `dual` tells 3.5 medium, whose first blocks attend twice."""
-    return Base(
-        name=name,
-        sites=block_sites(
-            "joint",
-            depth,
-            width,
-            patch_size,
-            diffusers="transformer_blocks",
-            ldm="joint_blocks",
-            ldm_argument=Argument("x", 1),
-        ),
-        layout="tokens",
-        embedding=width,
-        sinusoid=256,
-        times={
-            "diffusers": TimeSource(
-                "time_text_embed.timestep_embedder",
-                Argument("timestep", 3),
-                "time_text_embed.timestep_embedder",
-                "time_text_embed.time_proj",
-            ),
-            "ldm": TimeSource("t_embedder", Argument("timesteps", 1), "t_embedder.mlp"),
-        },
-        probes={
-            "diffusers": (
-                Probe("pos_embed.proj", "out_channels", width),
-                Probe("time_text_embed.timestep_embedder", None, True),
-                Probe("transformer_blocks.0.attn2", None, dual),
-                *depth_probes("transformer_blocks", depth),
-            ),
-            "ldm": (
-                Probe("x_embedder.proj", "out_channels", width),
-                Probe("joint_blocks.0.x_block.attn2", None, dual),
-                *depth_probes("joint_blocks", depth),
-            ),
-        },
-        prediction="flow",
-        architecture="stable-diffusion-3",
-        hub_id=hub_id,
-    )
+    name: str
+    depth: int
+    width: int
+    patch_size: int
+    in_channels: int = 4
+    frequency_shift: float = 0.0
+    grid: tuple[int, int] = (16, 16)
+    architecture: str = ""
+    hub_id: str | None = None
 
-
-def flux(name: str, *, double: int, single: int, width: int, hub_id: str | None) -> Base:
-    """FLUX.1 (dev, schnell). The latent is packed 2 x 2; single blocks may carry text first."""
-    return Base(
-        name=name,
-        sites=(
-            *block_sites(
-                "double",
-                double,
-                width,
-                2,
+    def base(self) -> Base:
+        """The base of these numbers."""
+        emb = "transformer_blocks.0.norm1.emb"
+        return Base(
+            name=self.name,
+            sites=block_sites(
+                "block",
+                self.depth,
+                self.width,
+                self.patch_size,
                 diffusers="transformer_blocks",
-                ldm="double_blocks",
-                ldm_argument=Argument("img", 0),
+                ldm="blocks",
             ),
-            *block_sites(
-                "single",
-                single,
-                width,
-                2,
-                diffusers="single_transformer_blocks",
-                ldm="single_blocks",
+            layout="tokens",
+            embedding=self.width,
+            sinusoid=256,
+            times={
+                "diffusers": TimeSource(
+                    emb,
+                    Argument("timestep", 1),
+                    f"{emb}.timestep_embedder",
+                    f"{emb}.time_proj",
+                    inside=True,
+                    labels=f"{emb}.class_embedder",
+                ),
+                "ldm": TimeSource(
+                    "t_embedder", Argument("t", 1), "t_embedder.mlp", labels="y_embedder"
+                ),
+            },
+            probes={
+                "diffusers": (
+                    Probe("pos_embed.proj", "out_channels", self.width),
+                    Probe("pos_embed.proj", "in_channels", self.in_channels),
+                    Probe("pos_embed.proj", "kernel_size", (self.patch_size, self.patch_size)),
+                    Probe(f"{emb}.class_embedder", None, True),
+                    *depth_probes("transformer_blocks", self.depth),
+                ),
+                "ldm": (
+                    Probe("x_embedder.proj", "out_channels", self.width),
+                    Probe("x_embedder.proj", "in_channels", self.in_channels),
+                    Probe("x_embedder.proj", "kernel_size", (self.patch_size, self.patch_size)),
+                    Probe("y_embedder.embedding_table", None, True),
+                    *depth_probes("blocks", self.depth),
+                ),
+            },
+            frequency_shift=self.frequency_shift,
+            grid=self.grid,
+            labels=Argument("class_labels", 2),
+            architecture=self.architecture or "diffusion-transformer",
+            hub_id=self.hub_id,
+        )
+
+
+def dit(name: str, **facts: Any) -> Base:
+    """The base of a row `DiT(name, ...)`, for models that are not in the table."""
+    return DiT(name, **facts).base()
+
+
+@dataclass(frozen=True)
+class PixArt:
+    """A row of the table: PixArt-alpha and PixArt-Sigma, which have the same blocks."""
+
+    name: str
+    depth: int
+    width: int
+    patch_size: int = 2
+    hub_id: str | None = None
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+        return Base(
+            name=self.name,
+            sites=block_sites(
+                "block",
+                self.depth,
+                self.width,
+                self.patch_size,
+                diffusers="transformer_blocks",
+                ldm="blocks",
             ),
-        ),
-        layout="tokens",
-        embedding=width,
-        sinusoid=256,
-        times={
-            "diffusers": TimeSource(
-                "time_text_embed.timestep_embedder",
-                Argument("timestep", 3),
-                "time_text_embed.timestep_embedder",
-                "time_text_embed.time_proj",
-                scale=1000.0,
+            layout="tokens",
+            embedding=self.width,
+            sinusoid=256,
+            times={
+                "diffusers": TimeSource(
+                    "adaln_single.emb.timestep_embedder",
+                    Argument("timestep", 2),
+                    "adaln_single.emb.timestep_embedder",
+                    "adaln_single.emb.time_proj",
+                ),
+                "ldm": TimeSource("t_embedder", Argument("timesteps", 1), "t_embedder.mlp"),
+            },
+            probes={
+                "diffusers": (
+                    Probe("pos_embed.proj", "out_channels", self.width),
+                    Probe("pos_embed.proj", "kernel_size", (self.patch_size, self.patch_size)),
+                    Probe("adaln_single.emb.timestep_embedder", None, True),
+                    Probe("caption_projection", None, True),
+                    *depth_probes("transformer_blocks", self.depth),
+                ),
+                "ldm": (
+                    Probe("x_embedder.proj", "out_channels", self.width),
+                    Probe("x_embedder.proj", "kernel_size", (self.patch_size, self.patch_size)),
+                    Probe("y_embedder.y_proj", None, True),
+                    Probe("t_block", None, True),
+                    *depth_probes("blocks", self.depth),
+                ),
+            },
+            architecture="pixart",
+            hub_id=self.hub_id,
+        )
+
+
+def pixart(name: str, **facts: Any) -> Base:
+    """The base of a row `PixArt(name, ...)`, for models that are not in the table."""
+    return PixArt(name, **facts).base()
+
+
+@dataclass(frozen=True)
+class SD3:
+    """A row of the table: Stable Diffusion 3 or 3.5.
+
+    Args:
+        dual: the first blocks attend twice, which only 3.5 medium's do.
+    """
+
+    name: str
+    depth: int
+    width: int
+    dual: bool
+    patch_size: int = 2
+    hub_id: str | None = None
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+        return Base(
+            name=self.name,
+            sites=block_sites(
+                "joint",
+                self.depth,
+                self.width,
+                self.patch_size,
+                diffusers="transformer_blocks",
+                ldm="joint_blocks",
+                ldm_argument=Argument("x", 1),
             ),
-            "ldm": TimeSource("time_in", Argument("timestep", 1), "time_in", scale=1000.0),
-        },
-        probes={
-            "diffusers": (
-                Probe("x_embedder", "out_features", width),
-                Probe("time_text_embed.timestep_embedder", None, True),
-                *depth_probes("transformer_blocks", double),
-                *depth_probes("single_transformer_blocks", single),
-            ),
-            "ldm": (
-                Probe("img_in", "out_features", width),
-                Probe("time_in", None, True),
-                *depth_probes("double_blocks", double),
-                *depth_probes("single_blocks", single),
-            ),
-        },
-        prediction="flow",
-        positions=Argument("img_ids", 4),
-        shared=True,
-        architecture="flux-1",
-        hub_id=hub_id,
-    )
+            layout="tokens",
+            embedding=self.width,
+            sinusoid=256,
+            times={
+                "diffusers": TimeSource(
+                    "time_text_embed.timestep_embedder",
+                    Argument("timestep", 3),
+                    "time_text_embed.timestep_embedder",
+                    "time_text_embed.time_proj",
+                ),
+                "ldm": TimeSource("t_embedder", Argument("timesteps", 1), "t_embedder.mlp"),
+            },
+            probes={
+                "diffusers": (
+                    Probe("pos_embed.proj", "out_channels", self.width),
+                    Probe("time_text_embed.timestep_embedder", None, True),
+                    Probe("transformer_blocks.0.attn2", None, self.dual),
+                    *depth_probes("transformer_blocks", self.depth),
+                ),
+                "ldm": (
+                    Probe("x_embedder.proj", "out_channels", self.width),
+                    Probe("joint_blocks.0.x_block.attn2", None, self.dual),
+                    *depth_probes("joint_blocks", self.depth),
+                ),
+            },
+            prediction="flow",
+            architecture="stable-diffusion-3",
+            hub_id=self.hub_id,
+        )
+
+
+def sd3(name: str, **facts: Any) -> Base:
+    """The base of a row `SD3(name, ...)`, for models that are not in the table."""
+    return SD3(name, **facts).base()

@@ -3,76 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from dmp_common.bases.base import Argument, Base, Prediction, Probe, Site, TimeSource
 
 
-def unet(
-    name: str,
-    *,
-    widths: Sequence[int],
-    context: int,
-    attention: Sequence[bool],
-    layers: int = 2,
-    prediction: Prediction = "epsilon",
-    architecture: str = "",
-    hub_id: str | None = None,
-) -> Base:
-    """A Stable Diffusion UNet (1.x, 2.x, XL).
+@dataclass(frozen=True)
+class Unet:
+    """A row of the table: a Stable Diffusion UNet (1.x, 2.x, XL).
 
     Sites are the inputs of the LDM blocks after the first convolution, with the block's own
     stream only: in the decoder the first D channels, before the skip connection's.
 
     Args:
+        name: name of the base.
         widths: channels of the levels, for example (320, 640, 1280, 1280).
         context: width of the text embedding, which tells SD 1.5 from 2.1.
         attention: which levels have attention blocks.
         layers: residual blocks of an encoder level.
+        prediction, architecture, hub_id: see `Base`.
     """
-    sites = _unet_encoder(widths, layers) + _unet_middle(widths) + _unet_decoder(widths, layers)
-    encoder = tuple(s.name for s in sites if not s.name.startswith("out."))
-    levels = len(widths)
-    firsts = {f"down_blocks.{b}.resnets.0" for b in range(levels)} | {"mid_block.resnets.0"}
-    firsts |= {f"up_blocks.{b}.resnets.0" for b in range(levels)}
-    embedding = 4 * widths[0]
-    first = list(attention).index(True)
-    to_k = "transformer_blocks.0.attn2.to_k"
-    return Base(
-        name=name,
-        sites=tuple(sites),
-        layout="map",
-        embedding=embedding,
-        sinusoid=widths[0],
-        times={
-            "diffusers": TimeSource(
-                "time_embedding", Argument("timestep", 1), "time_embedding", "time_proj"
-            ),
-            "ldm": TimeSource("time_embed", Argument("timesteps", 1), "time_embed"),
-        },
-        probes={
-            "diffusers": (
-                Probe("conv_in", "out_channels", widths[0]),
-                Probe("time_embedding.linear_1", "out_features", embedding),
-                Probe(f"down_blocks.{levels}", None, False),
-                Probe(f"down_blocks.{first}.attentions.0.{to_k}", "in_features", context),
-            ),
-            "ldm": (
-                Probe("input_blocks.0.0", "out_channels", widths[0]),
-                Probe("time_embed.0", "out_features", embedding),
-                Probe(f"input_blocks.{levels * (layers + 1)}", None, False),
-                Probe(f"input_blocks.{first * (layers + 1) + 1}.1.{to_k}", "in_features", context),
-            ),
-        },
-        site_sets={
-            "encoder": encoder,
-            "decoder": tuple(s.name for s in sites if s.name.startswith("out.")),
-            "blocks": tuple(s.name for s in sites if s.paths["diffusers"] in firsts),
-        },
-        default_sites="encoder",
-        prediction=prediction,
-        architecture=architecture,
-        hub_id=hub_id,
-    )
+
+    name: str
+    widths: Sequence[int]
+    context: int
+    attention: Sequence[bool]
+    layers: int = 2
+    prediction: Prediction = "epsilon"
+    architecture: str = ""
+    hub_id: str | None = None
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+        widths, layers = self.widths, self.layers
+        sites = _encoder(widths, layers) + _middle(widths) + _decoder(widths, layers)
+        return Base(
+            name=self.name,
+            sites=tuple(sites),
+            layout="map",
+            embedding=4 * widths[0],
+            sinusoid=widths[0],
+            times={
+                "diffusers": TimeSource(
+                    "time_embedding", Argument("timestep", 1), "time_embedding", "time_proj"
+                ),
+                "ldm": TimeSource("time_embed", Argument("timesteps", 1), "time_embed"),
+            },
+            probes={"diffusers": self._diffusers_probes(), "ldm": self._ldm_probes()},
+            site_sets={
+                "encoder": tuple(s.name for s in sites if not s.name.startswith("out.")),
+                "decoder": tuple(s.name for s in sites if s.name.startswith("out.")),
+                "blocks": tuple(s.name for s in sites if _is_first(s)),
+            },
+            default_sites="encoder",
+            prediction=self.prediction,
+            architecture=self.architecture,
+            hub_id=self.hub_id,
+        )
+
+    @property
+    def _attends(self) -> int:
+        """The first level that has attention blocks."""
+        return list(self.attention).index(True)
+
+    def _diffusers_probes(self) -> tuple[Probe, ...]:
+        attention = f"down_blocks.{self._attends}.attentions.0"
+        return (
+            Probe("conv_in", "out_channels", self.widths[0]),
+            Probe("time_embedding.linear_1", "out_features", 4 * self.widths[0]),
+            Probe(f"down_blocks.{len(self.widths)}", None, False),
+            Probe(f"{attention}.{_TO_K}", "in_features", self.context),
+        )
+
+    def _ldm_probes(self) -> tuple[Probe, ...]:
+        blocks = self.layers + 1  # of a level: residual blocks and the downsampler
+        attention = f"input_blocks.{self._attends * blocks + 1}.1"
+        return (
+            Probe("input_blocks.0.0", "out_channels", self.widths[0]),
+            Probe("time_embed.0", "out_features", 4 * self.widths[0]),
+            Probe(f"input_blocks.{len(self.widths) * blocks}", None, False),
+            Probe(f"{attention}.{_TO_K}", "in_features", self.context),
+        )
+
+
+_TO_K = "transformer_blocks.0.attn2.to_k"
+
+
+def unet(name: str, **facts: Any) -> Base:
+    """The base of a row `Unet(name, ...)`, for models that are not in the table."""
+    return Unet(name, **facts).base()
+
+
+def _is_first(site: Site) -> bool:
+    """Whether a site is the first of a diffusers block."""
+    return site.paths["diffusers"].endswith("resnets.0")
 
 
 def _unet_site(name: str, width: int, stride: int, diffusers: str, ldm: str) -> Site:
@@ -85,7 +110,7 @@ def _unet_site(name: str, width: int, stride: int, diffusers: str, ldm: str) -> 
     )
 
 
-def _unet_encoder(widths: Sequence[int], layers: int) -> list[Site]:
+def _encoder(widths: Sequence[int], layers: int) -> list[Site]:
     sites: list[Site] = []
     previous = widths[0]
     for level, width in enumerate(widths):
@@ -108,12 +133,12 @@ def _unet_encoder(widths: Sequence[int], layers: int) -> list[Site]:
     return sites
 
 
-def _unet_middle(widths: Sequence[int]) -> list[Site]:
+def _middle(widths: Sequence[int]) -> list[Site]:
     stride = 2 ** (len(widths) - 1)
     return [_unet_site("mid", widths[-1], stride, "mid_block.resnets.0", "middle_block.0")]
 
 
-def _unet_decoder(widths: Sequence[int], layers: int) -> list[Site]:
+def _decoder(widths: Sequence[int], layers: int) -> list[Site]:
     sites: list[Site] = []
     stream = widths[-1]
     for up, width in enumerate(reversed(widths)):

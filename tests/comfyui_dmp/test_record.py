@@ -15,10 +15,11 @@ import torch.nn as nn
 
 from comfyui_dmp import slots
 from comfyui_dmp.checks import require_same_prediction, require_supported, require_usable
-from comfyui_dmp.model import image_tokens, latent_hw
+from comfyui_dmp.model import latent_of
 from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
 from dmp_common import Patch, PatchError, get_base
 from dmp_common.attach.record import LoadedPatch, PatchRecord
+from dmp_common.bases.base import Latent
 from tests.tiny import FAMILIES
 
 
@@ -196,13 +197,29 @@ def test_hooks_are_removed_when_attaching_them_fails():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_base_without_a_slot_is_explained():
+    base = FAMILIES["dit"].base
+    odd = dataclasses.replace(base.sites[0], paths={"ldm": "stages.0"})
+    with pytest.raises(PatchError, match="joint_blocks.* found base tiny-dit with stages"):
+        slot_of(dataclasses.replace(base, sites=(odd,)))
+    diffusers_only = dataclasses.replace(base.sites[0], paths={"diffusers": "stages.0"})
+    with pytest.raises(PatchError, match="a module of site block.0 in the naming 'ldm'"):
+        slot_of(dataclasses.replace(base, sites=(diffusers_only,)))
+
+
 def test_sizes_are_padded_for_transformers_with_slots():
-    x, flux = torch.zeros(1, 16, 9, 14), get_base("flux")
-    assert latent_hw(x, flux) == (10, 14)
-    assert latent_hw(x, get_base("sd15")) == (9, 14)
-    assert image_tokens(x, flux, None) == 5 * 7
-    assert image_tokens(x, flux, [torch.zeros(1, 16, 3, 4)]) == 5 * 7 + 2 * 2
-    assert image_tokens(x, get_base("sd3"), None) is None
+    x = torch.zeros(1, 16, 9, 14)
+
+    def latent(base: str, **conds: Any) -> Latent:
+        model = SimpleNamespace(diffusion_model=torch.nn.Module())
+        return latent_of(model, get_base(base), x, conds)
+
+    assert latent("flux") == Latent(1, (10, 14), image_tokens=5 * 7)
+    pictures = [torch.zeros(1, 16, 3, 4)]
+    assert latent("flux", ref_latents=pictures).image_tokens == 5 * 7 + 2 * 2
+    assert latent("qwen-image", ref_latents=pictures).image_tokens == 5 * 7 + 2 * 2
+    assert latent("sd15") == Latent(1, (9, 14))
+    assert latent("sd3") == Latent(1, (9, 14))
 
 
 def sampling(*bases: str, first: float = 999.0) -> Any:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dmp_common import PatchError, Schedule, Settings, attach, detect_base
+from dmp_common.bases.base import Latent, ModelCall
 from dmp_common.bases.detect import naming_of
-from dmp_common.bases.latents import Latent, latent_of
 from dmp_common.bases.timesteps import embed_timesteps
 from tests.dmp_common.attaching import check_fields, make, plain_field, watched
 from tests.tiny import FAMILIES, Tiny
@@ -122,14 +122,16 @@ def test_one_timestep_for_items_with_captions_of_different_lengths():
     ids=["sizes", "frames", "omni"],
 )
 def test_latents_that_share_no_grid_are_refused(latents):
-    tiny = family("z-image")
+    base = family("z-image").base
+
+    def listed(latents: list) -> Latent:
+        return base.latent["diffusers"](base, ModelCall((latents,), {}), torch.nn.Module())
+
     with pytest.raises(
         PatchError, match=r"one size \(C, 1, H, W\) in a batch of base tiny-z-image"
     ):
-        latent_of(tiny.base, latents, None, None)
-    assert latent_of(tiny.base, [torch.zeros(4, 1, 8, 6)] * 3, None, None) == Latent(
-        3, (8, 6), text_tokens=0
-    )
+        listed(latents)
+    assert listed([torch.zeros(4, 1, 8, 6)] * 3) == Latent(3, (8, 6), text_tokens=0)
 
 
 def test_models_with_references_are_no_z_image():
@@ -144,8 +146,10 @@ def test_models_with_references_are_no_z_image():
 def test_a_host_that_fills_up_its_tokens():
     """ComfyUI's Z-Image: [text; image; fillers], here 3 rows of 5 tokens and 17 fillers."""
     base = family("z-image").base
-    assert latent_of(base, torch.zeros(2, 4, 5, 9), None, None, 32).image_tokens == 32
-    assert latent_of(base, torch.zeros(2, 4, 5, 9), None, None).image_tokens is None
+    host, call = torch.nn.Module(), ModelCall((torch.zeros(2, 4, 5, 9),), {})
+    for multiple, tokens in ((32, 32), (None, None)):
+        host.pad_tokens_multiple = multiple  # Lumina 2, of the same class, has None
+        assert base.latent["ldm"](base, call, host) == Latent(2, (5, 9), image_tokens=tokens)
     patch = make(family("z-image"), sites="all")
     e = torch.randn(2, base.embedding)
     x = torch.randn(2, 32 + 32, 48)

@@ -83,7 +83,7 @@ def test_arguments_are_those_of_the_forward_functions(name):
             check(type(module).forward, site.arguments["diffusers"])
         else:
             assert site.arguments["diffusers"].index == 0
-    own = base.times["diffusers"].argument, base.labels, base.positions, base.caption_mask
+    own = base.times["diffusers"].argument, base.labels
     for argument in own:
         if argument is not None:
             check(type(model).forward, argument)

@@ -1,0 +1,163 @@
+"""The parts of a base: sites, the source of the time embedding, probes, and one call of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from dmp_common.bases.schedule import LAST
+from dmp_common.errors import PatchError
+
+Naming = Literal["diffusers", "ldm"]
+NAMINGS: tuple[Naming, ...] = ("diffusers", "ldm")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Which argument of a module's forward call carries a value.
+
+    Blocks and models are called by position in some hosts and by keyword in others.
+    """
+
+    name: str
+    index: int
+
+
+V = TypeVar("V")
+
+
+class ByNaming(dict[Naming, V]):
+    """Facts for each naming. Asking for a naming that is not there raises a `PatchError`.
+
+    Args:
+        facts: the fact for each naming.
+        what: what the facts are and of what, for the error message.
+    """
+
+    def __init__(self, facts: Mapping[Naming, V], what: str) -> None:
+        super().__init__(facts)
+        self.what = what
+
+    def __missing__(self, naming: Naming) -> V:
+        raise PatchError(
+            f"expected {self.what} in the naming {naming!r}, found it in "
+            f"{', '.join(map(repr, self)) or 'no naming'} only: use a model in one of these "
+            "namings, or add this naming to the base."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.what)
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """The arguments of one forward call of a denoiser.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def get(self, argument: Argument | None) -> Any:
+        """The value of an argument. None where the call does not have it."""
+        if argument is None:
+            return None
+        if len(self.args) > argument.index:
+            return self.args[argument.index]
+        return self.kwargs.get(argument.name)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latents of one forward call.
+
+    Args:
+        batch: number of items B.
+        size: height and width.
+        image_tokens: number of image tokens in the model's sequence, where there are more than
+            the latent's own (reference pictures, padding). None elsewhere.
+        text_tokens: number of text tokens before the image tokens, one number for all items or
+            one for each item. None where the image tokens come last.
+    """
+
+    batch: int
+    size: tuple[int, int]
+    image_tokens: int | None = None
+    text_tokens: int | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block input.
+
+    Args:
+        name: permanent, host-neutral name; the key of the tensor in a patch file.
+        width: channels D of the block's own input stream (without a skip connection).
+        stride: latent pixels per grid cell of this site, in each direction.
+        paths: module whose input is the site, for each naming.
+        arguments: the argument of that module which carries the stream, for each naming.
+    """
+
+    name: str
+    width: int
+    stride: int
+    paths: Mapping[Naming, str]
+    arguments: Mapping[Naming, Argument]
+
+    def __post_init__(self) -> None:
+        for name, what in (("paths", "a module"), ("arguments", "an argument")):
+            facts = ByNaming(getattr(self, name), f"{what} of site {self.name}")
+            object.__setattr__(self, name, facts)
+
+
+@dataclass(frozen=True)
+class TimeSource:
+    """Where the pure time embedding e (T, E) of a model comes from.
+
+    Args:
+        path: the module whose output is e, before class, text, guidance or size embeddings.
+        argument: the argument of the model's forward that carries the timestep.
+        mlp: the module that maps the sinusoid of a timestep to e.
+        projection: the module that knows the sinusoid's `downscale_freq_shift`, where there is
+            one; elsewhere the shift is the base's own.
+        scale: the argument times this is the timestep on the scale 0..1000.
+        inverted: the argument rises from noise to picture: what it gives is 1000 - timestep.
+        inside: e is computed inside a block, after the block's input is needed, so we compute it
+            before the first site (diffusers' DiT). `path` then takes (timestep, labels).
+        labels: the module that embeds class labels, where the base has them; its `embedding_table`
+            is the table.
+    """
+
+    path: str
+    argument: Argument
+    mlp: str
+    projection: str | None = None
+    scale: float = 1.0
+    inverted: bool = False
+    inside: bool = False
+    labels: str | None = None
+
+    def timesteps(self, argument: Tensor) -> Tensor:
+        """Timesteps, 1000 (noise) to 0 (picture), of the model's argument; any shape."""
+        scaled = argument * self.scale
+        # Near 1 a float32 knows a timestep to 6e-5 only; the ends of a schedule are to be met.
+        return torch.round(LAST - scaled, decimals=3) if self.inverted else scaled
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fact by which a model is recognised: `attribute` of the module at `path` has `value`.
+
+    With `attribute` None the module must be there (`value` True) or must not (`value` False).
+    """
+
+    path: str
+    attribute: str | None
+    value: object
