@@ -180,7 +180,8 @@ def _require_free(path: Path, force: bool) -> None:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from dmp_common.patch.file import file_hash, load_patch
+    from dmp_common.api import load_patch
+    from dmp_common.patch.file import file_hash
 
     code = 0
     for path in options.files:
@@ -193,7 +194,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _heatmap(options: argparse.Namespace) -> int:
-    from dmp_common.patch.file import load_patch
+    from dmp_common.api import load_patch
     from dmp_common.tools.heatmap import (  # numpy and Pillow only where they are used
         even_timesteps,
         save_heatmap,

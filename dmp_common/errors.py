@@ -1,10 +1,38 @@
-"""The one error class of the package."""
+"""The one error class of the package, and text from strangers made safe to show."""
 
 from __future__ import annotations
+
+_LONGEST = 200  # characters of one piece of text from a file
+_LONGEST_MESSAGE = 4000  # a net: the pieces in a message are cut before
 
 
 class PatchError(ValueError):
     """Something a user can act on: a bad patch file, a wrong model, an impossible option.
 
-    The message is one sentence that says what was expected, what was found and what to do.
+    The message is one sentence that says what was expected, what was found and what to do. It is
+    one line of printable characters, whatever names and values from a file stand in it.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, _LONGEST_MESSAGE))
+
+
+def printable(text: object, limit: int = _LONGEST) -> str:
+    r"""Text from a file, a path or another program, as one short line that controls nothing.
+
+    Characters that are not printable (control characters, line ends, marks that reverse the
+    direction of writing) are shown as escapes, so that they cannot move a terminal's cursor or
+    disguise a name. Text longer than the limit is cut and ends in "...".
+
+    The result is plain text. Where it becomes part of HTML or Markdown it must still be escaped.
+
+    >>> printable("red\x1b[31m, then\na new line")
+    'red\\x1b[31m, then\\na new line'
+    >>> printable("a long name", limit=9)
+    'a long...'
+    """
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in str(text)[: limit + 1]
+    )
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -17,9 +17,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach
+from dmp_common.api import save_patch
 from dmp_common.bases.timesteps import embed_timesteps
 from dmp_common.patch.balancing import GateNoise
-from dmp_common.patch.file import save_patch
 from dmp_common.patch.serialize import serialize, write_atomically
 from training.config import TrainConfig
 from training.families import dit

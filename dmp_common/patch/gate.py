@@ -9,10 +9,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common.compat import without_autocast
-from dmp_common.patch.variant import Variant
+from dmp_common.patch.variant import ATTENTION_WIDTH, Variant
 
 HARD_SHARE = 0.75  # of the prompts that a hard gate keeps (paper, Table 4)
-ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
 
 
 class Gate(nn.Module):

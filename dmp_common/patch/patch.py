@@ -81,7 +81,7 @@ class Patch(nn.Module):
         Raises:
             PatchError: not a file of ours, or a damaged one.
         """
-        from dmp_common.patch.file import load_patch  # it imports this module
+        from dmp_common.api import load_patch  # it imports this module
         from dmp_common.tools.hub import resolve  # the hub client only where it is used
 
         return load_patch(resolve(source, **hub_options))
@@ -93,7 +93,7 @@ class Patch(nn.Module):
             path: ends in `.safetensors`.
             metadata: header entries besides ours, such as `ss_*` keys.
         """
-        from dmp_common.patch.file import save_patch
+        from dmp_common.api import save_patch
 
         return save_patch(self, path, metadata)
 

@@ -1,16 +1,23 @@
-"""Writing safetensors files: equal contents as equal bytes, and never half a file."""
+"""Bytes in and out of files: whole files written, and no file trusted when it is read."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
+
+from dmp_common.errors import PatchError, printable
+
+_LONGEST_NUMBER = 64  # characters; a 64-bit integer has 20, a double at most 25
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -41,3 +48,89 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         name.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def opened(path: Path, expected: str = "a file") -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, open for reading, and its size in bytes.
+
+    Folders, pipes, sockets and devices are refused at once: reading a pipe without a writer would
+    wait forever, and a device has no end.
+
+    Args:
+        path: of the file.
+        expected: what the file should be, for the messages.
+
+    Raises:
+        PatchError: no such file, no regular file, or one that cannot be read.
+    """
+    try:
+        _require_regular(os.stat(path), path, expected)
+        # Between the two calls a pipe may take the file's name; opening it must not wait either.
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            _require_regular(status, path, expected)
+            yield file, status.st_size
+    except OSError as error:
+        found = error.strerror or type(error).__name__
+        raise _bad_path(path, expected, found) from error
+
+
+def read_bounded(path: Path, limit: int, expected: str = "a file") -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        PatchError: no such file, no regular file, or one of more than `limit` bytes.
+    """
+    with opened(path, expected) as (file, _):
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise PatchError(
+            f"{path}: expected {expected} of at most {limit:,} bytes, found a longer one: check "
+            "that it is the right file."
+        )
+    return data
+
+
+def parse_json(text: bytes | str) -> object:
+    """JSON from a file that may be damaged or hostile, in time linear in its length.
+
+    Raises:
+        ValueError: no JSON, one nested too deeply, or a number longer than any we write.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, parse_int=_integer, parse_float=_real)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def _integer(text: str) -> int:
+    return int(_short(text))
+
+
+def _real(text: str) -> float:
+    return float(_short(text))
+
+
+def _short(number: str) -> str:
+    """Long numbers take quadratic time to read, and Python refuses to print them."""
+    if len(number) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(number)} characters")
+    return number
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _require_regular(status: os.stat_result, path: Path, expected: str) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise _bad_path(path, expected, "a folder", "name the file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise _bad_path(path, expected, "a pipe, a socket or a device", "name a regular file")
+
+
+def _bad_path(path: Path, expected: str, found: str, remedy: str = "check the path") -> PatchError:
+    return PatchError(f"{path}: expected {expected}, found {printable(found)}: {remedy}.")

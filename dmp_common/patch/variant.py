@@ -40,6 +40,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
 # What a gate must be to begin with stages: a place in the schedule for each whole grid.
 _STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}
+ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
 _LIMIT = 1 << 16  # prompts of one site; far above any use, below any harm
 
@@ -227,6 +228,23 @@ class Variant:
     def site_specs(self) -> tuple[Site, ...]:
         """The chosen sites as data, in order of depth."""
         return self.base_spec.select(self.sites)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of the patch file, in their order.
+
+        Nothing is allocated: a file is compared with this before any of its tensors is read.
+        """
+        shapes: dict[str, tuple[int, ...]] = {
+            f"prompts.{site.name}": (self.grids, self.prompts, site.width)
+            for site in self.site_specs()
+        }
+        inputs = self.base_spec.embedding + (self.gate_inputs == "e+i")
+        if self.gate == "linear":
+            shapes |= {"gate.weight": (self.outputs, inputs), "gate.bias": (self.outputs,)}
+        elif self.gate == "attention":
+            shapes["gate.query"] = (ATTENTION_WIDTH, inputs)
+            shapes["gate.key"] = (self.outputs, ATTENTION_WIDTH)
+        return shapes
 
     def to_json(self) -> dict[str, Any]:
         """The record as the patch file holds it; sites carry their depth index."""

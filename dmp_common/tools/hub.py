@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dmp_common.api import load_patch, save_patch
 from dmp_common.errors import PatchError
-from dmp_common.patch.file import load_patch, save_patch
 from dmp_common.patch.patch import Patch
 from dmp_common.tools.card import LIBRARY, model_card
 from dmp_common.version import __version__

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from dmp_common.errors import PatchError
-from dmp_common.patch.file import PatchFile, file_hash, read_header
-from dmp_common.patch.patch import Patch
+from dmp_common.errors import printable
+from dmp_common.patch.file import file_hash, read_header
+from dmp_common.patch.header import ITEM_BYTES
 from dmp_common.patch.variant import Variant
 
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _COLUMN = 13  # where values begin
 _LONGEST = 100  # characters of a metadata value in the text; the record has all
+_LONGEST_PATH = 1000
 
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -30,21 +28,18 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     made_of = variant.described()
     del made_of["base"], made_of["sites"]
     base, depths = variant.base_spec, variant.base_spec.depths
-    with torch.device("meta"):
-        patch = Patch(variant)
-    dtypes = _check_tensors(file, patch)
     parameters: dict[str, int] = {"prompts": 0, "gate": 0}
     stored = dict(parameters)
-    for name, parameter in patch.saved().items():
+    for name, shape in variant.shapes().items():
         kind = name.split(".")[0]
-        parameters[kind] += parameter.numel()
-        stored[kind] += parameter.numel() * _BYTES[dtypes[name]]
+        parameters[kind] += math.prod(shape)
+        stored[kind] += math.prod(shape) * ITEM_BYTES[file.dtypes[name]]
     return {
         "file": str(file.path),
         "hash": file_hash(file.path),
         "format_version": file.metadata["dmp.format_version"],
         "bytes": file.size,
-        "dtypes": sorted(set(dtypes.values())),
+        "dtypes": sorted(set(file.dtypes.values())),
         "base": base.name,
         "variant": made_of,
         "not_default": [name for name, value in made_of.items() if value != default[name]]
@@ -56,7 +51,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         ],
         "site_set": _site_set(variant),
         "sites_of_base": len(base.sites),
-        "parameters": {"total": patch.saved_parameters, **parameters},
+        "parameters": {"total": sum(parameters.values()), **parameters},
         "stored_bytes": stored,
         "metadata": {
             name: text
@@ -69,7 +64,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 def as_text(record: dict[str, Any], list_sites: bool = False) -> str:
     """A record of `inspect_file` for people; `*` marks what differs from the base's defaults."""
     lines = [
-        _clean(record["file"], longest=None),
+        printable(record["file"], _LONGEST_PATH),
         _line("base", record["base"]),
         _line("hash", record["hash"]),
         _line(
@@ -94,8 +89,11 @@ def as_text(record: dict[str, Any], list_sites: bool = False) -> str:
         own = [name for name in metadata if name.startswith(prefix)]
         if own:
             lines += ["", f"  {heading} (as its maker wrote it)"]
-            width = max(len(name) for name in own) + 2
-            lines += [f"    {_clean(name):<{width}}{_clean(metadata[name])}" for name in own]
+            width = max(len(printable(name, _LONGEST)) for name in own) + 2
+            lines += [
+                f"    {printable(name, _LONGEST):<{width}}{printable(metadata[name], _LONGEST)}"
+                for name in own
+            ]
         metadata = {name: text for name, text in metadata.items() if name not in own}
     return "\n".join([*lines, ""])
 
@@ -127,32 +125,6 @@ def _site_lines(record: dict[str, Any], list_sites: bool) -> list[str]:
     return lines
 
 
-def _check_tensors(file: PatchFile, patch: Patch) -> dict[str, str]:
-    """The type of each tensor; their names and shapes must be what the header promises."""
-    expected = {name: list(parameter.shape) for name, parameter in patch.saved().items()}
-    try:
-        with safe_open(file.path, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            found = {name: list(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise _bad(file, "a whole safetensors file", str(error)) from error
-    for name in sorted({*expected, *found}):
-        if found.get(name) != expected.get(name):
-            wanted, has = (f"{name} {d.get(name, 'missing')}" for d in (expected, found))
-            raise _bad(file, wanted, has)
-    for name, dtype in dtypes.items():
-        if dtype not in _BYTES:
-            raise _bad(file, f"{name} as {', '.join(_BYTES)}", dtype)
-    return dtypes
-
-
-def _bad(file: PatchFile, expected: str, found: str) -> PatchError:
-    return PatchError(
-        f"{file.path}: expected {expected}, found {found}: get the file again, or export it again."
-    )
-
-
 def _site_set(variant: Variant) -> str | None:
     """The name of the set that a patch's sites are, if they are one."""
     base = variant.base_spec
@@ -170,10 +142,3 @@ def _plain(value: object, between: str) -> str:
     if isinstance(value, list):
         return between.join(map(str, value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _clean(text: str, longest: int | None = _LONGEST) -> str:
-    """Text on one line without what could control a terminal, shortened if long."""
-    if longest is not None and len(text) > longest:
-        text = text[: longest - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

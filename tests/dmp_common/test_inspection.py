@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from dmp_common import Patch, bases, register_base
 from dmp_common.__main__ import main
-from dmp_common.patch.file import file_hash, save_patch
+from dmp_common.api import save_patch
+from dmp_common.patch.file import file_hash
 from dmp_common.tools.inspect import as_text, inspect_file
 
 BASE = register_base(
@@ -127,10 +128,10 @@ def test_inspect_notices_tensors_that_are_not_as_promised(change, patch_file, ca
     tensors = Patch.load(patch_file).tensors()
     if change == "shape":
         tensors["gate.bias"] = torch.zeros(17)
-        message = "expected gate.bias [16], found gate.bias [17]"
+        message = "expected gate.bias of shape (16,), found (17,)"
     elif change == "missing":
         del tensors["prompts.block.3"]
-        message = "expected prompts.block.3 [1, 16, 96], found prompts.block.3 missing"
+        message = "expected 8 tensors, found a file without prompts.block.3"
     elif change == "dtype":
         tensors["gate.bias"] = torch.zeros(16, dtype=torch.float64)
         message = "expected gate.bias as F32, F16, BF16, found F64"

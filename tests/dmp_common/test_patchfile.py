@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.patch.file import file_hash, load_patch, read_header, save_patch
+from dmp_common.api import load_patch, save_patch
+from dmp_common.patch.file import file_hash, read_header
 from tests.tiny import FAMILIES
 
 TINY = FAMILIES["dit"]

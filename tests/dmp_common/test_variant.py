@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from dmp_common import Patch, PatchError, Variant, bases, get_base, known_bases, register_base
 
@@ -109,3 +110,36 @@ def test_site_names_and_paths_are_unique() -> None:
         for naming in ("diffusers", "ldm"):
             paths = {site.paths[naming] for site in base.sites}
             assert len(paths) == len(base.sites)
+
+
+SHAPED: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "attention": {"gate": "attention"},
+    "attention without depth": {"gate": "attention", "across_depth": "uniform"},
+    "none": {"gate": "none"},
+    "hard": {"selection": "hard"},
+    "uniform": {"across_depth": "uniform"},
+    "class": {"condition": "t+y"},
+    "prepended": {"mix": "prepend", "prompts": 7},
+    "three grids": {"grids": 3, "grid": (2, 5)},
+    "a weight for each grid": {"grids": 4, "gate_unit": "grid"},
+    "stages": {"grids": 4, "gate_unit": "grid", "gate_form": "residual"},
+    "attention over grids": {"grids": 4, "gate_unit": "grid", "gate": "attention"},
+    "residual prompts": {"gate_form": "residual"},
+    "two sites": {"sites": ["block.1", "block.4"]},
+}
+
+
+@pytest.mark.parametrize("options", SHAPED.values(), ids=SHAPED)
+def test_shapes_are_those_of_the_file(options: dict[str, Any]) -> None:
+    patch = Patch.create("dit-s/2", **options)
+    expected = [(name, tuple(parameter.shape)) for name, parameter in patch.saved().items()]
+    assert list(patch.variant.shapes().items()) == expected
+
+
+@pytest.mark.parametrize("base", [base.name for base in known_bases()])
+def test_shapes_on_every_base(base: str) -> None:
+    with torch.device("meta"):
+        patch = Patch.create(base, sites="all")
+    expected = {name: tuple(parameter.shape) for name, parameter in patch.saved().items()}
+    assert patch.variant.shapes() == expected

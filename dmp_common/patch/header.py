@@ -1,0 +1,188 @@
+"""The header of a patch file, checked before any tensor is read.
+
+Everything here is computed from numbers and text: a file's tensors are compared with what its
+configuration promises, so nothing is allocated for a file that promises more than it holds.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dmp_common.errors import PatchError, printable
+from dmp_common.patch.serialize import parse_json
+from dmp_common.patch.variant import Variant
+
+FORMAT_VERSION = "1"
+EXPORT_AGAIN = "get the file again, or export it again"
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+_MAX_HEADER = 4 * 1024**2  # ours are a few kilobytes, with training metadata some hundred
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """The header of a patch file, checked.
+
+    Args:
+        path: of the file.
+        variant: what the patch is made of.
+        metadata: all header strings.
+        size: of the file in bytes.
+        dtypes: "F32", "F16" or "BF16" for each tensor.
+    """
+
+    path: Path
+    variant: Variant
+    metadata: dict[str, str]
+    size: int
+    dtypes: dict[str, str]
+
+
+def read_head(file: BinaryIO) -> bytes:
+    """The length of the header and the header, as far as it can be ours."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    return start + file.read(min(length, _MAX_HEADER + 1))
+
+
+def check_header(path: Path, data: bytes, size: int) -> PatchFile:
+    """The header of a patch file, with the names, shapes and types of its tensors checked.
+
+    Args:
+        path: of the file, for the messages.
+        data: at least what `read_head` gives.
+        size: of the file in bytes.
+
+    Raises:
+        PatchError: no patch, a damaged one, or tensors that are not those of its configuration.
+    """
+    entries, body = _parse_header(path, data, size)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise bad(path, "expected text entries in the header", "others")
+    variant = _check_config(path, entries, metadata)
+    dtypes = _check_entries(path, variant.shapes(), entries, body)
+    return PatchFile(path, variant, metadata, size, dtypes)
+
+
+def bad(path: Path, expected: str, found: str, remedy: str = EXPORT_AGAIN) -> PatchError:
+    """An error about a patch file."""
+    return PatchError(f"{path}: {expected}, found {printable(found, 400)}: {remedy}.")
+
+
+def _parse_header(path: Path, data: bytes, size: int) -> tuple[dict[str, Any], int]:
+    """The entries of a safetensors header, and the number of bytes after it."""
+    wanted = "expected a safetensors file"
+    if len(data) < 8:
+        raise bad(path, wanted, f"{size} bytes in all")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(_MAX_HEADER, size - 8):
+        # Only here: the length of a good header may begin with the same bytes.
+        if data.startswith(_PICKLES):
+            raise bad(path, wanted, "a pickle file with another ending", "convert it first")
+        raise bad(
+            path,
+            f"expected a header of at most {min(_MAX_HEADER, size - 8)} bytes",
+            f"one that claims {length}",
+            "it is truncated or no safetensors file; " + EXPORT_AGAIN,
+        )
+    try:
+        entries = parse_json(data[8 : 8 + length])
+    except ValueError as error:
+        raise bad(path, "expected a header in JSON", str(error)) from error
+    if not isinstance(entries, dict):
+        raise bad(path, "expected a header of entries", type(entries).__name__)
+    return entries, size - 8 - length
+
+
+def _check_config(path: Path, entries: Mapping[str, Any], metadata: Mapping[str, str]) -> Variant:
+    """The variant that the header describes."""
+    version = metadata.get("dmp.format_version")
+    if version is None:
+        raise bad(path, "expected a DMP patch", _other_file(entries, metadata), "choose a patch")
+    if version != FORMAT_VERSION:
+        raise bad(
+            path,
+            f"expected format version {FORMAT_VERSION}",
+            f"version {version[:20]!r}",
+            "update this software",
+        )
+    try:
+        config = parse_json(metadata.get("dmp.config", ""))
+    except ValueError as error:
+        raise bad(path, "expected dmp.config to be JSON", str(error)) from error
+    if not isinstance(config, dict):
+        raise bad(path, "expected dmp.config to be a JSON object", type(config).__name__)
+    try:
+        return Variant.from_json(config)
+    except PatchError as error:
+        raise PatchError(f"{path}: {error}") from error
+
+
+def _check_entries(
+    path: Path, expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, Any], body: int
+) -> dict[str, str]:
+    """The types of the tensors, after their names, shapes, types and places were compared.
+
+    Args:
+        path: of the file, for the messages.
+        expected: the shape of each tensor that the configuration promises.
+        entries: of the header, one for each tensor.
+        body: bytes of the file after its header.
+    """
+    for kind, names in (
+        ("without", sorted(set(expected) - set(entries))),
+        ("with", sorted(set(entries) - set(expected))),
+    ):
+        if names:
+            listed = ", ".join(printable(name, 60) for name in names[:5])
+            listed += " ..." if len(names) > 5 else ""
+            raise bad(path, f"expected {len(expected)} tensors", f"a file {kind} {listed}")
+    for name, shape in expected.items():
+        _check_entry(path, name, shape, entries[name])
+    place = 0
+    for begin, end in sorted(tuple(entries[name]["data_offsets"]) for name in expected):
+        if begin != place:
+            raise bad(path, "expected tensors side by side", f"one that begins at byte {begin}")
+        place = end
+    if place != body:
+        raise bad(
+            path, f"expected a whole safetensors file of {place} bytes of tensors", f"{body} bytes"
+        )
+    return {name: entries[name]["dtype"] for name in expected}
+
+
+def _check_entry(path: Path, name: str, shape: tuple[int, ...], entry: object) -> None:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise bad(path, f"expected dtype, shape and data_offsets of {name}", repr(entry))
+    found = entry["shape"]
+    if not _whole_numbers(found) or tuple(found) != shape:
+        shown = tuple(found) if isinstance(found, list) else found
+        raise bad(path, f"expected {name} of shape {shape}", str(shown))
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise bad(path, f"expected {name} as {', '.join(ITEM_BYTES)}", str(dtype))
+    places, size = entry["data_offsets"], math.prod(shape) * ITEM_BYTES[dtype]
+    if not _whole_numbers(places) or len(places) != 2 or places[1] - places[0] != size:
+        raise bad(path, f"expected {size} bytes for {name}", f"those from and to {places!r}")
+
+
+def _whole_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _other_file(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """What a safetensors file without our header probably is."""
+    names = list(entries)
+    if "ss_network_module" in metadata or any("lora" in name.lower() for name in names):
+        return "a LoRA"
+    if any(name.startswith(("model.diffusion_model.", "down_blocks.")) for name in names):
+        return "a model checkpoint"
+    listed = ", ".join(printable(name, 60) for name in names[:3]) or "none"
+    return f"a safetensors file with {len(names)} tensors ({listed}) and no dmp header"
