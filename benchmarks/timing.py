@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dmp_common.attach.hooks import Attachment
+from dmp_common import Attachment
 
 
 def interleaved(

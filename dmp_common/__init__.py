@@ -6,17 +6,36 @@ grid, D channels of a site, E size of the time embedding.
 Source: Ham et al., "Diffusion Model Patching via Mixture-of-Prompts", AAAI 2025, arXiv 2405.17825.
 """
 
-from dmp_common.attach.context import Context, Settings
-from dmp_common.attach.hooks import Attachment, attach
-from dmp_common.bases.base import Base, Site
-from dmp_common.bases.detect import detect_base
-from dmp_common.bases.schedule import Schedule
-from dmp_common.bases.table import get_base, known_bases, register_base
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from dmp_common.errors import PatchError
-from dmp_common.patch.balancing import importance_loss, load_loss
-from dmp_common.patch.patch import Patch
-from dmp_common.patch.variant import Variant
 from dmp_common.version import __version__
+
+if TYPE_CHECKING:
+    from dmp_common.api import (
+        Attachment,
+        Base,
+        Context,
+        Patch,
+        Schedule,
+        Settings,
+        Site,
+        Variant,
+        attach,
+        attached,
+        detach,
+        detect_base,
+        get_base,
+        importance_loss,
+        known_bases,
+        load_loss,
+        register_base,
+    )
 
 __all__ = [
     "Attachment",
@@ -30,6 +49,8 @@ __all__ = [
     "Variant",
     "__version__",
     "attach",
+    "attached",
+    "detach",
     "detect_base",
     "get_base",
     "importance_loss",
@@ -37,3 +58,31 @@ __all__ = [
     "load_loss",
     "register_base",
 ]
+
+
+class _Package(ModuleType):
+    """This package. It loads torch when a public name is first used: `dmp --help` needs none."""
+
+    if not TYPE_CHECKING:
+
+        @property
+        def attach(self) -> Any:
+            """The function; the folder of the same name is found by `import` alone."""
+            return importlib.import_module("dmp_common.api").attach
+
+        @attach.setter
+        def attach(self, folder: ModuleType) -> None:
+            """Ignores the folder, which the import system would put in the function's place."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name in __all__:
+                return getattr(importlib.import_module("dmp_common.api"), name)
+            if name in ("bases", "patch", "tools"):
+                return importlib.import_module(f"dmp_common.{name}")
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+        def __dir__(self) -> list[str]:
+            return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -180,13 +180,13 @@ def _require_free(path: Path, force: bool) -> None:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from dmp_common.api import load_patch
+    from dmp_common.api import Patch
     from dmp_common.patch.file import file_hash
 
     code = 0
     for path in options.files:
         try:
-            patch = load_patch(path)
+            patch = Patch.load(path)
             print(f"OK {file_hash(path)} {path} ({patch.base.name})")
         except (PatchError, OSError) as error:
             code = _complain(error)
@@ -194,7 +194,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _heatmap(options: argparse.Namespace) -> int:
-    from dmp_common.api import load_patch
+    from dmp_common.api import Patch
     from dmp_common.tools.heatmap import (  # numpy and Pillow only where they are used
         even_timesteps,
         save_heatmap,
@@ -202,7 +202,7 @@ def _heatmap(options: argparse.Namespace) -> int:
     )
 
     _require_free(options.out, options.force)
-    patch = load_patch(options.file)
+    patch = Patch.load(options.file)
     steps = even_timesteps(options.steps)
     e = time_embedding_of(options.model, patch, steps, options.label)
     title = options.title or f"{options.file.name} ({patch.base.name})"

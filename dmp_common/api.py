@@ -1,43 +1,193 @@
-"""What users see, assembled from the folders below."""
+"""What users see, assembled from the folders below, which need not know each other."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from dmp_common.attach.attachment import Attachment, attach, attached, detach
+from dmp_common.attach.cache import FieldCache
+from dmp_common.attach.context import Context
+from dmp_common.attach.runtime import Runtime
+from dmp_common.attach.settings import Settings
+from dmp_common.bases.base import Base
+from dmp_common.bases.detect import detect_base
+from dmp_common.bases.parts import Latent, Site
+from dmp_common.bases.schedule import Schedule
+from dmp_common.bases.table import get_base, known_bases, register_base
+from dmp_common.errors import PatchError
+from dmp_common.patch import patch as core
+from dmp_common.patch.balancing import importance_loss, load_loss
 from dmp_common.patch.file import modelspec, read_patch_file, write_patch_file
-from dmp_common.patch.patch import Patch
+from dmp_common.patch.variant import Variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "Attachment",
+    "Base",
+    "Context",
+    "Patch",
+    "PatchError",
+    "Schedule",
+    "Settings",
+    "Site",
+    "Variant",
+    "attach",
+    "attached",
+    "detach",
+    "detect_base",
+    "get_base",
+    "importance_loss",
+    "known_bases",
+    "load_loss",
+    "register_base",
+]
 
 
-def load_patch(path: str | os.PathLike[str]) -> Patch:
-    """Reads and checks a patch file; the patch is float32, on the CPU, in evaluation mode.
+class Patch(core.Patch):
+    """Learnable prompts for the sites of a base, weighted by a gate that sees the timestep.
 
-    Raises:
-        PatchError: the file is missing, damaged, not a patch, or of an unknown version or
-            variant; the message names the file, what was expected, what was found, what to do.
+    Finished fields are remembered between calls in evaluation mode (`Patch.load` gives a patch
+    in it) and without gradients; a change of a parameter in place is noticed. Writes through
+    `.data` are not: call `cache.clear()` after them.
+
+    Args:
+        variant: what the patch is made of.
+
+    Attributes:
+        runtime: what the patch needs in forward calls; models it is attached to share it.
+
+    Source: Ham et al. 2025, "Diffusion Model Patching via Mixture-of-Prompts".
     """
-    variant, tensors, metadata = read_patch_file(path)
-    with torch.device("meta"):
-        patch = Patch(variant)
-    patch.to_empty(device="cpu")
-    patch.load_tensors(tensors)  # copies
-    patch.metadata = metadata
-    return patch.eval()
 
+    def __init__(self, variant: Variant) -> None:
+        super().__init__(variant)
+        self.runtime = Runtime(self)
 
-def save_patch(
-    patch: Patch,
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> str:
-    """Writes a patch to a file, atomically; see `write_patch_file`.
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], **hub_options: Any) -> Self:
+        """Loads a patch from a file, or from a repository "user/repo" of the hub.
 
-    Returns:
-        The file's hash, as hosts show it.
-    """
-    made = {**patch.metadata, **modelspec(patch.variant, Path(path)), **(metadata or {})}
-    return write_patch_file(path, patch.variant, patch.tensors(), made, dtype)
+        Args:
+            source: a path, or "user/repo".
+            hub_options: what `huggingface_hub.hf_hub_download` takes, see
+                `dmp_common.tools.hub.resolve`.
+
+        Returns:
+            The patch: float32, on the CPU, in evaluation mode.
+
+        Raises:
+            PatchError: not a file of ours, or a damaged one; the message names the file, what was
+                expected, what was found, what to do.
+        """
+        from dmp_common.tools.hub import resolve  # the hub client only where it is used
+
+        variant, tensors, metadata = read_patch_file(resolve(source, **hub_options))
+        with torch.device("meta"):
+            patch = cls(variant)
+        patch.to_empty(device="cpu")
+        patch.load_tensors(tensors)  # copies
+        patch.metadata = metadata
+        return patch.eval()
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> str:
+        """Writes the patch to a file, atomically.
+
+        Args:
+            path: ends in `.safetensors`; its folder is made if missing.
+            metadata: header entries besides ours, such as `ss_*` keys.
+            dtype: of the stored values: float32, float16 or bfloat16.
+
+        Returns:
+            The file's hash (10 hex digits), as hosts show it.
+
+        Raises:
+            PatchError: another ending, values that are not finite, or metadata that is not text.
+        """
+        made = {**self.metadata, **modelspec(self.variant, Path(path)), **(metadata or {})}
+        return write_patch_file(path, self.variant, self.tensors(), made, dtype)
+
+    def prepare(
+        self,
+        e: Tensor,
+        latent_hw: tuple[int, int] | None,
+        settings: Settings | None = None,
+        *,
+        timesteps: Tensor | None = None,
+        image_tokens: int | None = None,
+        text_tokens: int | tuple[int, ...] | None = None,
+    ) -> Context:
+        """Computes what one forward call of a model will add: all gates at once, in float32.
+
+        `attach` does this by itself; this is for adapters of other hosts.
+
+        Args:
+            e: the model's time embedding of each batch item (B, E).
+            latent_hw: height and width of the latent; may be None for UNets.
+            settings: strength, schedule and so on.
+            timesteps: (B,) on the scale 0..1000; needed where `needs_timesteps` says so.
+            image_tokens, text_tokens: see `Latent`.
+
+        Returns:
+            An immutable context; call `context.add(site, x)` at each site.
+
+        Raises:
+            PatchError: an embedding of another base, unknown sites, or missing timesteps.
+        """
+        latent = None
+        if latent_hw is not None:
+            latent = Latent(len(e), latent_hw, image_tokens, text_tokens)
+        return self.runtime.prepare(e, latent, settings or Settings(), timesteps=timesteps)
+
+    @property
+    def cache(self) -> FieldCache:
+        """What is remembered between forward calls; its `limit` in bytes may be set."""
+        return self.runtime.cache
+
+    def needs_timesteps(self, settings: Settings) -> bool:
+        """Tells whether the strength of the patch differs between timesteps."""
+        return self.runtime.needs_timesteps(settings)
+
+    def strengths(self, settings: Settings, timesteps: Tensor | None) -> float | Tensor:
+        """Returns the strength of each batch item, 0 outside the patch's own timesteps."""
+        return self.runtime.strengths(settings, timesteps)
+
+    def on(self, device: torch.device) -> core.Patch:
+        """Returns the patch on a device: itself, or a copy, made again when a parameter changed.
+
+        Raises:
+            PatchError: the patch is being trained elsewhere.
+        """
+        return self.runtime.on(device).patch
+
+    def release(self) -> None:
+        """Gives back the memory of copies on other devices and of finished fields."""
+        self.runtime.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = super().__deepcopy__(memo)
+        other.cache.limit = self.cache.limit
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state["runtime"] = self.cache.limit
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        limit = state.pop("runtime")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.runtime = Runtime(self)
+        self.cache.limit = limit

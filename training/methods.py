@@ -17,7 +17,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.api import save_patch
 from dmp_common.bases.timesteps import embed_timesteps
 from dmp_common.patch.balancing import GateNoise
 from dmp_common.patch.serialize import serialize, write_atomically
@@ -65,7 +64,7 @@ class PatchMethod(Method):
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """The patch file."""
-        save_patch(self.patch, path, metadata, dtype)
+        self.patch.save(path, metadata, dtype)
 
     def saved_parameters(self) -> int:
         """Without the noise, which only training needs."""

@@ -2,64 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch.nn as nn
-
+from dmp_common.attach.wrapping import Wrapping, is_wrapped
 from dmp_common.compat import is_compiling
+from dmp_common.errors import PatchError
 
 if TYPE_CHECKING:
-    from dmp_common.attach.hooks import Attachment
+    from dmp_common.attach.hooks import CallHooks
+
+_FUNCTION = "_gradient_checkpointing_func"
 
 
-class BoundCheckpoint:
+class BoundCheckpoint(Wrapping):
     """A gradient checkpointing function that recomputes with the context of its own forward.
 
     Without it, recomputation during backward would meet whatever call came last, and gradients
     would be silently wrong when a second forward came in between.
     """
 
-    def __init__(self, attachment: Attachment, inner: Callable[..., Any]) -> None:
-        self.attachment = attachment
-        self.inner = inner
+    owner: CallHooks
 
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        attachment, call = self.attachment, self.attachment._call
+    def __call__(self, module: Any, *args: Any) -> Any:
+        hooks = self.owner
+        call = getattr(hooks.here, "call", None)
         if call is None or is_compiling():
             return self.inner(module, *args)
-        if attachment._source.inside:
-            call.context_for(args[0])  # now, or it would be computed during recomputation
+        if call.context is None and not call.off:
+            call.late("0", args[0])  # now, or it would be computed during recomputation
 
         def run(*inputs: Any) -> Any:
-            previous, attachment._call = attachment._call, call
+            if not hooks.active:
+                raise PatchError(
+                    "expected the patch to be on the model until the backward pass of a "
+                    "checkpointed forward, which recomputes the blocks, and it was removed: call "
+                    "`remove()` after `backward()`."
+                )
+            # The backward pass may run in a thread of its own.
+            previous = getattr(hooks.here, "call", None)
+            hooks.here.call = call
             try:
                 return module(*inputs)
             finally:
-                attachment._call = previous
+                hooks.here.call = previous
 
         return self.inner(run, *args)
 
 
-def bind(module: Any, attachment: Attachment) -> None:
+def bind(module: Any, hooks: CallHooks) -> None:
     """Binds the checkpointing function of a module, where it has one in use, once."""
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    if not module.gradient_checkpointing or function is None:
+    function = getattr(module, _FUNCTION, None)
+    if not module.gradient_checkpointing or function is None or is_wrapped(function, hooks):
         return
-    known = function
-    while isinstance(known, BoundCheckpoint):
-        if known.attachment is attachment:
-            return
-        known = known.inner
-    module._gradient_checkpointing_func = BoundCheckpoint(attachment, function)
-
-
-def unbind(module: Any, attachment: Attachment) -> None:
-    """Gives a module its own checkpointing function back, also from under other bindings."""
-    owner, name = module, "_gradient_checkpointing_func"
-    function = getattr(owner, name, None)
-    while isinstance(function, BoundCheckpoint):
-        if function.attachment is attachment:
-            setattr(owner, name, function.inner)
-            return
-        owner, name, function = function, "inner", function.inner
+    setattr(module, _FUNCTION, BoundCheckpoint(hooks, function))

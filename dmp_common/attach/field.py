@@ -32,36 +32,55 @@ class Field(NamedTuple):
         kept = self.values if self.weights is None else self.weights
         return kept.numel() * kept.element_size()
 
-    def added(self, x: Tensor, strength: float | Tensor, rows: Tensor | None) -> Tensor:
-        """x + strength * field, out of place and in the memory layout of x.
+    def added(
+        self,
+        x: Tensor,
+        strength: float | Tensor,
+        rows: Tensor | None,
+        in_place: bool = True,
+    ) -> Tensor:
+        """Returns x + strength * field, out of place and in the memory layout of x.
 
         Another layout would choose other kernels and change results by rounding.
 
         Args:
             x: the site's input (B, ...).
             strength: of all items, or of each (B,).
-            rows: for each item its index in T (B,); None where T is 1 or B.
+            rows: for each item its index in T (B,); None where T divides B: videos have their
+                frames as items, all of one picture's after one another.
+            in_place: whether the copy of x may be written to. Function transforms (`vmap`) cannot
+                do that, where x is not yet mapped over and the field is.
         """
         scaled = self.values if self.weights is None else self.weights
         if rows is not None:
             scaled = scaled[rows]
         if scaled.shape[0] not in (1, x.shape[0]):
-            raise PatchError(
-                f"expected a batch of {scaled.shape[0]} items, as many as timesteps, found "
-                f"{x.shape[0]}: give one timestep for each item."
-            )
+            if x.shape[0] % scaled.shape[0]:
+                raise PatchError(
+                    f"expected a batch of {scaled.shape[0]} items, as many as timesteps, found "
+                    f"{x.shape[0]}: give one timestep for each item."
+                )
+            scaled = scaled.repeat_interleave(x.shape[0] // scaled.shape[0], dim=0)
         if isinstance(strength, Tensor):
-            factors = strength.to(scaled.device, scaled.dtype)
+            factors = strength.to(scaled.device, scaled.dtype).reshape(-1)
+            if factors.shape[0] not in (1, x.shape[0]):
+                factors = factors.repeat_interleave(x.shape[0] // factors.shape[0])
             scaled, strength = scaled * factors.reshape(-1, *[1] * (scaled.dim() - 1)), 1.0
         if self.length is None:
             if self.weights is None:
                 out = torch.add(x, scaled, alpha=strength)
             else:
                 out = torch.addcmul(x, self.values, scaled, value=strength)
-            if out.stride() == x.stride():
+            if not in_place or out.stride() == x.stride():
                 return out
-        out = x.clone()
         addend = scaled if self.weights is None else scaled * self.values
+        if not in_place:
+            return self._joined(x, addend * strength)
+        if torch.is_grad_enabled() or 0 in x.stride():
+            out = x.clone()
+        else:  # a part of a larger tensor (Flux splits its sequence) keeps its strides too
+            out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            out.copy_(x)
         if isinstance(self.start, tuple):
             assert self.length is not None
             for item, start in enumerate(self.start):
@@ -71,3 +90,23 @@ class Field(NamedTuple):
         part = out if self.length is None else out.narrow(1, self.start, self.length)
         part.add_(addend, alpha=strength)
         return out
+
+    def _joined(self, x: Tensor, addend: Tensor) -> Tensor:
+        """Adds to a part of x by joining the parts again."""
+        assert self.length is not None
+        starts = self.start if isinstance(self.start, tuple) else (self.start,)
+        items = torch.split(x, len(x) // len(starts))  # one item each, or all at once
+        return torch.cat(
+            [
+                torch.cat(
+                    [
+                        item[:, :start],
+                        item[:, start : start + self.length]
+                        + (addend[n : n + 1] if len(starts) == len(addend) > 1 else addend),
+                        item[:, start + self.length :],
+                    ],
+                    dim=1,
+                )
+                for n, (item, start) in enumerate(zip(items, starts, strict=True))
+            ]
+        )

@@ -1,285 +1,298 @@
-"""Attaching a patch to a model with torch hooks, and removing it again."""
+"""The torch hooks of an attached patch: what runs in each forward call of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import threading
 from operator import is_not
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from dmp_common.attach.cache import FieldCache
-from dmp_common.attach.checkpointing import bind, unbind
-from dmp_common.attach.context import Context, Settings
-from dmp_common.bases.base import Argument, Base, ModelCall, Naming, Site, find_module
-from dmp_common.bases.detect import (
-    find_denoiser,
-    require_base,
-    require_same_prediction,
-    require_same_timesteps,
-)
-from dmp_common.bases.schedule import ALWAYS, Schedule
-from dmp_common.compat import is_compiling
+from dmp_common.attach.checkpointing import bind
+from dmp_common.attach.context import Context
+from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
+from dmp_common.attach.runtime import Runtime
+from dmp_common.attach.settings import Dials, Settings
+from dmp_common.bases.base import find_module
+from dmp_common.bases.parts import ModelCall, Naming, Site
+from dmp_common.compat import function_transform, is_compiling, is_transforming
 from dmp_common.errors import PatchError
-from dmp_common.patch.patch import Patch
+
+_TIMES_REMEMBERED = 1000  # time embeddings of DiT kept on the CPU, a few kilobytes each
 
 
-def attach(
-    model: Any,
-    patch: Patch,
-    *,
-    strength: float = 1.0,
-    schedule: Schedule | None = None,
-    temperature: float = 1.0,
-    sites: Iterable[str] | None = None,
-) -> Attachment:
-    """Attaches a patch to a model, until `remove()` or the end of the `with` block.
-
-    Several patches may be attached; their fields add. Attach before `torch.compile`. The model
-    itself is not changed: after `remove()` it is what it was.
+class CallHooks:
+    """What the hooks of one attachment know. What belongs to one call is kept in `here`.
 
     Args:
-        model: a diffusers pipeline, its unet or transformer, or an LDM model of a host.
-        patch: made for the base of this model.
-        strength: multiplies the added field; 0 is exactly the base.
-        schedule: where along the timesteps the patch acts.
-        temperature: of the gate.
-        sites: the sites that act; None for all of the patch's.
+        denoiser: the model.
+        runtime: of the patch.
+        naming: of the model.
 
-    Raises:
-        PatchError: the patch is for another base, another time embedding or another prediction
-            type than the model's, or the model is compiled already.
-
-    Example:
-        >>> pipe = diffusers.StableDiffusionPipeline.from_pretrained(...)  # doctest: +SKIP
-        >>> with attach(pipe, Patch.load("p.safetensors"), strength=0.8):  # doctest: +SKIP
-        ...     image = pipe("a photo of a cat").images[0]
+    Attributes:
+        here: for each thread, `call`, the forward call it is making.
+        active: whether the patch is on the model; `remove` ends it.
+        settings, dials, enabled, timed: how the patch is used; whether its strength differs
+            between timesteps.
+        calls: forward calls that embedded their timestep.
     """
-    chosen = None if sites is None else frozenset(sites)
-    if chosen is not None and (unknown := chosen - set(patch.sites)):
-        raise PatchError(
-            f"expected sites of this patch ({', '.join(patch.sites)}), found "
-            f"{', '.join(sorted(unknown))}: choose among the patch's."
-        )
-    denoiser = find_denoiser(model)
-    naming = require_base(denoiser, patch.base)
-    require_same_timesteps(denoiser, patch.variant, naming)
-    require_same_prediction(model, patch.variant)
-    if patch.variant.mix == "prepend" and naming != "diffusers":
-        raise PatchError(
-            "this patch prepends its prompts, which hosts cannot do: use a patch that adds them."
-        )
-    settings = Settings(strength, schedule or ALWAYS, temperature, chosen)
-    return Attachment(denoiser, patch, naming, settings)
-
-
-class Attachment:
-    """A patch on a model: the handles of its hooks. Made by `attach`; a context manager."""
 
     def __init__(
-        self, denoiser: nn.Module, patch: Patch, naming: Naming, settings: Settings
+        self, denoiser: nn.Module, runtime: Runtime, naming: Naming, settings: Settings
     ) -> None:
-        self.patch = patch
-        self.settings = settings
-        # Forward calls that embedded their timestep; hosts warn when there are none, because a
-        # replaced model (TensorRT) calls the denoiser but none of its parts.
+        patch = runtime.patch
+        self.denoiser, self.runtime, self.naming = denoiser, runtime, naming
+        self.here = threading.local()
+        self.active = True
         self.calls = 0
-        self._base: Base = patch.base
-        self._denoiser = denoiser
-        self._naming = naming
-        self._source = patch.base.times[naming]
-        self._time = _module(denoiser, self._source.path)
-        self._active = True
-        self._call: _Call | None = None
-        self._embeddings = FieldCache(limit=16 * 1024**2)
-        self._seen: list[Tensor] = []  # the parameters they were computed with
-        self._checkpointing = [
-            m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")
+        self.base = patch.base
+        self.source = patch.base.times[naming]
+        self.sums_labels = patch.variant.condition == "t+y"
+        self._time = _module(denoiser, self.source.path)
+        self._times: dict[tuple[Any, ...], Tensor] = {}
+        self._times_of: list[Tensor] = []
+        self.use(settings, True)
+        self.checkpointing = [m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")]
+        self.handles: list[RemovableHandle] = [
+            denoiser.register_forward_pre_hook(self.begin, with_kwargs=True),
+            denoiser.register_forward_hook(self.end, always_call=True),
         ]
-        self._handles: list[RemovableHandle] = [
-            denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
-            denoiser.register_forward_hook(self._end, always_call=True),
+        if not self.source.inside:
+            self.handles.append(self._time.register_forward_hook(self.embedding))
+            if self.sums_labels:
+                labels = _module(denoiser, str(self.source.labels))
+                self.handles.append(labels.register_forward_hook(self.embedding))
+        self.sites = [
+            SiteHook(self, site, _module(denoiser, site.paths[naming]))
+            for site in patch.sites.values()
         ]
-        if not self._source.inside:
-            self._handles.append(self._time.register_forward_hook(self._embedding))
-            if patch.variant.condition == "t+y":
-                labels = _module(denoiser, str(self._source.labels))
-                self._handles.append(labels.register_forward_hook(self._embedding))
-        for site in patch.sites.values():
-            self._add_site(site, _module(denoiser, site.paths[naming]), site.arguments[naming])
+        for site in self.sites:
+            settle(site)
 
-    def remove(self) -> None:
-        """Takes the patch off the model. Calling it again does nothing."""
-        # Compiled graphs do not watch hooks, but they do watch this flag.
-        self._active = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for module in self._checkpointing:
-            unbind(module, self)
-        self._checkpointing.clear()
-        self._call = None
+    def use(self, settings: Settings, enabled: bool) -> None:
+        """Sets how the patch is used from the next call on."""
+        self.settings, self.enabled = settings, enabled
+        self.timed = self.runtime.needs_timesteps(settings)
+        self.dials = Dials(settings, tuple(self.runtime.patch.sites), enabled)
 
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: notes what the call is about. Touches no weight (offloading)."""
-        if not self._active:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Records the arguments of the call. Must not read weights: they may be offloaded here."""
+        if not self.active:
             return
-        call = ModelCall(args, kwargs)
-        timestep, labels = call.get(self._source.argument), call.get(self._base.labels)
-        self._call = _Call(self, timestep, labels, call)
-        if torch.is_grad_enabled() and not is_compiling():
-            for part in self._checkpointing:
+        call = self.here.call = Call(self, args, kwargs)
+        if is_compiling():
+            return
+        call.off = not self.enabled
+        for site in self.sites:
+            own = vars(site.module)
+            if (site.where != "hook" or COMPILED in own or REGISTRY in own) and moved(site):
+                settle(site)
+        if torch.is_grad_enabled():
+            for part in self.checkpointing:
                 bind(part, self)
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the model, also after an error: a site called outside of it must not see this.
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forgets the call, also after an error: a site called outside of it must not see it.
 
         torch does not come here after an interrupt (a BaseException); the next call overwrites.
         """
-        self._call = None
+        self.here.call = None
 
-    def _embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """The model has computed its time embedding, or that of its labels."""
-        if self._active and self._call is not None:
-            self._call.embedded(output)
+    def embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Receives the time embedding that the model has computed, or that of its labels."""
+        call = getattr(self.here, "call", None)
+        if call is not None and self.active and not call.off:
+            call.embedded(output)
 
-    def _add_site(self, site: Site, module: nn.Module, argument: Argument) -> None:
-        name, key, index = site.name, argument.name, argument.index
-        prepend = self.patch.variant.mix == "prepend"
-
-        def before(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if not self._active:
-                return None
-            x = args[index] if len(args) > index else kwargs[key]
-            context = self._context(name, x)
-            x = context.prepend(name, x) if prepend else context.add(name, x)
-            if len(args) > index:
-                return (*args[:index], x, *args[index + 1 :]), kwargs
-            return args, {**kwargs, key: x}
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return self._context(name, output).strip(name, output) if self._active else None
-
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        if prepend:
-            self._handles.append(module.register_forward_hook(after))
-
-    def _embed(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """e (B, E) where the model computes it inside its blocks, with the model's own modules.
+    def embed(self, timesteps: Tensor, labels: Any, dtype: torch.dtype) -> Tensor:
+        """Computes e (B, E) where the model does it inside its blocks, with its own modules.
 
         Remembered between calls on the CPU, where it would cost as much as adding at four sites.
         """
         time: Any = self._time
+        if self.sums_labels:
+            conditioning: Tensor = time(timesteps, labels, hidden_dtype=dtype)
+            return conditioning
         parameters: list[Tensor] = list(time.timestep_embedder.parameters())
         if (
             is_compiling()
+            or is_transforming()
             or torch.is_grad_enabled()
             or timesteps.device.type != "cpu"
             or any(p.is_inference() for p in parameters)
         ):
             e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(dtype))
             return e
-        if len(parameters) != len(self._seen) or any(map(is_not, parameters, self._seen)):
+        if len(parameters) != len(self._times_of) or any(map(is_not, parameters, self._times_of)):
             # Addresses do not tell: a new tensor may get that of one that was freed.
-            self._seen = parameters
-            self._embeddings.clear()
-        key = (*timesteps.tolist(), dtype, *((p.data_ptr(), p._version) for p in parameters))
-        known = self._embeddings.get(key)
-        if known is None:
+            self._times_of, self._times = parameters, {}
+        known = self._times
+        versions = [value for p in parameters for value in (p.data_ptr(), p._version)]
+        key = (*timesteps.tolist(), dtype, *versions)
+        found = known.get(key)
+        if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                known = time.timestep_embedder(time.time_proj(timesteps.clone()).to(dtype))
-            self._embeddings.put(key, known)
-        remembered: Tensor = known
-        return remembered
+                found = time.timestep_embedder(time.time_proj(timesteps.clone()).to(dtype))
+            if len(known) >= _TIMES_REMEMBERED:
+                known.clear()
+            known[key] = found
+        return found
 
-    def _context(self, site: str, x: Tensor) -> Context:
-        if self._call is None:
-            raise PatchError(
-                f"site {site} was called outside of a forward call of the model, so its timestep "
-                "is unknown: call the whole model (under gradient checkpointing, through the "
-                "model's own `enable_gradient_checkpointing`)."
-            )
-        return self._call.context_for(x)
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallHooks:
+        """Copies the hooks along with their model.
+
+        A copy of a part of the model (PEFT makes such) keeps these: it may take the place of the
+        part, and then belongs to the same calls.
+        """
+        if id(self.denoiser) not in memo:
+            return self
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        for name, value in vars(self).items():
+            if name not in ("here", "_times", "_times_of"):
+                other.__dict__[name] = copy.deepcopy(value, memo)
+        other.here, other._times, other._times_of = threading.local(), {}, []
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PatchError(
+            "expected a model without attached patches to pickle, found one with a patch: call "
+            "`remove()` first, and save the patch with `patch.save(...)`."
+        )
 
 
-class _Call:
+class Call:
     """One forward call of the model: its arguments and, once known, its context."""
 
-    def __init__(self, attachment: Attachment, timestep: Any, labels: Any, call: ModelCall) -> None:
-        self.attachment = attachment
-        self.timestep = timestep
-        self.labels = labels
-        self.call = call
+    def __init__(self, hooks: CallHooks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.hooks = hooks
+        self.args, self.kwargs = args, kwargs
+        self.off = False  # the attachment was disabled when the call began
         self.context: Context | None = None
         # How many embeddings the gate sees the sum of, and the sum of those seen so far.
-        both = attachment.patch.variant.condition == "t+y" and not attachment._source.inside
-        self.missing = 2 if both else 1
+        self.missing = 2 if hooks.sums_labels and not hooks.source.inside else 1
         self.sum: Tensor | None = None
 
     def embedded(self, e: Tensor) -> None:
         """Takes an embedding (B, E); the last one makes the context."""
-        attachment = self.attachment
         e = e if self.sum is None else self.sum + e
         self.sum, self.missing = e, self.missing - 1
         if self.missing:
             return
-        timesteps = None
-        if attachment.patch.needs_timesteps(attachment.settings):
-            timesteps = attachment._source.timesteps(self._timesteps(e))
-        base = attachment._base
-        latent = None
-        if base.layout == "tokens":
-            latent = base.latent[attachment._naming](base, self.call, attachment._denoiser)
-        attachment.calls += 0 if is_compiling() else 1
-        self.context = attachment.patch.prepare(
-            # Qwen-Image-Edit embeds timestep 0 after them, for its references.
-            e if latent is None else e[: latent.batch],
-            None if latent is None else latent.size,
-            attachment.settings,
-            timesteps=timesteps,
-            image_tokens=latent.image_tokens if latent else None,
-            text_tokens=latent.text_tokens if latent else None,
+        hooks, timesteps, dials, latent = self.hooks, None, None, None
+        # `is_transforming`, in place: this function runs in every call.
+        if is_compiling() or forward_ad._current_level >= 0 or function_transform() is not None:
+            dials = hooks.dials
+        if dials is not None or hooks.timed:
+            timesteps = hooks.source.timesteps(self.timesteps(e))
+        if hooks.base.layout == "tokens":
+            call = ModelCall(self.args, self.kwargs)
+            latent = hooks.base.latent[hooks.naming](hooks.base, call, hooks.denoiser)
+            e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 after them
+        if not is_compiling():
+            hooks.calls += 1
+        self.context = hooks.runtime.prepare(
+            e, latent, hooks.settings, timesteps=timesteps, dials=dials
         )
 
-    def context_for(self, x: Tensor) -> Context:
-        """The context; computed here where the model embeds the time inside its first block."""
-        if self.context is None:
-            if not self.attachment._source.inside:
-                raise PatchError(
-                    f"expected the model to embed its timestep before the first site of base "
-                    f"{self.attachment._base.name}, and it did not: is its forward replaced?"
-                )
-            self.embedded(self._embed(x))
+    def late(self, site: str, x: Tensor) -> Context:
+        """Makes the context at the first site, where the model embeds the time in its first block.
+
+        Raises:
+            PatchError: the model embeds it before, and did not.
+        """
+        hooks = self.hooks
+        if not hooks.source.inside:
+            raise PatchError(
+                f"expected the model to embed its timestep before site {site} of base "
+                f"{hooks.base.name}, and it did not: is its forward replaced?"
+            )
+        labels = ModelCall(self.args, self.kwargs).get(hooks.base.labels)
+        self.embedded(hooks.embed(self.timesteps(x), labels, x.dtype))
         assert self.context is not None
         return self.context
 
-    def _embed(self, x: Tensor) -> Tensor:
-        timesteps = self._timesteps(x)
-        if self.attachment.patch.variant.condition == "t+y":
-            time: Any = self.attachment._time
-            conditioning: Tensor = time(timesteps, self.labels, hidden_dtype=x.dtype)
-            return conditioning
-        return self.attachment._embed(timesteps, x.dtype)
+    def timesteps(self, like: Tensor) -> Tensor:
+        """Returns the timesteps that the model was called with (B,), on the device of a tensor."""
+        given = ModelCall(self.args, self.kwargs).get(self.hooks.source.argument)
+        return torch.as_tensor(given, device=like.device).reshape(-1)
 
-    def _timesteps(self, like: Tensor) -> Tensor:
-        return torch.as_tensor(self.timestep, device=like.device).reshape(-1)
+
+class SiteHook:
+    """Adds the prompts of one site, wherever `places` puts it.
+
+    Args:
+        hooks: of the attachment.
+        site: which.
+        module: the module whose input the site is.
+
+    Attributes:
+        where: the place, see `places`; None before it has one.
+        handles: of torch hooks at the place "hook".
+    """
+
+    def __init__(self, hooks: CallHooks, site: Site, module: nn.Module) -> None:
+        self.hooks, self.module = hooks, module
+        self.name = site.name
+        self.argument = site.arguments[hooks.naming]
+        self.prepends = hooks.runtime.patch.variant.mix == "prepend"
+        self.where: Literal["hook", "inside", "outside"] | None = None
+        self.handles: list[RemovableHandle] = []
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Adds the prompts to the module's input."""
+        hooks, index, name = self.hooks, self.argument.index, self.argument.name
+        if not hooks.active:
+            return None
+        call = getattr(hooks.here, "call", None)
+        if call is None:
+            raise self._outside_of_a_call()
+        if call.off:
+            return None
+        if len(args) > index:
+            x = args[index]
+        elif name in kwargs:
+            x = kwargs[name]
+        else:
+            raise self._missing(args, kwargs)
+        context = call.context
+        if context is None:
+            context = call.late(self.name, x)
+        x = context.prepend(self.name, x) if self.prepends else context.add(self.name, x)
+        if len(args) > index:
+            return (*args[:index], x, *args[index + 1 :]), kwargs
+        return args, {**kwargs, name: x}
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Takes prepended prompts out of the module's output."""
+        call = getattr(self.hooks.here, "call", None)
+        if not self.hooks.active or call is None or call.off:
+            return None
+        stripped: Tensor = call.context.strip(self.name, output)
+        return stripped
+
+    def _outside_of_a_call(self) -> PatchError:
+        return PatchError(
+            f"site {self.name} was called outside of a forward call of the model, so its timestep "
+            "is unknown: call the whole model (under gradient checkpointing, through the model's "
+            "own `enable_gradient_checkpointing`, and attach and remove patches only when the "
+            "backward pass is done)."
+        )
+
+    def _missing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchError:
+        found = f"{len(args)} positional ones and {', '.join(kwargs) or 'no others'}"
+        return PatchError(
+            f"site {self.name} expected the block's input as argument {self.argument.index} or as "
+            f"{self.argument.name}=, found {found}: this model calls its blocks in a way that is "
+            "not supported."
+        )
 
 
 def _module(denoiser: nn.Module, path: str) -> nn.Module:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmp_common.attach.context import Settings
+from dmp_common.attach.settings import Settings
 from dmp_common.bases.schedule import Schedule
 from dmp_common.errors import PatchError
 from dmp_common.patch.patch import Patch

@@ -9,9 +9,7 @@ import torch.nn as nn
 
 from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
 from dmp_common.bases.table import known_bases
-from dmp_common.bases.timesteps import frequency_shift
 from dmp_common.errors import PatchError
-from dmp_common.patch.variant import Variant
 
 # Where pipelines and hosts keep the denoiser: diffusers, A1111 and ComfyUI, Forge.
 _DENOISERS = (
@@ -19,6 +17,7 @@ _DENOISERS = (
     "transformer",
     "model.diffusion_model",
     "diffusion_model",
+    "base_model.model",  # PEFT's wrapper
     "forge_objects.unet.model.diffusion_model",
 )
 
@@ -45,13 +44,18 @@ _SHAPES = {
 }
 
 
-def find_denoiser(model: Any) -> nn.Module:
+def find_denoiser(model: Any, compiled: bool = False) -> nn.Module:
     """The UNet or transformer itself, from a pipeline, a host's model or itself.
+
+    Args:
+        compiled: whether it may be compiled already; hooks that come later are ignored then.
 
     Raises:
         PatchError: nothing of the kind, or a model that is compiled already.
     """
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if compiled:
+        model = getattr(model, "_orig_mod", model)
+    elif hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise PatchError(
             "expected a model that is not compiled yet, because hooks added to a compiled model "
             "are ignored: attach the patch first, then compile."
@@ -62,7 +66,14 @@ def find_denoiser(model: Any) -> nn.Module:
         for part in path.split("."):
             found = getattr(found, part, None)
         if isinstance(found, nn.Module) and found is not model:
-            return find_denoiser(found)
+            return find_denoiser(found, compiled)
+    if isinstance(model, nn.DataParallel):
+        raise PatchError(
+            "expected a model on one device, found one in DataParallel, whose copies have no hooks "
+            "of their own: use DistributedDataParallel, or attach to the model without it."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return find_denoiser(model.module, compiled)
     if isinstance(model, nn.Module):
         return model
     raise PatchError(
@@ -121,14 +132,17 @@ def _ends(path: str) -> list[int]:
     return [place for place, letter in enumerate(path) if letter == "."] + [len(path)]
 
 
-def require_base(denoiser: nn.Module, base: Base) -> Naming:
-    """The naming by which a model is of a base.
+def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) -> Naming:
+    """Returns the naming by which a model is of a base.
+
+    Args:
+        wanted: the only naming that will do, None where any will.
 
     Raises:
         PatchError: the model is of another base, or of none.
     """
     naming = naming_of(denoiser, base)
-    if naming is not None:
+    if naming is not None and wanted in (None, naming):
         return naming
     others = [b.name for b in known_bases() if naming_of(denoiser, b) is not None]
     found = f"a model of base {others[0]}" if others else describe(denoiser)
@@ -136,44 +150,6 @@ def require_base(denoiser: nn.Module, base: Base) -> Naming:
         f"the patch is for base {base.name}, and found {found}: load a {base.name} model, or a "
         "patch made for this one."
     )
-
-
-def require_same_timesteps(denoiser: nn.Module, variant: Variant, naming: Naming) -> None:
-    """Refuses a model whose time embedding is not the one a patch was trained with.
-
-    Raises:
-        PatchError: another frequency shift of the sinusoid.
-    """
-    found = frequency_shift(denoiser, variant.base_spec, naming)
-    expected = variant.frequency_shift
-    if found != expected:
-        raise PatchError(
-            f"the patch was trained with a time embedding of frequency shift {expected:g}, and the "
-            f"model has {found:g}: load the model from the original weights (shift 0), or with "
-            "the library it was trained with, or use a patch trained on it."
-        )
-
-
-def require_same_prediction(model: Any, variant: Variant) -> None:
-    """Refuses a pipeline whose model predicts something else than the patch was trained for.
-
-    Only a pipeline knows what its model predicts; a bare model is the caller's business.
-
-    Raises:
-        PatchError: another prediction type.
-    """
-    config = getattr(getattr(model, "scheduler", None), "config", None)
-    if config is None:
-        return
-    found = config.get("prediction_type", "flow")
-    if found == "flow_prediction":
-        found = "flow"
-    if found != variant.prediction:
-        raise PatchError(
-            f"the patch was trained on a model with prediction type {variant.prediction}, and "
-            f"this pipeline has {found}: use a patch trained for it, or attach to the model "
-            "instead of the pipeline if you know better."
-        )
 
 
 def prediction_of(model_sampling: object) -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common.compat import without_autocast
+from dmp_common.compat import AUTOCAST
 from dmp_common.patch.variant import ATTENTION_WIDTH, Variant
 
 HARD_SHARE = 0.75  # of the prompts that a hard gate keeps (paper, Table 4)
@@ -61,13 +61,15 @@ class Gate(nn.Module):
         Returns:
             (T, S, K*N), or (T, S, K) with gate unit "grid"; float32.
         """
-        with without_autocast(e.device.type):
-            e, depths = e.float(), depths.float()
-            if self.variant.gate == "linear":
-                return _affine(e, depths, self.weight.float()) + self.bias.float()
-            if self.variant.gate == "attention":
-                query = _affine(e, depths, self.query.float())  # (T, S, 64)
-                return query @ self.key.float().T / math.sqrt(ATTENTION_WIDTH)
+        if e.device.type in AUTOCAST and torch.is_autocast_enabled(e.device.type):
+            with torch.autocast(e.device.type, enabled=False):
+                return self.logits(e, depths)
+        e, depths = e.float(), depths.float()
+        if self.variant.gate == "linear":
+            return _affine(e, depths, self.weight.float()) + self.bias.float()
+        if self.variant.gate == "attention":
+            query = _affine(e, depths, self.query.float())  # (T, S, 64)
+            return query @ self.key.float().T / math.sqrt(ATTENTION_WIDTH)
         raise ValueError("a patch without gate has no logits")
 
     def forward(self, e: Tensor, depths: Tensor, temperature: float = 1.0) -> Tensor:

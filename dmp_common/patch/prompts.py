@@ -62,34 +62,35 @@ def resize(field: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
     steps, _, width = field.shape
     rows, columns = grid
     if rows != size[0]:
-        field = resize_matrix(rows, size[0], field) @ field.reshape(steps, rows, columns * width)
+        matrix = _MATRICES.get((rows, size[0], field.device)) if not is_compiling() else None
+        matrix = resize_matrix(rows, size[0], field.device) if matrix is None else matrix
+        field = matrix @ field.reshape(steps, rows, columns * width)
     field = field.reshape(steps, size[0], columns, width)
     if columns != size[1]:
-        field = resize_matrix(columns, size[1], field) @ field
+        matrix = _MATRICES.get((columns, size[1], field.device)) if not is_compiling() else None
+        matrix = resize_matrix(columns, size[1], field.device) if matrix is None else matrix
+        field = matrix @ field
     return field
 
 
 _MATRICES: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
-def resize_matrix(source: int, target: int, like: Tensor) -> Tensor:
-    """The matrix (target, source), float32, that resizes one direction of a field.
+@torch.compiler.assume_constant_result  # a compiled graph holds the matrices of its sizes
+def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    """Returns the matrix (target, source), float32, that resizes one direction of a field.
 
-    A plain dictionary, not `lru_cache`: a compiled graph must be able to read it. There are as
-    many entries as live sizes, a few kilobytes each.
+    Matrices are kept: there are as many as live sizes, a few kilobytes each.
     """
-    key = (source, target, like.device)
-    matrix = _MATRICES.get(key)
-    if matrix is None:
+    key = (source, target, device)
+    if key not in _MATRICES:
         # Outside inference mode, or the matrix could not serve a later training step.
         with torch.inference_mode(False), torch.no_grad():
-            matrix = F.interpolate(
-                torch.eye(source, device=like.device)[None, None],
+            _MATRICES[key] = F.interpolate(
+                torch.eye(source, device=device)[None, None],
                 size=(target, source),
                 mode="bilinear",
                 align_corners=False,
                 antialias=True,
             )[0, 0]
-        if not is_compiling():
-            _MATRICES[key] = matrix
-    return matrix
+    return _MATRICES[key]

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmp_common.bases.base import Base
 from dmp_common.bases.table import get_base, known_bases
 from dmp_common.errors import PatchError
-from dmp_common.patch.file import file_hash
+from dmp_common.patch.file import file_hash, modelspec, write_patch_file
 from dmp_common.patch.patch import Patch
 from dmp_common.patch.variant import Mix
 from dmp_common.tools.unpickle import StoredTensor, TorchFile
@@ -61,7 +61,8 @@ def convert_official(
     spec = _find_base(official, base)
     patch = _patch(official, spec, _find_mix(official, spec, mix))
     if target is not None:
-        patch.save(target)
+        made = {**patch.metadata, **modelspec(patch.variant, Path(target))}
+        write_patch_file(target, patch.variant, patch.tensors(), made)
     return patch.eval()
 
 

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmp_common.api import load_patch, save_patch
+from dmp_common.api import Patch
 from dmp_common.errors import PatchError
-from dmp_common.patch.patch import Patch
 from dmp_common.tools.card import LIBRARY, model_card
 from dmp_common.version import __version__
 
@@ -125,10 +124,10 @@ def _file(patch: Patch | str | os.PathLike[str], stem: str) -> tuple[Patch, str,
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(patch, Patch):
             path = Path(folder, f"{stem}.safetensors")
-            save_patch(patch, path)
+            patch.save(path)
         else:
             path = Path(patch).expanduser()
-        return load_patch(path), path.name, path.read_bytes()
+        return Patch.load(path), path.name, path.read_bytes()
 
 
 def _commit(client: Any, repo_id: str, files: Mapping[str, bytes], message: str) -> None:

@@ -188,7 +188,7 @@ def test_cache_limit_is_respected_and_changes_nothing(kind):
             run = []
             for step in steps:
                 run.append(kind.run(model, step))
-                held = sum(value.nbytes for value in each.cache._fields.values())
+                held = sum(value.nbytes for value in each.cache.values())
                 assert held == each.cache.bytes <= each.cache.limit
         outputs.append(run)
     assert len(none.cache) == 0

@@ -92,9 +92,10 @@ def test_change_of_inference_tensors_is_seen_on_another_device():
     """They do not count their changes."""
     with torch.inference_mode():
         patch = make(DIT)
-        first = patch._replica(torch.device("cpu")).gate.weight.clone()
+        first = patch.runtime.copied(torch.device("cpu")).patch.gate.weight.clone()
         patch.gate.weight.mul_(2.0)
-        assert torch.equal(patch._replica(torch.device("cpu")).gate.weight, 2.0 * first)
+        other = patch.runtime.copied(torch.device("cpu")).patch
+        assert torch.equal(other.gate.weight, 2.0 * first)
 
 
 @pytest.mark.gpu

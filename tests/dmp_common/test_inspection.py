@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from dmp_common import Patch, bases, register_base
 from dmp_common.__main__ import main
-from dmp_common.api import save_patch
 from dmp_common.patch.file import file_hash
 from dmp_common.tools.inspect import as_text, inspect_file
 
@@ -101,7 +100,7 @@ def test_inspect_marks_what_differs_from_the_default(tmp_path, capsys):
 
 def test_inspect_json_of_several_files(patch_file, tmp_path, capsys):
     half = tmp_path / "half.safetensors"
-    save_patch(Patch.create(BASE, gate="none", mix="prepend"), half, dtype=torch.float16)
+    Patch.create(BASE, gate="none", mix="prepend").save(half, dtype=torch.float16)
     assert run("inspect", "--json", patch_file, half) == 0
     full, other = json.loads(capsys.readouterr().out)
     assert full["metadata"]["ss_notes"] == "n" * 500

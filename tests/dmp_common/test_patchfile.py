@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.api import load_patch, save_patch
 from dmp_common.patch.file import file_hash, read_header
 from tests.tiny import FAMILIES
 
@@ -123,7 +122,7 @@ def test_file_holds_what_the_format_says(good: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files(dtype: torch.dtype, tmp_path: Path) -> None:
     patch = TINY.patch()
-    save_patch(patch, tmp_path / "p.safetensors", dtype=dtype)
+    patch.save(tmp_path / "p.safetensors", dtype=dtype)
     loaded = Patch.load(tmp_path / "p.safetensors")
     for name, tensor in patch.tensors().items():
         assert loaded.tensors()[name].dtype == torch.float32
@@ -250,14 +249,14 @@ def test_wrong_tensors_are_named(
     change, message = damage
     changed_tensors(change, good)
     with pytest.raises(PatchError, match=message):
-        load_patch(good)
+        Patch.load(good)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="check the path"):
         Patch.load(tmp_path / "none.safetensors")
     with pytest.raises(PatchError, match="folder"):
-        load_patch(tmp_path)
+        Patch.load(tmp_path)
 
 
 def test_patch_of_another_base_is_refused_by_a_model(good: Path) -> None:

@@ -1,0 +1,226 @@
+"""Attaching a patch to a model, and removing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MethodType, TracebackType
+from typing import Any
+
+from dmp_common.attach.compatibility import (
+    prediction_of_scheduler,
+    require_compatible,
+    require_timesteps_of_scheduler,
+)
+from dmp_common.attach.hooks import CallHooks
+from dmp_common.attach.places import remove
+from dmp_common.attach.runtime import runtime_of
+from dmp_common.attach.settings import Settings
+from dmp_common.attach.wrapping import unwrap
+from dmp_common.bases.detect import find_denoiser
+from dmp_common.bases.schedule import ALWAYS, Schedule
+from dmp_common.errors import PatchError
+from dmp_common.patch.patch import Patch
+
+ScheduleLike = Schedule | Sequence[tuple[float, float]] | None
+SitesLike = Iterable[str] | Mapping[str, float] | None
+
+
+def attach(
+    model: Any,
+    patch: Patch,
+    settings: Settings | None = None,
+    *,
+    strength: float = 1.0,
+    schedule: ScheduleLike = None,
+    temperature: float = 1.0,
+    sites: SitesLike = None,
+) -> Attachment:
+    """Attaches a patch to a model, until `remove()` or the end of the `with` block.
+
+    Several patches may be attached; their fields add. Attach before `torch.compile` of the whole
+    model; the compiled blocks of `compile_repeated_blocks` may come before or after. The model
+    itself is not changed: after `remove()` it is what it was.
+
+    Args:
+        model: a diffusers pipeline, its unet or transformer, or an LDM model of a host.
+        patch: made for the base of this model.
+        settings: all that follows, as one object; then the rest must be left out.
+        strength: multiplies the added field; 0 is exactly the base.
+        schedule: where along the timesteps the patch acts; or points (progress, factor), with
+            progress 0 at the noise and 1 at the picture, and straight lines between them.
+        temperature: of the gate.
+        sites: the sites that act, None for all of the patch's; or a strength for some of them by
+            name, which multiplies `strength`, the others having 1.
+
+    Raises:
+        PatchError: the patch is for another base, another time embedding or another prediction
+            type than the model's, or the model is compiled already.
+
+    Example:
+        >>> pipe = diffusers.StableDiffusionPipeline.from_pretrained(...)  # doctest: +SKIP
+        >>> with attach(pipe, Patch.load("p.safetensors"), strength=0.8):  # doctest: +SKIP
+        ...     image = pipe("a photo of a cat").images[0]
+    """
+    said = (strength, schedule, temperature, sites) != (1.0, None, 1.0, None)
+    if settings is not None and said:
+        raise PatchError(
+            "expected either settings or strength, schedule, temperature and sites, found both: "
+            "give one of them."
+        )
+    if settings is None:
+        named = sites if isinstance(sites, Mapping) else {}
+        chosen = None if sites is None or isinstance(sites, Mapping) else frozenset(sites)
+        settings = Settings(
+            strength, as_schedule(schedule), temperature, chosen, tuple(named.items())
+        )
+    settings.require_sites(tuple(patch.sites))
+    denoiser = find_denoiser(model)
+    scheduler = getattr(model, "scheduler", None)
+    naming = require_compatible(
+        denoiser, patch.variant, prediction=prediction_of_scheduler(scheduler)
+    )
+    require_timesteps_of_scheduler(scheduler, patch.variant, settings)
+    hooks = CallHooks(denoiser, runtime_of(patch), naming, settings)
+    return Attachment(hooks, scheduler)
+
+
+def as_schedule(schedule: ScheduleLike) -> Schedule:
+    """Returns a schedule from one, from (progress, factor) points, or from None (always)."""
+    if schedule is None:
+        return ALWAYS
+    return schedule if isinstance(schedule, Schedule) else Schedule.from_percent(curve=schedule)
+
+
+def attached(model: Any) -> list[Attachment]:
+    """Lists the attachments of a model, in the order in which they were made.
+
+    Args:
+        model: as for `attach`.
+    """
+    hooks = find_denoiser(model, compiled=True)._forward_pre_hooks.values()
+    owners = [hook.__self__ for hook in hooks if isinstance(hook, MethodType)]
+    return [Attachment(owner) for owner in owners if isinstance(owner, CallHooks)]
+
+
+def detach(model: Any) -> int:
+    """Removes every patch from a model, also those whose attachment is lost.
+
+    Args:
+        model: as for `attach`.
+
+    Returns:
+        How many there were.
+    """
+    found = attached(model)
+    for attachment in found:
+        attachment.remove()
+    return len(found)
+
+
+class Attachment:
+    """A patch on a model. Made by `attach`; a context manager.
+
+    `strength`, `schedule`, `settings` and `enabled` may be set at any time; the next forward call
+    of the model follows them. What one call needs is kept for the thread that makes it, and ends
+    with it. A deep copy of the model is patched like the original, independently of it:
+    `attached(copy)` gives its attachment.
+
+    Args:
+        hooks: those on the model.
+        scheduler: of the pipeline, if there is one; it says what the model predicts.
+    """
+
+    def __init__(self, hooks: CallHooks, scheduler: Any = None) -> None:
+        self._hooks = hooks
+        self._scheduler = scheduler
+
+    @property
+    def patch(self) -> Patch:
+        """The patch."""
+        return self._hooks.runtime.patch
+
+    @property
+    def calls(self) -> int:
+        """Forward calls that embedded their timestep.
+
+        Hosts warn when there are none, because a replaced model (TensorRT) calls the denoiser but
+        none of its parts.
+        """
+        return self._hooks.calls
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is still on the model; `remove()` ends it."""
+        return self._hooks.active
+
+    @property
+    def settings(self) -> Settings:
+        """How the patch is used; may be set."""
+        return self._hooks.settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        settings.require_sites(tuple(self.patch.sites))
+        require_timesteps_of_scheduler(self._scheduler, self.patch.variant, settings)
+        self._hooks.use(settings, self._hooks.enabled)
+
+    @property
+    def strength(self) -> float:
+        """What the added field is multiplied by; may be set."""
+        return self.settings.strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self.settings = replace(self.settings, strength=strength)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Where along the timesteps the patch acts; may be set, also to points, see `attach`."""
+        return self.settings.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: ScheduleLike) -> None:
+        self.settings = replace(self.settings, schedule=as_schedule(schedule))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the patch acts; may be set. When it does not, the model is exactly the base."""
+        return self._hooks.enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._hooks.use(self.settings, bool(enabled))
+
+    def remove(self) -> None:
+        """Takes the patch off the model. Calling it again does nothing."""
+        hooks = self._hooks
+        # Compiled graphs do not watch hooks, but they do watch this flag.
+        hooks.active = False
+        for handle in hooks.handles:
+            handle.remove()
+        hooks.handles.clear()
+        for site in hooks.sites:
+            remove(site)
+        hooks.sites.clear()
+        for module in hooks.checkpointing:
+            unwrap(module, "_gradient_checkpointing_func", hooks)
+        hooks.checkpointing.clear()
+        hooks.here.call = None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attachment) and other._hooks is self._hooks
+
+    def __hash__(self) -> int:
+        return id(self._hooks)

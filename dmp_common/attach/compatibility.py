@@ -1,0 +1,110 @@
+"""What must hold before a patch may act on a model; one check for diffusers and for every host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as nn
+
+from dmp_common.attach.settings import Settings
+from dmp_common.bases.detect import require_base
+from dmp_common.bases.parts import Naming
+from dmp_common.bases.timesteps import frequency_shift
+from dmp_common.errors import PatchError
+from dmp_common.patch.variant import Variant
+
+_NOISIEST = (500.0, 1001.0)  # between these a model that counts from 1000 (noise) to 0 begins
+# Schedulers of diffusers whose timesteps are something else: a function of sigma, or 1 to 0.
+_OTHER_TIMESTEPS = ("EDM", "IPNDM", "CMStochastic", "KarrasVe", "ScoreSde", "CosineDPM")
+
+
+def require_compatible(
+    denoiser: nn.Module,
+    variant: Variant,
+    *,
+    naming: Naming | None = None,
+    prediction: str | None = None,
+    noisiest: float | None = None,
+) -> Naming:
+    """Refuses a model that a patch was not made for.
+
+    Args:
+        denoiser: the UNet or transformer itself.
+        variant: of the patch.
+        naming: the naming of the host's models; None where either will do.
+        prediction: what the model predicts, None where nobody says.
+        noisiest: the timestep at which the host begins with pure noise, None where nobody says.
+
+    Returns:
+        The naming of the model.
+
+    Raises:
+        PatchError: another base; or everything else that does not fit, in one message: the
+            frequency shift of the time embedding, the prediction type, the scale of timesteps,
+            prompts that are prepended.
+    """
+    found = require_base(denoiser, variant.base_spec, naming)
+    problems = []
+    if variant.mix == "prepend" and found != "diffusers":
+        problems.append(
+            "this patch prepends its prompts, which only the trainer can do: use a patch that "
+            "adds them"
+        )
+    shift = frequency_shift(denoiser, variant.base_spec, found)
+    if shift != variant.frequency_shift:
+        problems.append(
+            f"the patch was trained with a time embedding of frequency shift "
+            f"{variant.frequency_shift:g}, and the model has {shift:g}: load the model from the "
+            "original weights (shift 0), or with the library it was trained with, or use a patch "
+            "trained on it"
+        )
+    if prediction is not None and prediction != variant.prediction:
+        problems.append(
+            f"the patch was trained on a model with prediction type {variant.prediction}, and "
+            f"this model has {prediction}: load the model the patch was trained for, or a patch "
+            "for this one; where the model is the same, set its prediction type (in ComfyUI with a "
+            "ModelSampling node, in diffusers in the scheduler's configuration)"
+        )
+    elif noisiest is not None and not _NOISIEST[0] < noisiest <= _NOISIEST[1]:
+        problems.append(
+            f"expected a model with timesteps from 1000 (noise) to 0, found one that starts at "
+            f"{noisiest:g}: use the model sampling the patch was trained with"
+        )
+    if problems:
+        raise PatchError("; and ".join(problems) + ".")
+    return found
+
+
+def prediction_of_scheduler(scheduler: Any) -> str | None:
+    """Returns what the model of a diffusers pipeline predicts, None where nobody says.
+
+    Args:
+        scheduler: of the pipeline, or None.
+    """
+    config = getattr(scheduler, "config", None)
+    if config is None:
+        return None
+    said: str | None = config.get("prediction_type")
+    if said is None:
+        # Flow matching schedulers know one prediction only; others (IPNDM) just do not say.
+        return "flow" if type(scheduler).__name__.startswith("FlowMatch") else None
+    return "flow" if said == "flow_prediction" else said
+
+
+def require_timesteps_of_scheduler(scheduler: Any, variant: Variant, settings: Settings) -> None:
+    """Refuses a part of the schedule where a pipeline does not count timesteps from 1000 to 0.
+
+    EDM schedulers (Playground 2.5) call the model with c_noise, a quarter of the logarithm of
+    sigma; a schedule would act somewhere else than it says.
+
+    Raises:
+        PatchError: the patch or its settings act at some timesteps only, and the scheduler counts
+            in another way.
+    """
+    name = type(scheduler).__name__
+    if settings.needs_timesteps(variant.timesteps) and name.startswith(_OTHER_TIMESTEPS):
+        raise PatchError(
+            f"expected a scheduler that counts timesteps from 1000 (noise) to 0 for a schedule, or "
+            f"for a patch of a part of the timesteps, found {name}: use another scheduler, or a "
+            "patch and settings that act at all timesteps."
+        )

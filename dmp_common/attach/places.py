@@ -1,0 +1,98 @@
+"""Where in a module the prompts of a site are added: a hook, or inside or outside of others' work.
+
+Mostly a torch hook before the module. Two things make another place necessary, and both may come
+before or after attaching:
+
+- The block caches of diffusers (`enable_cache`) replace the module's `forward` and may skip the
+  module. Then the prompts are added inside, around the innermost forward: a skipped block gets
+  none.
+- A module that is compiled by itself (`compile_repeated_blocks`) would have the hook in its graph,
+  and a graph for every site. Then the prompts are added outside, before the compiled code: all
+  blocks share the graphs of the plain model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dmp_common.attach.wrapping import Wrapping, is_wrapped, unwrap
+
+if TYPE_CHECKING:
+    from dmp_common.attach.hooks import SiteHook
+
+REGISTRY = "_diffusers_hook"  # where diffusers keeps what replaces a module's forward
+COMPILED = "_compiled_call_impl"  # what `Module.compile` sets, and calls instead of the module
+
+
+class Around(Wrapping):
+    """Adds a site's prompts to the arguments of a callable that takes the module's."""
+
+    owner: SiteHook
+
+    def __init__(self, owner: SiteHook, inner: Any) -> None:
+        super().__init__(owner, inner)
+        self.__wrapped__ = inner  # for `inspect.signature`, which diffusers asks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        site = self.owner
+        changed = site.before(site.module, args, kwargs)
+        args, kwargs = (args, kwargs) if changed is None else changed
+        output = self.inner(*args, **kwargs)
+        if site.prepends:
+            stripped = site.after(site.module, args, output)
+            output = output if stripped is None else stripped
+        return output
+
+
+def moved(site: SiteHook) -> bool:
+    """Tells whether the prompts of a site must be added at another place than now."""
+    if site.where != _wanted(site):
+        return True
+    if site.where == "hook":
+        return not site.handles
+    holder, name = _holder(site)
+    return not is_wrapped(getattr(holder, name), site)
+
+
+def settle(site: SiteHook) -> None:
+    """Puts the prompts of a site where they belong now."""
+    remove(site)
+    site.where = _wanted(site)
+    if site.where != "hook":
+        holder, name = _holder(site)
+        setattr(holder, name, Around(site, getattr(holder, name)))
+        return
+    site.handles.append(site.module.register_forward_pre_hook(site.before, with_kwargs=True))
+    if site.prepends:
+        site.handles.append(site.module.register_forward_hook(site.after))
+
+
+def remove(site: SiteHook) -> None:
+    """Takes the prompts of a site away, wherever they are."""
+    for handle in site.handles:
+        handle.remove()
+    site.handles.clear()
+    own = vars(site.module)
+    if COMPILED in own:
+        unwrap(site.module, COMPILED, site)
+    for reference in own[REGISTRY]._fn_refs if REGISTRY in own else ():
+        unwrap(reference, "original_forward", site)
+        unwrap(reference, "forward", site)
+    if "forward" in own:  # where diffusers gives it back
+        unwrap(site.module, "forward", site)
+    site.where = None
+
+
+def _wanted(site: SiteHook) -> Any:
+    own = vars(site.module)
+    if REGISTRY in own and own[REGISTRY]._fn_refs:
+        return "inside"
+    return "hook" if own.get(COMPILED) is None else "outside"
+
+
+def _holder(site: SiteHook) -> tuple[Any, str]:
+    """Finds the callable that the prompts go around."""
+    if site.where == "outside":
+        return site.module, COMPILED
+    innermost = vars(site.module)[REGISTRY]._fn_refs[0]
+    return innermost, "forward" if innermost.original_forward is None else "original_forward"

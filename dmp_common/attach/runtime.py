@@ -1,0 +1,269 @@
+"""What a patch needs in forward calls: distinct timesteps, what is remembered, other devices."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Hashable, Mapping
+from operator import is_not
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dmp_common.attach.cache import FieldCache, Remembered
+from dmp_common.attach.context import Context
+from dmp_common.attach.settings import Dials, Settings
+from dmp_common.bases.parts import Latent
+from dmp_common.bases.schedule import EVERYWHERE
+from dmp_common.compat import function_transform, is_compiling
+from dmp_common.errors import PatchError
+from dmp_common.patch.patch import Patch
+
+_DEFAULT = Settings()
+
+
+class Runtime:
+    """Makes the contexts of a patch's forward calls, in any thread, on any device.
+
+    One runtime serves all models a patch is attached to. Finished fields are remembered between
+    calls in evaluation mode (`Patch.load` gives a patch in it) and without gradients; a change of
+    a parameter in place is noticed. Writes through `.data` are not: call `cache.clear()` after
+    them.
+
+    Args:
+        patch: whose calls they are.
+    """
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.cache = FieldCache()
+        self._columns = {name: column for column, name in enumerate(patch.sites)}
+        self._pools = {name: patch.pool(name) for name in patch.sites}
+        # Dictionaries of the parameters: `parameters()` recurses, and this runs in every call.
+        self._holders: list[dict[str, nn.Parameter | None]] = [
+            module._parameters for module in (patch.gate, *self._pools.values())
+        ]
+        self._within = patch.variant.timesteps
+        self._seen: list[nn.Parameter] = []
+        self._generation = 0
+        self._lock = threading.RLock()
+        self._replicas: dict[torch.device, tuple[Hashable, Runtime]] = {}
+
+    def prepare(
+        self,
+        e: Tensor,
+        latent: Latent | None = None,
+        settings: Settings = _DEFAULT,
+        *,
+        timesteps: Tensor | None = None,
+        dials: Dials | None = None,
+    ) -> Context:
+        """Computes what one forward call of the model will add: all gates at once, in float32.
+
+        Args:
+            e: the model's time embedding of each batch item (B, E).
+            latent: size of the latent and place of its tokens; None where sites are feature maps.
+            settings: strength, schedule and so on.
+            timesteps: (B,) on the scale 0..1000; needed where the strength differs between them.
+            dials: the settings as tensors, for compiled code.
+
+        Returns:
+            An immutable context; call `context.add(site, x)` at each site.
+
+        Raises:
+            PatchError: an embedding of another base, unknown sites, or missing timesteps.
+        """
+        patch = self.patch
+        if e.dim() != 2 or e.shape[1] != patch.base.embedding:
+            raise PatchError(
+                f"expected a time embedding (B, {patch.base.embedding}) of base "
+                f"{patch.base.name}, found {tuple(e.shape)}: the patch was made for another base "
+                "than this model."
+            )
+        if self._holders[-1]["prompts"].device != e.device:  # type: ignore[union-attr]
+            there = self.on(e.device)
+            return there.prepare(e, latent, settings, timesteps=timesteps, dials=dials)
+        columns: Mapping[str, int] = self._columns
+        if settings.sites is not None or settings.site_strengths:
+            columns = self._active_columns(settings)
+        strength: float | Tensor
+        site_strengths: Mapping[str, float | Tensor]
+        if dials is None:
+            strength, site_strengths = settings.strength, dict(settings.site_strengths)
+            if not settings.steady or self._within != EVERYWHERE:
+                strength = settings.strengths(timesteps, self._within)
+            if isinstance(strength, float) and strength == 0.0:
+                columns = {}  # exactly the base
+        else:
+            strength, site_strengths = self._turned(dials, settings, timesteps)
+        # `is_transforming`, in place: this function runs in every call.
+        transforming = not is_compiling() and (
+            forward_ad._current_level >= 0 or function_transform() is not None
+        )
+        remembered: Remembered | None = None
+        rows: Tensor | None = None
+        key: Hashable = None
+        if not (transforming or patch.training or is_compiling() or e.is_meta):
+            remembered, rows, key = self._recall(e, latent, settings.temperature)
+        if remembered is None:
+            weights = patch.gate_weights(e, settings.temperature) * patch.learning_scale
+        else:
+            weights = remembered.weights
+        return Context(
+            weights,
+            columns,
+            patch.sites,
+            self._pools,
+            patch.variant.grid,
+            patch.base.layout == "tokens",
+            patch.base.shared,
+            strength,
+            site_strengths,
+            rows,
+            latent,
+            remembered,
+            None if remembered is None else self.cache,
+            key,
+            not transforming,
+        )
+
+    def needs_timesteps(self, settings: Settings) -> bool:
+        """Tells whether the strength of the patch differs between timesteps."""
+        return settings.needs_timesteps(self._within)
+
+    def strengths(self, settings: Settings, timesteps: Tensor | None) -> float | Tensor:
+        """Returns the strength of each batch item, 0 outside the patch's own timesteps."""
+        return settings.strengths(timesteps, self._within)
+
+    def on(self, device: torch.device) -> Runtime:
+        """Returns the runtime of the patch on a device: itself, or that of a copy.
+
+        The copy is made again when a parameter has changed.
+
+        Raises:
+            PatchError: the patch is being trained elsewhere.
+        """
+        own = next(self.patch.parameters())
+        if own.device == device:
+            return self
+        if self.patch.training and torch.is_grad_enabled():
+            raise PatchError(
+                f"the patch is on {own.device} and the model on {device}: for training move the "
+                "patch with `patch.to(...)` first."
+            )
+        return self.copied(device)
+
+    def copied(self, device: torch.device) -> Runtime:
+        """Returns the runtime of a copy of the patch on a device, see `on`."""
+        with self._lock:
+            versions = self._versions()
+            known = self._replicas.get(device)
+            if known is not None and known[0] == versions and versions is not None:
+                return known[1]
+            with torch.inference_mode(False), torch.no_grad():
+                other = copy.deepcopy(self.patch).to(device).requires_grad_(False)
+            runtime = Runtime(other)
+            runtime.cache.limit = self.cache.limit
+            if versions is not None:
+                self._replicas[device] = versions, runtime
+            return runtime
+
+    def release(self) -> None:
+        """Gives back the memory of copies on other devices and of finished fields."""
+        with self._lock:
+            self._replicas.clear()
+        self.cache.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        return runtime_of(copy.deepcopy(self.patch, memo))
+
+    def _active_columns(self, settings: Settings) -> dict[str, int]:
+        settings.require_sites(tuple(self._columns))
+        off = {name for name, strength in settings.site_strengths if strength == 0.0}
+        return {
+            name: column
+            for name, column in self._columns.items()
+            if (settings.sites is None or name in settings.sites) and name not in off
+        }
+
+    def _turned(
+        self, dials: Dials, settings: Settings, timesteps: Tensor | None
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Returns the strength (B,) and the factors of single sites as tensors."""
+        assert timesteps is not None
+        strength = dials.strengths(timesteps, self._within)
+        factors = dials.sites if settings.site_strengths else ()
+        return strength, {name: factors[self._columns[name]] for name, _ in settings.site_strengths}
+
+    def _recall(
+        self, e: Tensor, latent: Latent | None, temperature: float
+    ) -> tuple[Remembered | None, Tensor | None, Hashable]:
+        """Finds or computes the weights of the distinct timesteps, their rows, and their key."""
+        if torch.is_grad_enabled() and (e.requires_grad or self._learns()):
+            return None, None, None
+        versions = self._versions()
+        if versions is None:
+            return None, None, None
+        if e.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None, None, None
+        # The embedding itself is the key: whatever made it, equal values give equal gates.
+        values = e.detach().to("cpu", torch.float32).numpy()
+        items = [row.tobytes() for row in values]
+        first = dict(zip(reversed(items), range(len(items) - 1, -1, -1), strict=True))
+        firsts = sorted(first.values())
+        rows = None
+        if len(firsts) < len(items):
+            place = {items[row]: index for index, row in enumerate(firsts)}
+            if len(firsts) > 1:
+                rows = torch.tensor([place[item] for item in items], device=e.device)
+            e = e[firsts]
+        key = tuple([items[row] for row in firsts]), temperature, versions, latent
+        with self.cache.lock:
+            remembered = self.cache.get(key)
+            if remembered is not None:
+                self.cache.move_to_end(key)
+        if remembered is None:
+            with torch.inference_mode(False), torch.no_grad():
+                weights = self.patch.gate_weights(e.clone(), temperature)
+                remembered = Remembered(weights * self.patch.learning_scale)
+            self.cache.put(key, remembered)
+        return remembered, rows, key
+
+    def _versions(self) -> Hashable:
+        """Returns what changes whenever a parameter is changed in place or replaced.
+
+        None where nothing may be remembered: tensors of inference mode do not count their changes.
+        """
+        parameters: list[Any] = []
+        for holder in self._holders:
+            parameters += holder.values()
+        versions: list[int] = []
+        for parameter in parameters:
+            if parameter.is_inference():
+                return None
+            versions += parameter.data_ptr(), parameter._version
+        if len(parameters) != len(self._seen) or any(map(is_not, parameters, self._seen)):
+            # Addresses do not tell: a new tensor may get that of one that was freed.
+            with self._lock:
+                self._seen, self._generation = parameters, self._generation + 1
+        return self._generation, self.patch.conversions, self.patch.learning_scale, *versions
+
+    def _learns(self) -> bool:
+        return any(
+            parameter is not None and parameter.requires_grad
+            for holder in self._holders
+            for parameter in holder.values()
+        )
+
+
+def runtime_of(patch: Patch) -> Runtime:
+    """Returns the runtime of a patch: the one it carries (the public `Patch` does), or a new one.
+
+    A patch that is attached to several models has one runtime, so that they share what it
+    remembers.
+    """
+    runtime = getattr(patch, "runtime", None)
+    return runtime if isinstance(runtime, Runtime) else Runtime(patch)
