@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch.nn as nn
 
 from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
+from dmp_common.bases.strangers import find_stranger, holds, stranger_of
 from dmp_common.bases.table import known_bases
 from dmp_common.errors import PatchError
 
@@ -94,7 +96,8 @@ def detect_base(model: Any) -> Base:
             return base
     raise PatchError(
         f"expected a model of one of the bases {', '.join(b.name for b in known_bases())}, found "
-        f"{describe(denoiser)}: use a supported model, or add a base (CONTRIBUTING.md)."
+        f"{describe(denoiser)}, which is not supported: use a model of one of these bases, or add "
+        "a base (CONTRIBUTING.md)."
     )
 
 
@@ -103,20 +106,23 @@ def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
     modules = {name.rpartition(".")[0] for name in shapes}
     paths = {path[:end] for path in modules for end in _ends(path)}
 
-    def holds(prefix: str, probe: Probe) -> bool:
+    def fits(prefix: str, probe: Probe) -> bool:
         if probe.attribute is None:
             return (prefix + probe.path in paths) == probe.value
         shape = shapes.get(f"{prefix}{probe.path}.weight")
         return shape is not None and attribute_of_shape(probe.attribute, shape) == probe.value
 
+    prefixes = [
+        prefix for prefix in PREFIXES if find_stranger(functools.partial(fits, prefix)) is None
+    ]
     return [
         base
         for base in known_bases()
         if any(
-            all(holds(prefix, probe) for probe in base.probes[naming])
+            all(fits(prefix, probe) for probe in base.probes[naming])
             and all(prefix + site.paths[naming] in paths for site in base.sites)
             for naming in namings_of(base)
-            for prefix in PREFIXES
+            for prefix in prefixes
         )
     ]
 
@@ -145,10 +151,14 @@ def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) 
     if naming is not None and wanted in (None, naming):
         return naming
     others = [b.name for b in known_bases() if naming_of(denoiser, b) is not None]
-    found = f"a model of base {others[0]}" if others else describe(denoiser)
+    if others:
+        raise PatchError(
+            f"the patch is for base {base.name}, and found a model of base {others[0]}: load a "
+            f"{base.name} model, or a patch made for this one."
+        )
     raise PatchError(
-        f"the patch is for base {base.name}, and found {found}: load a {base.name} model, or a "
-        "patch made for this one."
+        f"the patch is for base {base.name}, and found {describe(denoiser)}, which is not "
+        f"supported: load a {base.name} model."
     )
 
 
@@ -163,12 +173,15 @@ def prediction_of(model_sampling: object) -> str:
 
 
 def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:
-    """The naming under which every probe and every site of the base is found, or None."""
+    """The naming under which every probe and every site of the base is found, or None.
+
+    A model of a family that only resembles the base has none.
+    """
     for naming in namings_of(base):
-        if all(_holds(denoiser, probe) for probe in base.probes[naming]) and all(
+        if all(holds(denoiser, probe) for probe in base.probes[naming]) and all(
             find_module(denoiser, site.paths[naming]) is not None for site in base.sites
         ):
-            return naming
+            return naming if stranger_of(denoiser) is None else None
     return None
 
 
@@ -182,7 +195,10 @@ def namings_of(base: Base) -> list[Naming]:
 
 
 def describe(denoiser: nn.Module) -> str:
-    """Class and telling facts of a model, for error messages."""
+    """Family, class and telling facts of a model that is of no base, for error messages."""
+    stranger = stranger_of(denoiser)
+    if stranger is not None:
+        return f"{stranger.name} ({type(denoiser).__name__})"
     facts: dict[str, None] = {}
     for base in known_bases():
         for probe in (p for naming in namings_of(base) for p in base.probes[naming]):
@@ -192,10 +208,3 @@ def describe(denoiser: nn.Module) -> str:
                 facts[f"{probe.path}.{probe.attribute} = {value}"] = None
     seen = "; ".join(list(facts)[:6]) or "no module of a known base"
     return f"{type(denoiser).__name__} ({seen})"
-
-
-def _holds(denoiser: nn.Module, probe: Probe) -> bool:
-    module = find_module(denoiser, probe.path)
-    if probe.attribute is None:
-        return (module is not None) == probe.value
-    return module is not None and getattr(module, probe.attribute, None) == probe.value

@@ -62,6 +62,8 @@ TABLE: tuple[Row, ...] = (
         widths=(320, 640, 1280),
         context=2048,
         attention=(False, True, True),
+        pooled=2816,
+        depth=10,
         architecture="stable-diffusion-xl-v1-base",
         hub_id="stabilityai/stable-diffusion-xl-base-1.0",
     ),

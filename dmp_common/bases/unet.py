@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmp_common.bases.base import Argument, Base, Prediction, Probe, Site, TimeSource
+from dmp_common.bases.transformer import depth_probes
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Unet:
         context: width of the text embedding, which tells SD 1.5 from 2.1.
         attention: which levels have attention blocks.
         layers: residual blocks of an encoder level.
+        pooled: input channels of the embedding of the pooled text and the picture's size, which
+            tells SDXL from Kolors. None is not checked.
+        depth: transformer blocks in an attention of the last level and of the middle, which tells
+            SDXL from what is distilled from it. None is not checked.
         prediction, architecture, hub_id: see `Base`.
     """
 
@@ -30,6 +35,8 @@ class Unet:
     context: int
     attention: Sequence[bool]
     layers: int = 2
+    pooled: int | None = None
+    depth: int | None = None
     prediction: Prediction = "epsilon"
     architecture: str = ""
     hub_id: str | None = None
@@ -74,6 +81,10 @@ class Unet:
             Probe("time_embedding.linear_1", "out_features", 4 * self.widths[0]),
             Probe(f"down_blocks.{len(self.widths)}", None, False),
             Probe(f"{attention}.{_TO_K}", "in_features", self.context),
+            *self._companion_probe("add_embedding.linear_1"),
+            *self._depth_probes(
+                f"down_blocks.{len(self.widths) - 1}.attentions.0", "mid_block.attentions.0"
+            ),
         )
 
     def _ldm_probes(self) -> tuple[Probe, ...]:
@@ -84,7 +95,20 @@ class Unet:
             Probe("time_embed.0", "out_features", 4 * self.widths[0]),
             Probe(f"input_blocks.{len(self.widths) * blocks}", None, False),
             Probe(f"{attention}.{_TO_K}", "in_features", self.context),
+            *self._companion_probe("label_emb.0.0"),
+            *self._depth_probes(
+                f"input_blocks.{(len(self.widths) - 1) * blocks + 1}.1", "middle_block.1"
+            ),
         )
+
+    def _companion_probe(self, path: str) -> tuple[Probe, ...]:
+        return () if self.pooled is None else (Probe(path, "in_features", self.pooled),)
+
+    def _depth_probes(self, *attentions: str) -> tuple[Probe, ...]:
+        if self.depth is None:
+            return ()
+        paths = [f"{attention}.transformer_blocks" for attention in attentions]
+        return tuple(probe for path in paths for probe in depth_probes(path, self.depth))
 
 
 _TO_K = "transformer_blocks.0.attn2.to_k"
@@ -106,7 +130,13 @@ def _unet_site(name: str, width: int, stride: int, diffusers: str, ldm: str) -> 
         width,
         stride,
         paths={"diffusers": diffusers, "ldm": ldm},
-        arguments={"diffusers": Argument("hidden_states", 0), "ldm": Argument("x", 0)},
+        arguments={
+            # By keyword in AnimateDiff's UNet, whose frames are items of the batch.
+            "diffusers": Argument(
+                "hidden_states" if "downsamplers" in diffusers else "input_tensor", 0
+            ),
+            "ldm": Argument("x", 0),
+        },
     )
 
 

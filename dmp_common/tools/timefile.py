@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
+from dmp_common.bases.base import Base, Naming, Probe, find_module
 from dmp_common.bases.detect import PREFIXES, attribute_of_shape, find_denoiser, require_base
+from dmp_common.bases.strangers import find_stranger
 from dmp_common.bases.timesteps import embed_timesteps, frequency_shift, time_features
 from dmp_common.errors import PatchError
 from dmp_common.patch.patch import Patch
@@ -145,6 +146,12 @@ def _embed_from_disk(
         ),
         candidates[0],
     )
+    stranger = find_stranger(lambda probe: files.probe(prefix, probe) == probe.value)
+    if stranger is not None:
+        raise PatchError(
+            f"{files.path}: expected a model of base {base.name}, found {stranger.name}, which is "
+            f"not supported: give a {base.name} model."
+        )
     for probe in base.probes[naming]:
         found = files.probe(prefix, probe)
         if found != probe.value:
@@ -153,12 +160,12 @@ def _embed_from_disk(
                 f"{files.path}: expected a model of base {base.name} with {what} = {probe.value}, "
                 f"found {found}: give the model this patch was made for."
             )
-    first, second = (files.linear(prefix + name) for name in names)
+    first, second = (files.linear(prefix + name, base.time_bias) for name in names)
     features = time_features(timesteps, base, patch.variant.frequency_shift)
     hidden = base.embedding if base.time_hidden is None else base.time_hidden
     shapes = (hidden, base.sinusoid), (base.embedding, hidden)
     for name, (weight, bias), shape in zip(names, (first, second), shapes, strict=True):
-        if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
+        if tuple(weight.shape) != shape or (bias is not None and tuple(bias.shape) != shape[:1]):
             raise PatchError(
                 f"{files.path}: expected {name}.weight of shape {shape}, found "
                 f"{tuple(weight.shape)}: give a {base.name} model, or a patch for this one."
@@ -175,7 +182,7 @@ def _find_layers(files: _ModelFiles, base: Base) -> list[tuple[Naming, str, tupl
     """The namings and prefixes a model's tensors may have, and the names of its time layers."""
     found: list[tuple[Naming, str, tuple[str, str]]] = []
     for prefix in PREFIXES:
-        for naming in NAMINGS:
+        for naming in base.times:
             for layers in _LAYERS:
                 first, second = (f"{base.times[naming].mlp}.{layer}" for layer in layers)
                 if all(f"{prefix}{name}.weight" in files.where for name in (first, second)):
@@ -185,7 +192,7 @@ def _find_layers(files: _ModelFiles, base: Base) -> list[tuple[Naming, str, tupl
     listed = ", ".join(list(files.where)[:3])[:200] or "none"
     raise PatchError(
         f"{files.path}: expected the time embedding of base {base.name} (as "
-        f"{' or '.join(dict.fromkeys(base.times[naming].mlp for naming in NAMINGS))}), found "
+        f"{' or '.join(dict.fromkeys(source.mlp for source in base.times.values()))}), found "
         f"{len(files.where)} other tensors ({listed}): give the model this patch was made for."
     )
 
@@ -228,9 +235,9 @@ class _ModelFiles:
             except SafetensorError as error:
                 raise _bad(path, f"a tensor {name}", str(error)) from error
 
-    def linear(self, name: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear layer."""
-        return self.read(f"{name}.weight"), self.read(f"{name}.bias")
+    def linear(self, name: str, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear layer; None for the bias of one that has none."""
+        return self.read(f"{name}.weight"), self.read(f"{name}.bias") if bias else None
 
     def probe(self, prefix: str, probe: Probe) -> object:
         """What a probe finds, told from names and shapes alone."""

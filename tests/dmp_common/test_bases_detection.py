@@ -51,30 +51,15 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _refiner() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(384, 768, 1536, 1536),
-        cross_attention_dim=1280,
-        down_block_types=(
-            *("DownBlock2D", "CrossAttnDownBlock2D"),
-            *("CrossAttnDownBlock2D", "DownBlock2D"),
-        ),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(6, 12, 24, 24),
-        transformer_layers_per_block=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2560,
-    )
-
-
 STRANGERS = {
-    "refiner": (_refiner, ["UNet2DConditionModel", "conv_in.out_channels = 384", "1536"]),
     "linear": (lambda: nn.Linear(2, 2), ["Linear", "no module of a known base"]),
     "vae": (lambda: diffusers.AutoencoderKL(), ["AutoencoderKL"]),
-    "controlnet": (lambda: diffusers.ControlNetModel(cross_attention_dim=768), ["ControlNetModel"]),
+    "narrow-unet": (
+        lambda: diffusers.UNet2DConditionModel(
+            block_out_channels=(128, 256, 512, 512), cross_attention_dim=768
+        ),
+        ["UNet2DConditionModel", "conv_in.out_channels = 128", "512"],
+    ),
     "dit-depth": (
         lambda: diffusers.DiTTransformer2DModel(
             num_attention_heads=16, attention_head_dim=72, in_channels=4, num_layers=27

@@ -78,11 +78,7 @@ def test_arguments_are_those_of_the_forward_functions(name):
 
     for site in base.sites:
         module = find_module(model, site.paths["diffusers"])
-        # Resnets and downsamplers name it otherwise, and diffusers passes it by position.
-        if base.layout == "tokens":
-            check(type(module).forward, site.arguments["diffusers"])
-        else:
-            assert site.arguments["diffusers"].index == 0
+        check(type(module).forward, site.arguments["diffusers"])
     own = base.times["diffusers"].argument, base.labels
     for argument in own:
         if argument is not None:

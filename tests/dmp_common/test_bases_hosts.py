@@ -125,6 +125,11 @@ def test_comfyui(comfyui, name, monkeypatch):
     model = kind(**config).to("meta")
     model.eval().requires_grad_(False)
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if class_name == "Flux":  # newer releases rename the norms of queries and keys as they load
+        own = {
+            key if key in shapes else key.replace("_norm.weight", "_norm.scale"): shape
+            for key, shape in own.items()
+        }
     if "pixart" in name:
         missing = set(shapes) - set(own)
     else:

@@ -1,0 +1,138 @@
+"""Models that resemble a base and are none: they are recognised, named and refused.
+
+Many families are built from the blocks of another one. Their sites have the names and widths of a
+base, and a patch would act on them without being made for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from dmp_common.bases.base import Probe, find_module
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A family that we do not support.
+
+    Args:
+        name: the family's name, as users know it, with an article where it needs one.
+        signs: how it is recognised. One sign is enough; all probes of a sign must hold.
+        classes: names of classes of the denoiser that are always of this family.
+    """
+
+    name: str
+    signs: tuple[tuple[Probe, ...], ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+# The first that fits gives the name: siblings come before what they are made of.
+STRANGERS: tuple[Stranger, ...] = (
+    Stranger(
+        "a ControlNet",
+        (
+            (Probe("controlnet_blocks", None, True),),
+            (Probe("controlnet_down_blocks", None, True),),
+            (Probe("zero_convs", None, True),),
+        ),
+    ),
+    # It has SDXL's UNet, but takes the text of ChatGLM, which the pooled text's width shows. An
+    # IP-Adapter replaces `encoder_hid_proj`, so that this would be no sign.
+    Stranger(
+        "Kolors",
+        (
+            (Probe("add_embedding.linear_1", "in_features", 5632),),
+            (Probe("label_emb.0.0", "in_features", 5632),),
+        ),
+    ),
+    # SDXL with blocks taken out: no attention in the middle.
+    Stranger(
+        "SSD-1B or Segmind Vega",
+        (
+            (
+                Probe("conv_in", "out_channels", 320),
+                Probe("down_blocks.2.attentions", None, True),
+                Probe("down_blocks.3", None, False),
+                Probe("mid_block.resnets.0", None, True),
+                Probe("mid_block.attentions.0", None, False),
+            ),
+            (
+                Probe("input_blocks.0.0", "out_channels", 320),
+                Probe("input_blocks.8.1", None, True),
+                Probe("input_blocks.9", None, False),
+                Probe("middle_block.0", None, True),
+                Probe("middle_block.1", None, False),
+            ),
+        ),
+    ),
+    Stranger(
+        "the SDXL refiner",
+        (
+            (
+                Probe("conv_in", "out_channels", 384),
+                Probe("add_embedding.linear_1", "in_features", 2560),
+            ),
+            (
+                Probe("input_blocks.0.0", "out_channels", 384),
+                Probe("label_emb.0.0", "in_features", 2560),
+            ),
+        ),
+    ),
+    Stranger(
+        "Stable Video Diffusion",
+        (
+            (Probe("down_blocks.0.resnets.0.spatial_res_block", None, True),),
+            (Probe("input_blocks.1.0.time_stack", None, True),),
+        ),
+        classes=("UNetSpatioTemporalConditionModel",),
+    ),
+    Stranger(
+        "a text-to-video UNet (ModelScope, Zeroscope, I2VGen-XL)",
+        ((Probe("down_blocks.0.temp_convs", None, True),),),
+        classes=("UNet3DConditionModel", "I2VGenXLUNet"),
+    ),
+    Stranger(
+        "DreamLite",
+        ((Probe("mid_block.attentions.0.transformer_blocks.0.attn1.norm_q", None, True),),),
+        classes=("DreamLiteUNetModel",),
+    ),
+    Stranger(
+        "Z-Image in pixel space",
+        ((Probe("dec_net", None, True), Probe("cap_embedder", None, True)),),
+    ),
+    Stranger("Z-Image Omni", ((Probe("siglip_embedder", None, True),),)),
+    Stranger("NewBie", ((Probe("clip_text_pooled_proj", None, True),),)),
+    Stranger(
+        "Qwen-Image-Layered",
+        ((Probe("time_text_embed.addition_t_embedding", None, True),),),
+    ),
+)
+
+
+def find_stranger(holds: Callable[[Probe], bool], kind: str = "") -> Stranger | None:
+    """The family without support that a model is of. None means that no known one fits.
+
+    Args:
+        holds: whether a probe holds for the model.
+        kind: name of the denoiser's class, where there is one.
+    """
+    for stranger in STRANGERS:
+        if kind in stranger.classes or any(all(map(holds, sign)) for sign in stranger.signs):
+            return stranger
+    return None
+
+
+def stranger_of(denoiser: nn.Module) -> Stranger | None:
+    """The family without support that a denoiser is of. None means that no known one fits."""
+    return find_stranger(lambda probe: holds(denoiser, probe), type(denoiser).__name__)
+
+
+def holds(denoiser: nn.Module, probe: Probe) -> bool:
+    """Whether a probe holds for a denoiser."""
+    module = find_module(denoiser, probe.path)
+    if probe.attribute is None:
+        return (module is not None) == probe.value
+    return module is not None and getattr(module, probe.attribute, None) == probe.value
