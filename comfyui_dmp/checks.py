@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from comfyui_dmp.model import SUPPORTED, denoiser_of, is_compiled, timesteps_of
+from comfyui_dmp.model import denoiser_of, is_compiled, timesteps_of
+from comfyui_dmp.slots import SUPPORTED
 from dmp_common import PatchError, known_bases
 from dmp_common.attach.record import PatchRecord
 from dmp_common.bases.detect import naming_of, prediction_of

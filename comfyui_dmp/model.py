@@ -7,15 +7,11 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
+from comfyui_dmp.slots import SUPPORTED
 from dmp_common import Base, PatchError
 from dmp_common.bases.base import Latent, ModelCall
 from dmp_common.bases.timesteps import time_features
 
-SUPPORTED = (
-    "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
-    "PixArt, SD 3, SD 3.5, Flux.1, Qwen-Image, Z-Image, "
-    "Lumina 2"
-)
 # What the wrappers of compile nodes are called: comfy_api.torch_helpers and, like it, KJNodes.
 _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 
-from dmp_common.bases import SD3, DiT, Flux, Lumina2, PixArt, QwenImage, Unet, ZImage
 from dmp_common.bases.base import Base, Row
+from dmp_common.bases.flux import Flux
+from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
+from dmp_common.bases.transformer import SD3, DiT, PixArt
+from dmp_common.bases.unet import Unet
 from dmp_common.errors import PatchError
 
 TABLE: tuple[Row, ...] = (

@@ -176,17 +176,18 @@ def test_edits_patch_the_picture_and_not_the_reference(real, run, host, name):
     family = real.FAMILIES.get(name) or pytest.skip("this release of diffusers does not know it")
     patch = family.patch(sites="all", std=0.2)
     patcher = host.attach(family.comfy(), run.record(patch, strength=0.7))
-    reference = real.noise(9, 2, 16, *family.frames, 4, 8)
+    reference = real.noise(9, 2, family.channels, *family.frames, 4, 8)
     sigmas = torch.tensor([0.5, 0.5])
     ours = run.call(patcher, family, sigmas, ref_latents=[reference])
     x, text, pooled = family.inputs(2)
     x = x * 0.5
     arguments = family.call(x, sigmas * 1000, text, pooled)
     added = family.call(reference, sigmas * 1000, text, pooled)
+    tokens = arguments["hidden_states"].shape[1]
     arguments["hidden_states"] = torch.cat(
         [arguments["hidden_states"], added["hidden_states"]], dim=1
     )
-    if name == "flux":
+    if "img_ids" in added:
         ids = added["img_ids"].clone()
         ids[:, 0] = 1
         arguments["img_ids"] = torch.cat([arguments["img_ids"], ids])
@@ -195,7 +196,7 @@ def test_edits_patch_the_picture_and_not_the_reference(real, run, host, name):
         arguments["img_shapes"] = [own + other for own, other in both]
     twin = family.diffusers()
     with torch.inference_mode(), attach(twin, patch, strength=0.7):
-        out = twin(**arguments, return_dict=False)[0][:, : 8 * 4]
+        out = twin(**arguments, return_dict=False)[0][:, :tokens]
     theirs = x - 0.5 * family.unpack(out, family.size)
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 

@@ -70,7 +70,7 @@ def _pixart(alpha: bool) -> Real:
             "added_cond_kwargs": conditions if alpha else dict.fromkeys(conditions),
         }
 
-    return Real("pixart", build, inputs, (128, 96))
+    return Real("pixart", build, inputs, (128, 96), channels=4)
 
 
 def _sd3(base: str, depth: int, heads: int, parameters: int, **config) -> Real:
@@ -116,7 +116,7 @@ def _flux(guidance: bool, parameters: int) -> Real:
             "guidance": meta(2) if guidance else None,
         }
 
-    return Real("flux", build, inputs, (128, 96), parameters, text=512)
+    return Real("flux", build, inputs, (128, 96), parameters, text=512, unit_time=True)
 
 
 MODELS = {

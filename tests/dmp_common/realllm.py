@@ -34,7 +34,7 @@ def _qwen_image() -> Real:
             "img_shapes": [[(1, 64, 48)]] * 2,
         }
 
-    return Real("qwen-image", build, inputs, LATENT, 20_430_401_088)
+    return Real("qwen-image", build, inputs, LATENT, 20_430_401_088, unit_time=True)
 
 
 class _Mask(torch.Tensor):
@@ -60,7 +60,7 @@ def _lumina2() -> Real:
             "encoder_attention_mask": _Mask(2, 100),
         }
 
-    return Real("lumina2", build, inputs, LATENT, 2_609_769_152, text=100)
+    return Real("lumina2", build, inputs, LATENT, 2_609_769_152, text=100, unit_time=True)
 
 
 def _z_image() -> Real:
@@ -71,4 +71,4 @@ def _z_image() -> Real:
         latents, captions = [meta(16, 1, *LATENT)] * 2, [meta(100, 2560)] * 2
         return {"x": latents, "t": meta(2), "cap_feats": captions}
 
-    return Real("z-image", build, inputs, LATENT, 6_154_908_736, text=128)
+    return Real("z-image", build, inputs, LATENT, 6_154_908_736, text=128, unit_time=True)

@@ -25,6 +25,8 @@ class Real:
         latent: height and width.
         parameters: of the released model.
         text: tokens of a caption that share a sequence with the image tokens, in some blocks.
+        unit_time: its timesteps run from 0 to 1.
+        channels: of the latent as hosts hand it to a transformer.
     """
 
     base: str
@@ -33,6 +35,8 @@ class Real:
     latent: tuple[int, int]
     parameters: int | None = None
     text: int = 0
+    unit_time: bool = False
+    channels: int = 16
 
     def lengths(self, stride: int) -> tuple[int, int]:
         """Tokens of a sequence: of the image alone, and with the caption."""

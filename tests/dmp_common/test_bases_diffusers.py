@@ -99,8 +99,7 @@ def test_time_embedding(name):
     assert frequency_shift(model, base, "diffusers") == (1.0 if "dit" in real.base else 0.0)
     expected = {"sd15": 1280, "sd21": 1280, "sdxl": 1280, "lumina2": 1024, "z-image": 256}
     assert base.embedding == expected.get(base.name, base.sites[0].width)
-    counts = base.name in ("flux", "qwen-image", "lumina2", "z-image")  # from 0 to 1
-    assert source.scale == (1000.0 if counts else 1.0)
+    assert source.scale == (1000.0 if real.unit_time else 1.0)
     assert source.inverted is base.inverted is (base.name in ("lumina2", "z-image"))
 
 

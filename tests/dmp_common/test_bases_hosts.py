@@ -143,7 +143,7 @@ def test_comfyui(comfyui, name, monkeypatch):
         if class_name == "UNetModel":
             y = meta(2, 2816) if name == "sdxl" else None
             return model(real["sample"], timesteps, context=real["encoder_hidden_states"], y=y)
-        latent = meta(2, 4 if "pixart" in name else 16, *MODELS[name].latent)
+        latent = meta(2, MODELS[name].channels, *MODELS[name].latent)
         text = real.get("encoder_hidden_states")
         if "pixart" in name:
             return model(latent, timesteps, text)
@@ -151,7 +151,7 @@ def test_comfyui(comfyui, name, monkeypatch):
             return model(latent.unsqueeze(2), timesteps, text)
         if class_name == "NextDiT":
             return model(latent, timesteps, meta(2, 100, shapes["cap_embedder.0.weight"][0]), 100)
-        y = real["pooled_projections"]
+        y = real.get("pooled_projections")
         if class_name == "Flux":
             return model(latent, timesteps, text, y, real["guidance"])
         return model(latent, timesteps, context=text, y=y)

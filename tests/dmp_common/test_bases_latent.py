@@ -13,6 +13,7 @@ import torch
 import dmp_common as dmp
 from dmp_common import Base, PatchError, Site, attach, bases, get_base
 from dmp_common.bases.base import Argument, ModelCall, Probe, TimeSource
+from dmp_common.bases.llm import ZImage
 from dmp_common.bases.table import TABLE
 from tests.dmp_common.attaching import DIT, make
 from tests.tiny import FAMILIES, Tiny
@@ -118,4 +119,4 @@ def test_rows_are_data(row):
 
 def test_builders_take_the_numbers_of_a_row():
     facts = {"depth": 2, "width": 32, "hub_id": None}
-    assert bases.z_image("mine", **facts) == bases.ZImage("mine", **facts).base()
+    assert bases.z_image("mine", **facts) == ZImage("mine", **facts).base()
