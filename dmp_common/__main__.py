@@ -1,4 +1,7 @@
-"""The command line: `python -m dmp_common inspect | validate | heatmap | convert`."""
+"""The command line: `dmp inspect | validate | heatmap | convert | push`.
+
+A command imports what it needs when it runs, so that help and complaints about usage come at once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from typing import Any
 from dmp_common.errors import PatchError
 from dmp_common.version import __version__
 
-_PROGRAM = "python -m dmp_common"
+# This file has another name when it is run as a module.
+_PROGRAM = "python -m dmp_common" if __name__ == "__main__" else "dmp"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +49,7 @@ def _complain(error: Exception) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Look at patch files of diffusion models, check them, make them.",
+        description="Look at patch files of diffusion models, check, make and publish them.",
         epilog=f"{_PROGRAM} COMMAND --help explains a command, with examples.\n"
         "Exit code: 0 all is well, 1 a file or a model is not, 2 wrong usage.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_validate(commands)
     _add_heatmap(commands)
     _add_convert(commands)
+    _add_push(commands)
     return parser
 
 
@@ -166,6 +171,29 @@ def _add_convert(commands: Any) -> None:
     _add_force(parser)
 
 
+def _add_push(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "push",
+        _push,
+        "Publish a patch on the Hugging Face hub. The file is checked and goes into the\n"
+        "repository with a model card (README.md) that replaces the one there. The repository\n"
+        "is made if it does not exist. Log in first with `hf auth login`, or set HF_TOKEN.",
+        "push my-patch.safetensors me/my-patch\n"
+        "push my-patch.safetensors me/my-patch --private --license apache-2.0 --tag cats\n"
+        'push my-patch.safetensors me/my-patch --picture "Base left, patched right" cat.png',
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a patch file")
+    parser.add_argument("repository", metavar="USER/REPO", help="where to")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    group = parser.add_argument_group("model card")
+    group.add_argument("--base-model", metavar="USER/REPO", help="repository of the base model")
+    group.add_argument("--license", metavar="NAME", help="such as apache-2.0")
+    group.add_argument("--tag", action="append", default=[], metavar="NAME", help="may be repeated")
+    picture: dict[str, Any] = {"nargs": 2, "metavar": ("CAPTION", "FILE")}
+    group.add_argument("--picture", action="append", default=[], **picture, help="may be repeated")
+
+
 def _add_force(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--force", action="store_true", help="replace an existing file")
@@ -208,16 +236,8 @@ def _heatmap(options: argparse.Namespace) -> int:
     title = options.title or f"{options.file.name} ({patch.base.name})"
     if options.title is None and options.label is not None:
         title += f", class {options.label}"
-    save_heatmap(
-        options.out,
-        patch,
-        steps,
-        e,
-        sites=options.sites,
-        scale=options.scale,
-        log=options.log,
-        title=title,
-    )
+    drawn = {name: getattr(options, name) for name in ("sites", "scale", "log")}
+    save_heatmap(options.out, patch, steps, e, title=title, **drawn)
     print(f"Wrote {options.out}")
     return 0
 
@@ -232,6 +252,26 @@ def _convert(options: argparse.Namespace) -> int:
         f"Wrote {options.out} ({file_hash(options.out)}): {patch.base.name}, "
         f"{len(patch.sites)} sites, {patch.saved_parameters:,} parameters"
     )
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from dmp_common.tools.publish import push_to_hub
+
+    pictures = dict(options.picture)
+    if len(pictures) < len(options.picture):
+        raise PatchError("expected a caption for each picture, found one twice: change it.")
+    address = push_to_hub(
+        options.file,
+        options.repository,
+        private=options.private,
+        base_model=options.base_model,
+        license=options.license,
+        tags=options.tag,
+        pictures=pictures,
+        message=f"Upload {options.file.name}",
+    )
+    print(f"Uploaded {options.file} to {address}")
     return 0
 
 

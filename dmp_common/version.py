@@ -1,3 +1,4 @@
-"""The version, alone in a file so that packaging can read it without importing torch."""
+"""Name and version, alone in a file: packaging and `dmp --version` read them without torch."""
 
+LIBRARY = "diffusion-model-patching"
 __version__ = "0.1.0"

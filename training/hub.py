@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmp_common.tools.hub import push_to_hub
+from dmp_common.tools.publish import push_to_hub
 from training.config import TrainConfig
 from training.loop import Run
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 
-from dmp_common.patch.patch import Patch
+from dmp_common.patch.variant import Variant
+from dmp_common.version import LIBRARY
 
-LIBRARY = "diffusion-model-patching"
 _CELL = 200  # characters of a metadata value in a table
 
 
 def model_card(
-    patch: Patch,
+    variant: Variant,
+    metadata: Mapping[str, str],
     *,
     repo_id: str,
     filename: str,
@@ -27,7 +29,8 @@ def model_card(
     """The model card (README.md) of a patch: front matter for the hub, and how to use it.
 
     Args:
-        patch: its metadata (`ss_*`, `modelspec.*`) becomes a table.
+        variant: what the patch is made of.
+        metadata: of the patch file; its entries `ss_*` and `modelspec.*` become a table.
         repo_id: "user/repo", for the examples.
         filename: of the patch in the repository.
         base_model: repository of the frozen base; None takes the usual one of the patch's base.
@@ -38,51 +41,52 @@ def model_card(
     Returns:
         Markdown.
     """
-    base_model = base_model or patch.base.hub_id
+    base_model = base_model or variant.base_spec.hub_id
     front: dict[str, object] = {"library_name": LIBRARY}
     if license is not None:
         front["license"] = license
     if base_model is not None:
         front |= {"base_model": base_model, "base_model_relation": "adapter"}
-    front["tags"] = list(dict.fromkeys((LIBRARY, "dmp", patch.base.name, *tags)))
+    front["tags"] = list(dict.fromkeys((LIBRARY, "dmp", variant.base, *tags)))
     matter = [f"{key}: {json.dumps(value)}" for key, value in front.items()]  # JSON is YAML
     parts = [
         "\n".join(["---", *matter, "---"]),
         f"# {repo_id.partition('/')[2]}",
-        _summary(patch, base_model),
+        _summary(variant, base_model),
         *(f"![{_cell(c)}]({urllib.parse.quote(path)})" for c, path in (pictures or {}).items()),
         "## Use",
-        _usage(patch, repo_id, filename),
+        _usage(variant, repo_id, filename),
         "## Variant",
-        _table(("option", "value"), _options(patch)),
+        _table(("option", "value"), _options(variant)),
     ]
-    if trained := _trained(patch):
+    if trained := _trained(metadata):
         parts += ["## Metadata", _table(("key", "value"), trained)]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(patch: Patch, base_model: str | None) -> str:
+def _summary(variant: Variant, base_model: str | None) -> str:
+    parameters = sum(math.prod(shape) for shape in variant.shapes().values())
     on = f" on [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     return (
-        f"A diffusion model patch for the base **{patch.base.name}**{on}: learnable prompts at "
-        f"{len(patch.sites)} block inputs, gated by the noise level, {patch.saved_parameters:,} "
+        f"A diffusion model patch for the base **{variant.base}**{on}: learnable prompts at "
+        f"{len(variant.sites)} block inputs, gated by the noise level, {parameters:,} "
         "parameters in all. The base model itself stays as it is. The method is "
         "[Diffusion Model Patching](https://arxiv.org/abs/2405.17825) (Ham et al., AAAI 2025)."
     )
 
 
-def _trained(patch: Patch) -> dict[str, str]:
+def _trained(metadata: Mapping[str, str]) -> dict[str, str]:
     """What the file says about its making."""
     told = ("ss_", "modelspec.", "dmp.converted")
     return {
         key: value
-        for key, value in sorted(patch.metadata.items())
+        for key, value in sorted(metadata.items())
         if key.startswith(told) and key != "modelspec.thumbnail"  # an image as text
     }
 
 
-def _usage(patch: Patch, repo_id: str, filename: str) -> str:
-    if patch.variant.mix == "prepend":
+def _usage(variant: Variant, repo_id: str, filename: str) -> str:
+    if variant.mix == "prepend":
         return f"Prepended prompts work in the trainer of {LIBRARY} only; no host takes them."
     return f"""With diffusers and {LIBRARY} installed, `pipe` being a pipeline of the base:
 
@@ -96,8 +100,7 @@ with dmp.attach(pipe, patch): image = pipe(...).images[0]
 - AUTOMATIC1111, Forge: put `{filename}` into `models/DMP` and choose it under **DMP**."""
 
 
-def _options(patch: Patch) -> dict[str, str]:
-    variant = patch.variant
+def _options(variant: Variant) -> dict[str, str]:
     grid = f"{variant.grid[0]} x {variant.grid[1]}" if variant.grid else f"{variant.prompts}"
     gate = f"{variant.gate}, {variant.selection}, {variant.across_depth} across depth"
     if (variant.gate_unit, variant.gate_form) != ("prompt", "softmax"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCard
 
-from dmp_common import Patch, bases, register_base
+from dmp_common import Variant, bases, register_base
 from dmp_common.tools.card import model_card
 
 BASE = register_base(
@@ -13,10 +13,10 @@ BASE = register_base(
 
 
 def test_card_says_what_it_is_and_how_to_use_it() -> None:
-    patch = Patch.create(BASE)
-    patch.metadata = {"ss_steps": "100", "ss_note": "a|b\n<i>c", "modelspec.author": "Me"}
+    metadata = {"ss_steps": "100", "ss_note": "a|b\n<i>c", "modelspec.author": "Me"}
     card = model_card(
-        patch,
+        Variant.create(BASE),
+        metadata,
         repo_id="me/nice",
         filename="nice.safetensors",
         tags=["cats", "dmp"],
@@ -29,7 +29,8 @@ def test_card_says_what_it_is_and_how_to_use_it() -> None:
         "base_model_relation": "adapter",
         "tags": ["diffusion-model-patching", "dmp", "card-dit/2", "cats"],
     }
-    assert f"{patch.saved_parameters} parameters" in card
+    # Two pools of 4 prompts of 8 channels, and a gate of 4 x (8 + 1) weights and 4 biases.
+    assert "104 parameters" in card
     assert 'dmp.Patch.load("me/nice", filename="nice.safetensors")' in card
     for words in ("`models/dmp`", "`models/DMP`", "| gate | linear, soft, distinct across depth |"):
         assert words in card
@@ -42,20 +43,21 @@ def test_card_says_what_it_is_and_how_to_use_it() -> None:
 
 
 def test_card_of_other_variants_and_metadata() -> None:
-    patch = Patch.create(BASE, mix="prepend", sites=1)
-    patch.metadata = {"ss_long": "x" * 10_000, "modelspec.thumbnail": "data:", "format": "pt"}
-    card = model_card(patch, repo_id="me/x", filename="x.safetensors", base_model="a/b: c\n#")
+    variant = Variant.create(BASE, mix="prepend", sites=1)
+    metadata = {"ss_long": "x" * 10_000, "modelspec.thumbnail": "data:", "format": "pt"}
+    card = model_card(
+        variant, metadata, repo_id="me/x", filename="x.safetensors", base_model="a/b: c\n#"
+    )
     assert ModelCard(card).data.to_dict()["base_model"] == "a/b: c\n#"  # quoted, so no YAML
     assert "no host takes them" in card
     assert "models/dmp" not in card
     assert "| prompts of a site | 50 |" in card
     assert len(card) < 3000
     assert "thumbnail" not in card
-    patch.metadata = {}
-    assert "## Metadata" not in model_card(patch, repo_id="me/x", filename="x.safetensors")
+    assert "## Metadata" not in model_card(variant, {}, repo_id="me/x", filename="x.safetensors")
 
 
 def test_card_of_a_base_without_repository() -> None:
-    card = model_card(Patch.create("dit-b/2"), repo_id="me/x", filename="x.safetensors")
+    card = model_card(Variant.create("dit-b/2"), {}, repo_id="me/x", filename="x.safetensors")
     assert "base_model" not in ModelCard(card).data.to_dict()
     assert "2,556,416 parameters" in card

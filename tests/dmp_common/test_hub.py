@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 from dmp_common import Patch, PatchError, bases, register_base
-from dmp_common.tools.hub import push_to_hub, resolve
+from dmp_common.tools.hub import push_files, resolve
+from dmp_common.tools.publish import push_to_hub
 from tests.hub_server import TOKEN, Hub
 
 BASE = register_base(
@@ -144,6 +145,45 @@ def test_several_patches_need_a_name(hub: Hub, saved: Path) -> None:
     assert same(patch, some_patch())
 
 
+def test_subfolder(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    data = saved.read_bytes()
+    hub.repositories["me/two"] = {"a.safetensors": b"", "sub/b.safetensors": data}
+    hub.repositories["me/two"] |= {"sub2/c.safetensors": b"", "sub2/d.safetensors": b""}
+    assert resolve("me/two", subfolder="sub").read_bytes() == data
+    for subfolder in ("sub", "sub/"):
+        path = resolve("me/two", subfolder=subfolder, filename="b.safetensors")
+        assert path.parts[-2:] == ("sub", "b.safetensors")
+    with pytest.raises(PatchError, match=r"me/two, folder sub2, found sub2/c.*, sub2/d.*filename="):
+        resolve("me/two", subfolder="sub2")
+    with pytest.raises(PatchError, match=r"found no file 'sub/a\.safetensors' in it"):
+        resolve("me/two", subfolder="sub", filename="a.safetensors")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    found = resolve(str(folder), subfolder="sub", filename="b.safetensors")
+    assert found == folder / "sub" / "b.safetensors"
+
+
+def test_cache_folder_local_files_and_new_downloads(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    data = saved.read_bytes()
+    hub.repositories["me/nice"] = {"p.safetensors": data}
+    own = tmp_path / "own"
+    for options in ({}, {"filename": "p.safetensors"}):
+        with pytest.raises(PatchError, match=r"no such file in the cache: download it"):
+            resolve("me/nice", local_files_only=True, cache_dir=own, **options)
+    assert hub.requests == []
+    path = resolve("me/nice", cache_dir=own)
+    assert own in path.parents
+    hub.requests.clear()
+    for options in ({}, {"filename": "p.safetensors"}):
+        assert resolve("me/nice", local_files_only=True, cache_dir=own, **options) == path
+    assert hub.requests == []
+    path.write_bytes(b"damaged")
+    assert resolve("me/nice", cache_dir=own).read_bytes() == b"damaged"
+    assert resolve("me/nice", cache_dir=own, force_download=True).read_bytes() == data
+    with pytest.raises(PatchError, match="one of local_files_only and force_download"):
+        resolve("me/nice", local_files_only=True, force_download=True)
+
+
 def test_what_is_not_there_is_named(hub: Hub, saved: Path) -> None:
     hub.repositories["me/none"] = {"README.md": b"hi", "model.bin": b""}
     for options, message in (
@@ -231,3 +271,11 @@ def test_push_without_permission_or_connection(
     connect(monkeypatch, NOWHERE)
     with pytest.raises(PatchError, match=r"me/nice, found no connection .*: go online"):
         push_to_hub(saved, "me/nice", token=TOKEN)
+
+
+def test_push_files_without_a_patch(hub: Hub) -> None:
+    files = {"README.md": b"hi", "sub/a.bin": b"1"}
+    address = push_files("me/any", files, token=TOKEN, message="Say hi")
+    assert address == f"{hub.endpoint}/me/any"
+    assert hub.repositories["me/any"] == files
+    assert hub.commits == [{"message": "Say hi", "files": sorted(files)}]
