@@ -69,7 +69,7 @@ class TrainingEvents(Events):
         if busy:
             progress.pause()
 
-    def finish(self, run: Run, progress_log: bool = True) -> None:
+    def finish(self, run: Run) -> None:
         """Writes the final file, of the averaged values or of those that validated best."""
         config = run.config
         if config.save_state or config.save_state_on_train_end:

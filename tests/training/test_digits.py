@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from training.data.digits import DigitsDataset, load_digits_split, split_indices
+from training.data.digits import load_digits_split, split_indices
 from training.digits.classifier import DigitClassifier, load_classifier
 from training.digits.make_base import RECIPE
-from training.digits.muon import Muon, orthogonalise
+from training.digits.muon import Muon, make_muon, orthogonalise
 from training.evaluation.frechet import frechet_distance
 from training.evaluation.losses import denoising_loss_by_bin
 from training.evaluation.sampling import sample
@@ -66,16 +66,6 @@ def test_images_fill_the_range():
     assert images.shape == (1097, 1, 8, 8) and images.dtype == torch.float32
     assert (images.min(), images.max()) == (-1, 1)
     assert images[..., 0].mean() < -0.9  # the left margin is background: -1, not +1
-
-
-def test_dataset_yields_the_split():
-    dataset, split = DigitsDataset("validation"), load_digits_split("validation")
-    assert len(dataset) == len(split) == 300
-    item = dataset[17]
-    assert set(item) == {"pixels", "label"}
-    assert torch.equal(item["pixels"], split.images[17]) and item["label"] == split.labels[17]
-    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
-    assert batch["pixels"].shape == (4, 1, 8, 8) and batch["label"].shape == (4,)
 
 
 def test_unknown_split_is_refused():
@@ -157,6 +147,34 @@ def test_muon_follows_the_gradient_and_refuses_vectors():
     assert (weight - goal).abs().max() < 0.1
     with pytest.raises(ValueError, match="matrices only"):
         Muon([torch.nn.Parameter(torch.zeros(4))], lr=0.1)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+@pytest.mark.parametrize("shape", [(64, 64), (256, 64), (64, 256)])
+def test_muon_takes_the_steps_of_torch(shape):
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=draw)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    ours = Muon(weights[:1], lr=0.02, weight_decay=0.1)
+    theirs = make_muon(weights[1:], lr=0.02, weight_decay=0.1)
+    assert isinstance(theirs, torch.optim.Muon)
+    for _ in range(10):
+        gradient = torch.randn(shape, generator=draw)
+        for weight, optimizer in zip(weights, (ours, theirs), strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert (weights[0] - weights[1]).norm() < 0.02 * (weights[0] - start).norm()  # bfloat16
+
+
+def test_muon_of_older_releases(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    made = make_muon([torch.nn.Parameter(torch.zeros(4, 8))], lr=0.1, weight_decay=0.2)
+    assert isinstance(made, Muon)
+    assert {k: v for k, v in made.param_groups[0].items() if k != "params"} == {
+        "lr": 0.1, "momentum": 0.95, "weight_decay": 0.2
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="matrices only"):
+        make_muon([torch.nn.Parameter(torch.zeros(4))], lr=0.1)
 
 
 def _trained(recipe, data):

@@ -77,22 +77,6 @@ def find_dataset_config(options: Any, kind: DataKind) -> Found:
     return Found(str(file), _distinct(samples), FileStore(), file.parent / CACHE, notes)
 
 
-def configured_batch_size(file: Path) -> int | None:
-    """The batch_size of a dataset file, which kohya puts before the command line's; None if absent.
-
-    Raises:
-        PatchError: the file is not understood, or its data sets ask for several sizes.
-    """
-    sizes = {table.values["batch_size"] for table in subset_tables(file)
-             if "batch_size" in table.values}  # fmt: skip
-    if len(sizes) > 1:
-        raise PatchError(
-            f"expected one batch_size in {file}, found {sorted(sizes)}: data sets share their "
-            "batches here, give them the same."
-        )
-    return sizes.pop() if sizes else None
-
-
 def subset_tables(file: Path) -> Iterator[SubsetTable]:
     """The subsets of a dataset file, each with the values it inherits.
 

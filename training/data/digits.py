@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.utils.data import Dataset
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -35,21 +34,6 @@ class DigitsSplit:
     def __len__(self) -> int:
         """Number of images."""
         return self.labels.shape[0]
-
-
-class DigitsDataset(Dataset[dict[str, torch.Tensor]]):
-    """A split item by item: `pixels` (1, 8, 8) float32 in [-1, 1] and `label` () int64."""
-
-    def __init__(self, split: SplitName) -> None:
-        self.split = load_digits_split(split)
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The image and label at `index`, in the order of the data set."""
-        return {"pixels": self.split.images[index], "label": self.split.labels[index]}
 
 
 def load_digits_split(split: SplitName) -> DigitsSplit:

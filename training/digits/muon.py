@@ -1,7 +1,6 @@
 """Muon for a few small matrices: momentum whose singular values are made equal before each step.
 
-torch.optim.Muon (torch >= 2.9) does the same; this one runs on every torch the trainer supports,
-in float32, and handles equal shapes together. It needs about half of AdamW's steps here.
+It needs about half of AdamW's steps here.
 """
 
 from __future__ import annotations
@@ -11,8 +10,32 @@ from collections.abc import Iterable
 import torch
 
 
+def make_muon(
+    params: Iterable[torch.nn.Parameter],
+    *,
+    lr: float,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """`torch.optim.Muon` where torch has it (2.9 and later), and otherwise `Muon`.
+
+    Both take the same steps, but torch's rounds the direction to bfloat16. The bundled base was
+    made with `Muon`, so a base that is made again has other weights.
+
+    Raises:
+        ValueError: a parameter is not a matrix.
+    """
+    made = getattr(torch.optim, "Muon", Muon)
+    optimizer: torch.optim.Optimizer = made(
+        params, lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    return optimizer
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for two-dimensional parameters.
+    """Muon with Nesterov momentum and decoupled weight decay, in the parameters' precision.
+
+    Matrices of equal shape are handled together.
 
     Raises:
         ValueError: a parameter is not a matrix.

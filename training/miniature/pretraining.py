@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from training.digits.muon import Muon
+from training.digits.muon import make_muon
 from training.families.dit import initialise
 
 
@@ -120,7 +120,7 @@ def untie(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
 
 def build_optimizers(
     model: DiTTransformer2DModel, recipe: Recipe
-) -> tuple[Muon, torch.optim.AdamW]:
+) -> tuple[torch.optim.Optimizer, torch.optim.AdamW]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def build_optimizers(
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     decay = recipe.weight_decay
     return (
-        Muon(matrices, lr=recipe.muon_rate, weight_decay=decay),
+        make_muon(matrices, lr=recipe.muon_rate, weight_decay=decay),
         torch.optim.AdamW(others, lr=recipe.adam_rate, weight_decay=decay),
     )
 
@@ -212,8 +212,18 @@ class Pretraining:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Goes on from a file of `save`; bit for bit where nothing else differs."""
+        """Goes on from a file of `save`; bit for bit where nothing else differs.
+
+        Raises:
+            ValueError: the file was written with another Muon than this torch has.
+        """
         state = torch.load(path, weights_only=True)
+        muon = self.optimizers[0].state_dict()
+        if muon["param_groups"][0].keys() != state["optimizers"][0]["param_groups"][0].keys():
+            raise ValueError(
+                f"expected a state with the Muon of torch {torch.__version__} in {path}, found one "
+                "of another release: go on with the torch that wrote it, or begin again."
+            )
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])

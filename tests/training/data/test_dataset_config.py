@@ -12,7 +12,6 @@ from dmp_common import PatchError
 from tests.training.data import making
 from tests.training.data.making import LABELS, epoch, keys, opened
 from training.data.batch import Data
-from training.data.dataset_config import configured_batch_size
 
 
 def read(folder: Path, text: str, **options: Any) -> Data:
@@ -153,17 +152,3 @@ def test_bases_with_class_ids(folder: Path) -> None:
     (folder / "d.toml").write_text(FULL, encoding="utf-8")
     with pytest.raises(PatchError, match="one folder for each class"):
         opened(LABELS, dataset_config=str(folder / "d.toml"))
-
-
-def test_the_batch_size_of_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "d.toml"
-    file.write_text(FULL, encoding="utf-8")
-    assert configured_batch_size(file) == 4
-    file.write_text(FULL.replace("batch_size = 4", ""), encoding="utf-8")
-    assert configured_batch_size(file) is None
-    file.write_text(
-        FULL + '[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "cats"\n',
-        encoding="utf-8",
-    )
-    with pytest.raises(PatchError, match=r"found \[2, 4\]"):
-        configured_batch_size(file)

@@ -109,6 +109,15 @@ def test_training_goes_on_bit_for_bit_and_a_longer_run_shares_the_constant_part(
     assert sum(moved) > len(moved) / 2
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+def test_states_of_another_muon_are_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.delattr(torch.optim, "Muon")
+        _run(SMALL, 1).save(tmp_path / "1.pt")
+    with pytest.raises(ValueError, match="expected a state with the Muon of torch"):
+        _run(SMALL, 0).load(tmp_path / "1.pt")
+
+
 def test_classifier_learns_two_colours_and_its_file_gives_it_back(tmp_path):
     from safetensors.torch import save_file
 
