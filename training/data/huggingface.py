@@ -18,6 +18,7 @@ from training.data.samples import Sample
 from training.data.scan import sizes_of
 
 _FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_RELEASE = 4  # earlier ones run the script of a data set, if the environment or the user allows it
 
 
 class RowStore:
@@ -93,6 +94,12 @@ def _load(name: str, options: Any) -> Any:
             "expected the datasets library for --dataset_name, found it is not installed: run pip "
             "install datasets."
         ) from error
+    if int(datasets.__version__.partition(".")[0]) < _RELEASE:
+        raise PatchError(
+            f"expected the datasets library {_RELEASE}.0 or later for --dataset_name, found "
+            f"{datasets.__version__}, which can run code that comes with a data set: run pip "
+            "install --upgrade datasets."
+        )
     path, split = Path(name), options.dataset_split
     try:
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():

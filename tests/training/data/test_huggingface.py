@@ -30,6 +30,26 @@ def saved(folder: Path, **columns: Any) -> str:
 TEXTS = ["a", "b", "c", "d"]
 
 
+def test_code_of_a_data_set_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")
+    folder, mark = tmp_path / "rows", tmp_path / "it ran"
+    folder.mkdir()
+    (folder / "rows.py").write_text(f"open({str(mark)!r}, 'w').close()\n", encoding="utf-8")
+    saved(folder, text=TEXTS)
+    with pytest.raises(PatchError, match="expected the data set"):
+        opened(dataset_name=str(folder))
+    assert not mark.exists()
+
+
+def test_releases_that_can_run_code_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = saved(tmp_path, text=TEXTS)
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(PatchError, match=r"4\.0 or later for --dataset_name, found 3\.6\.0"):
+        opened(dataset_name=name)
+
+
 def test_captions_and_their_column(tmp_path: Path) -> None:
     name = saved(tmp_path, text=TEXTS, other=[["x", "y"]] * 4)
     data = opened(dataset_name=name)
