@@ -250,7 +250,9 @@ def _convert(options: argparse.Namespace) -> int:
     patch = convert_official(options.source, options.out, base=options.base, mix=options.mix)
     print(
         f"Wrote {options.out} ({file_hash(options.out)}): {patch.base.name}, "
-        f"{len(patch.sites)} sites, {patch.saved_parameters:,} parameters"
+        f"{len(patch.sites)} sites, {patch.saved_parameters:,} parameters; prompts: "
+        f"{'added' if patch.variant.mix == 'add' else 'prepended'}, gate: {patch.variant.gate}, "
+        f"condition: {patch.variant.condition}"
     )
     return 0
 

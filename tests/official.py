@@ -55,6 +55,25 @@ def learned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name.startswith(("prompt", "gate"))}
 
 
+def config(**options: object) -> dict[str, object]:
+    """The part of the official configuration that says how prompts are used; its defaults."""
+    usual = {
+        "num_tokens": COUNT,
+        "topk": 1.0,
+        "type": "add",
+        "uncond": False,
+        "init_type": "zero",
+        "gate_type": "linear",
+        "pt_depth": DEPTH,
+    }
+    return {"models": {"name": "DiT-of-a-test/2", "vp": {**usual, **options}}}
+
+
+def checkpoint(state: dict[str, Tensor], **options: object) -> dict[str, object]:
+    """A checkpoint as the official trainer saves it, with its configuration as plain data."""
+    return {"model": state, "config": config(**options)}
+
+
 def save(path: Path, contents: object) -> Path:
     torch.save(contents, path)
     return path

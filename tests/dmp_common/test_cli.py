@@ -240,7 +240,10 @@ def test_convert(official_file, tmp_path, capsys):
     words = ["convert", official_file, out, "--base", "dit-s/2", "--mix", "add"]
     assert run(*words) == 0
     said = capsys.readouterr().out
-    assert said == f"Wrote {out} ({file_hash(out)}): dit-s/2, 1 sites, 197,120 parameters\n"
+    assert said == (
+        f"Wrote {out} ({file_hash(out)}): dit-s/2, 1 sites, 197,120 parameters; prompts: added, "
+        "gate: linear, condition: t+y\n"
+    )
     assert Patch.load(out).variant.condition == "t+y"
     before = out.read_bytes()
     assert run(*words) == 1

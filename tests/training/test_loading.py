@@ -181,7 +181,10 @@ def test_original_pixart_is_renamed(tmp_path: Path) -> None:
 def test_published_dits_need_no_configuration(width: int, heads: int) -> None:
     tensors = {
         "x_embedder.proj.weight": torch.empty(width, 4, 2, 2, device="meta"),
-        "blocks.27.attn.qkv.weight": torch.empty(3 * width, width, device="meta"),
+        **{
+            f"blocks.{layer}.attn.qkv.weight": torch.empty(3 * width, width, device="meta")
+            for layer in range(28)
+        },
         "final_layer.linear.weight": torch.empty(2 * 2 * 8, width, device="meta"),
         "y_embedder.embedding_table.weight": torch.empty(1001, width, device="meta"),
         "pos_embed": torch.empty(1, 1024, width, device="meta"),
@@ -195,6 +198,16 @@ def test_published_dits_need_no_configuration(width: int, heads: int) -> None:
     other = {**tensors, "x_embedder.proj.weight": torch.empty(100, 4, 2, 2, device="meta")}
     with pytest.raises(PatchError, match="--base_config"):
         checkpoint.infer_config(other)
+    # Numbers of which a model is built must be those of values that the file holds.
+    for name, shape in (
+        ("blocks.9999.mlp.fc1.weight", (1,)),
+        ("blocks.3.attn.qkv.weight", (1, 1)),
+        ("pos_embed", (1, 10**6, 1)),
+        ("y_embedder.embedding_table.weight", (10**6, 1)),
+        ("final_layer.linear.weight", (10**6, 1)),
+    ):
+        with pytest.raises(PatchError, match="expected a tensor"):
+            checkpoint.infer_config({**tensors, name: torch.empty(shape, device="meta")})
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])

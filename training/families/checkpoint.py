@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
-from dmp_common.tools.unpickle import StoredTensor, TorchFile
+from dmp_common.errors import printable
+from dmp_common.tools.pickles import StoredTensor
+from dmp_common.tools.unpickle import TorchFile
 
 # Where the weights are, best first: fast-DiT samples from its average.
 _NESTS = ("ema", "state_dict_ema", "state_dict", "model")
@@ -58,6 +60,8 @@ _PIXART = {
     "t_block.1": "adaln_single.linear",
     "final_layer.linear": "proj_out",
 }
+_BLOCK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.")
+_MOST_SHARING = 4  # times the file's size that tensors sharing their values may take as copies
 # Made anew by diffusers, or training only.
 _LEFT_OUT = ("pos_embed", "y_embedder.y_embedding")
 
@@ -65,8 +69,11 @@ _LEFT_OUT = ("pos_embed", "y_embedder.y_embedding")
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .ckpt, .pt or .pth file in their own precision; nothing in it is run.
 
+    Tensors that share their values in the file share memory here.
+
     Raises:
-        PatchError: no such file, a damaged one, or one without tensors.
+        PatchError: no such file, a damaged one, one without tensors, or one whose tensors would
+            need much more memory than the file is long as soon as a model holds them.
     """
     with TorchFile(path) as file:
         stored = _state_dict(file.contents())
@@ -74,11 +81,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise PatchError(
                 f"{path}: expected the weights of a model, found no tensors: choose a checkpoint."
             )
-        return {
-            name: file.values(tensor).to(tensor.storage.dtype)
+        tensors = {
+            name: file.values(tensor)
             for name, tensor in stored.items()
             if tensor.storage.dtype is not None  # token positions and the like
         }
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if needed > _MOST_SHARING * file.size:
+            raise PatchError(
+                f"{path}: expected the weights of a model, found tensors that need {needed:,} "
+                f"bytes in a file of {file.size:,}: choose a checkpoint as its trainer saved it."
+            )
+        return tensors
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -101,41 +115,67 @@ def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration of diffusers' model for an original DiT or PixArt.
 
     Raises:
-        PatchError: a width that no published model has, whose heads nothing tells.
+        PatchError: a width that no published model has, whose heads nothing tells, or tensors
+            that are missing or do not fit together.
     """
-    weight = tensors["x_embedder.proj.weight"]  # (D, C, p, p)
-    width, channels, size, _ = weight.shape
+    width, channels, size, _ = _shape(tensors, "x_embedder.proj.weight", None, None, None, None)
     if width not in _HEADS:
         raise PatchError(
             f"expected a model of width {', '.join(map(str, _HEADS))}, found {width}, for which "
             "the number of attention heads is unknown: name a diffusers folder with its "
             "configuration as --base_config."
         )
-    out = tensors["final_layer.linear.weight"].shape[0] // size**2
+    out = _shape(tensors, "final_layer.linear.weight", None, width)[0] // size**2
     config = {
         "num_attention_heads": _HEADS[width],
         "attention_head_dim": width // _HEADS[width],
         "in_channels": channels,
         "out_channels": out,
-        "num_layers": 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")),
+        "num_layers": _depth(tensors, width),
         "sample_size": 32,
         "patch_size": size,
     }
     if "pos_embed" in tensors:
-        config["sample_size"] = round(tensors["pos_embed"].shape[1] ** 0.5) * size
+        tokens = _shape(tensors, "pos_embed", 1, None, width)[1]
+        config["sample_size"] = round(tokens**0.5) * size
     if not is_pixart(tensors):
-        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
+        rows, _ = _shape(tensors, "y_embedder.embedding_table.weight", None, width)
         return {**config, "num_embeds_ada_norm": rows - 1}  # the last row is "no class"
     return {
         **config,
         "cross_attention_dim": width,
-        "caption_channels": tensors["y_embedder.y_proj.fc1.weight"].shape[1],
+        "caption_channels": _shape(tensors, "y_embedder.y_proj.fc1.weight", width, None)[1],
         "norm_type": "ada_norm_single",
         "num_embeds_ada_norm": 1000,
         "norm_elementwise_affine": False,
         "norm_eps": 1e-6,
         "use_additional_conditions": "csize_embedder.mlp.0.weight" in tensors,
     }
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, *expected: int | None) -> tuple[int, ...]:
+    """The shape of a tensor; `None` in `expected` stands for any size.
+
+    A model is built from these numbers, so each must be that of values which the file holds.
+    """
+    shape = tuple(tensors[name].shape) if name in tensors else ()
+    if len(shape) != len(expected) or any(
+        size not in (None, found) for size, found in zip(expected, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise PatchError(
+            f"expected a tensor {name} of shape ({wanted}) in the weights of an original DiT or "
+            f"PixArt, found {shape or 'none'}: choose such a checkpoint."
+        )
+    return shape
+
+
+def _depth(tensors: Mapping[str, Tensor], width: int) -> int:
+    """The number of blocks, all of which must be in the file."""
+    found = {block[1] for name in tensors if (block := _BLOCK_NAME.match(name))}
+    for layer in range(len(found)):
+        _shape(tensors, f"blocks.{layer}.attn.qkv.weight", 3 * width, width)
+    return len(found)
 
 
 def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +186,7 @@ def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     pixart = is_pixart(tensors)
     single = _PIXART if pixart else _DIT
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    depth = len({block[1] for name in tensors if (block := _BLOCK_NAME.match(name))})
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in _LEFT_OUT:
@@ -155,7 +195,7 @@ def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed["scale_shift_table"] = tensor
             continue
         stem, _, kind = name.rpartition(".")
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        block = re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", name)
         if block:
             renamed |= _rename_in_block(int(block[1]), block[2], tensor, name)
         elif stem in single:
@@ -197,6 +237,6 @@ def _state_dict(contents: object) -> dict[str, StoredTensor]:
 
 def _unknown(name: str) -> PatchError:
     return PatchError(
-        f"expected the weights of an original DiT or PixArt, found also {name}: give the "
-        "checkpoint of the unchanged model, or a diffusers folder."
+        f"expected the weights of an original DiT or PixArt, found also {printable(name)}: give "
+        "the checkpoint of the unchanged model, or a diffusers folder."
     )
