@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 _LONGEST = 200  # characters of one piece of text from a file
+_LONGEST_PATH = 1000
 _LONGEST_MESSAGE = 4000  # a net: the pieces in a message are cut before
 
 
 class PatchError(ValueError):
     """Something a user can act on: a bad patch file, a wrong model, an impossible option.
 
-    The message is one sentence that says what was expected, what was found and what to do. It is
-    one line of printable characters, whatever names and values from a file stand in it.
+    The message is one sentence that says what was expected, what was found and what to do. Apart
+    from line ends it has printable characters only, whatever text from a file stands in it.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable(message, _LONGEST_MESSAGE))
+        lines = message[:_LONGEST_MESSAGE].split("\n")
+        super().__init__("\n".join(printable(line, _LONGEST_MESSAGE) for line in lines))
+
+
+def file_error(path: object, expected: str, found: object, remedy: str) -> PatchError:
+    """The error about a file: its path, what was expected, what was found and what to do.
+
+    Args:
+        path: of the file.
+        expected, remedy: our own words.
+        found: may be text from the file; it is cut and made printable.
+    """
+    return PatchError(
+        f"{printable_path(path)}: expected {expected}, found {printable(found, 400)}: {remedy}."
+    )
+
+
+def printable_path(path: object) -> str:
+    """A path as `printable` shows it; long enough for any that a system allows."""
+    return printable(path, _LONGEST_PATH)
 
 
 def printable(text: object, limit: int = _LONGEST) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from dmp_common import Base, PatchError, detect_base, known_bases
 from dmp_common.bases.detect import bases_of_shapes
-from dmp_common.tools.timefile import tensor_shapes
+from dmp_common.tools.modelfiles import tensor_shapes
 from training.families.checkpoint import read_shapes
 from training.loading import Source
 

@@ -115,7 +115,7 @@ def read_patch_file(path: str | os.PathLike[str]) -> PatchContents:
     try:
         tensors = parse_safetensors(data)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise bad(path, "expected a whole safetensors file", str(error)) from error
+        raise bad(path, "a whole safetensors file", str(error)) from error
     for name, shape in header.variant.shapes().items():
         # The library's reading of the header must be ours: JSON may hold a key twice.
         tensor = tensors.get(name)
@@ -123,11 +123,11 @@ def read_patch_file(path: str | os.PathLike[str]) -> PatchContents:
             shape,
             _DTYPES[header.dtypes[name]],
         ):
-            raise bad(path, f"expected {name} of shape {shape}", "two entries for it")
+            raise bad(path, f"{name} of shape {shape}", "two entries for it")
     ordered = {name: tensors[name] for name in header.dtypes}
     wrong_value = _wrong_value(header.variant, ordered)
     if wrong_value:
-        raise bad(path, f"expected {_VALUES}", wrong_value)
+        raise bad(path, f"{_VALUES}", wrong_value)
     return PatchContents(header.variant, ordered, header.metadata)
 
 

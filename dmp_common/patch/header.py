@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dmp_common.errors import PatchError, printable
+from dmp_common.errors import PatchError, file_error, printable, printable_path
 from dmp_common.patch.serialize import parse_json
 from dmp_common.patch.variant import Variant
 
@@ -65,7 +65,7 @@ def check_header(path: Path, data: bytes, size: int) -> PatchFile:
     entries, body = _parse_header(path, data, size)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
-        raise bad(path, "expected text entries in the header", "others")
+        raise bad(path, "text entries in the header", "others")
     variant = _check_config(path, entries, metadata)
     dtypes = _check_entries(path, variant.shapes(), entries, body)
     return PatchFile(path, variant, metadata, size, dtypes)
@@ -73,12 +73,12 @@ def check_header(path: Path, data: bytes, size: int) -> PatchFile:
 
 def bad(path: Path, expected: str, found: str, remedy: str = EXPORT_AGAIN) -> PatchError:
     """An error about a patch file."""
-    return PatchError(f"{path}: {expected}, found {printable(found, 400)}: {remedy}.")
+    return file_error(path, expected, found, remedy)
 
 
 def _parse_header(path: Path, data: bytes, size: int) -> tuple[dict[str, Any], int]:
     """The entries of a safetensors header, and the number of bytes after it."""
-    wanted = "expected a safetensors file"
+    wanted = "a safetensors file"
     if len(data) < 8:
         raise bad(path, wanted, f"{size} bytes in all")
     (length,) = struct.unpack("<Q", data[:8])
@@ -88,16 +88,16 @@ def _parse_header(path: Path, data: bytes, size: int) -> tuple[dict[str, Any], i
             raise bad(path, wanted, "a pickle file with another ending", "convert it first")
         raise bad(
             path,
-            f"expected a header of at most {min(_MAX_HEADER, size - 8)} bytes",
+            f"a header of at most {min(_MAX_HEADER, size - 8)} bytes",
             f"one that claims {length}",
             "it is truncated or no safetensors file; " + EXPORT_AGAIN,
         )
     try:
         entries = parse_json(data[8 : 8 + length])
     except ValueError as error:
-        raise bad(path, "expected a header in JSON", str(error)) from error
+        raise bad(path, "a header in JSON", str(error)) from error
     if not isinstance(entries, dict):
-        raise bad(path, "expected a header of entries", type(entries).__name__)
+        raise bad(path, "a header of entries", type(entries).__name__)
     return entries, size - 8 - length
 
 
@@ -105,24 +105,24 @@ def _check_config(path: Path, entries: Mapping[str, Any], metadata: Mapping[str,
     """The variant that the header describes."""
     version = metadata.get("dmp.format_version")
     if version is None:
-        raise bad(path, "expected a DMP patch", _other_file(entries, metadata), "choose a patch")
+        raise bad(path, "a DMP patch", _other_file(entries, metadata), "choose a patch")
     if version != FORMAT_VERSION:
         raise bad(
             path,
-            f"expected format version {FORMAT_VERSION}",
+            f"format version {FORMAT_VERSION}",
             f"version {version[:20]!r}",
             "update this software",
         )
     try:
         config = parse_json(metadata.get("dmp.config", ""))
     except ValueError as error:
-        raise bad(path, "expected dmp.config to be JSON", str(error)) from error
+        raise bad(path, "dmp.config to be JSON", str(error)) from error
     if not isinstance(config, dict):
-        raise bad(path, "expected dmp.config to be a JSON object", type(config).__name__)
+        raise bad(path, "dmp.config to be a JSON object", type(config).__name__)
     try:
         return Variant.from_json(config)
     except PatchError as error:
-        raise PatchError(f"{path}: {error}") from error
+        raise PatchError(f"{printable_path(path)}: {error}") from error
 
 
 def _check_entries(
@@ -143,34 +143,32 @@ def _check_entries(
         if names:
             listed = ", ".join(printable(name, 60) for name in names[:5])
             listed += " ..." if len(names) > 5 else ""
-            raise bad(path, f"expected {len(expected)} tensors", f"a file {kind} {listed}")
+            raise bad(path, f"{len(expected)} tensors", f"a file {kind} {listed}")
     for name, shape in expected.items():
         _check_entry(path, name, shape, entries[name])
     place = 0
     for begin, end in sorted(tuple(entries[name]["data_offsets"]) for name in expected):
         if begin != place:
-            raise bad(path, "expected tensors side by side", f"one that begins at byte {begin}")
+            raise bad(path, "tensors side by side", f"one that begins at byte {begin}")
         place = end
     if place != body:
-        raise bad(
-            path, f"expected a whole safetensors file of {place} bytes of tensors", f"{body} bytes"
-        )
+        raise bad(path, f"a whole safetensors file of {place} bytes of tensors", f"{body} bytes")
     return {name: entries[name]["dtype"] for name in expected}
 
 
 def _check_entry(path: Path, name: str, shape: tuple[int, ...], entry: object) -> None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise bad(path, f"expected dtype, shape and data_offsets of {name}", repr(entry))
+        raise bad(path, f"dtype, shape and data_offsets of {name}", repr(entry))
     found = entry["shape"]
     if not _whole_numbers(found) or tuple(found) != shape:
         shown = tuple(found) if isinstance(found, list) else found
-        raise bad(path, f"expected {name} of shape {shape}", str(shown))
+        raise bad(path, f"{name} of shape {shape}", str(shown))
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise bad(path, f"expected {name} as {', '.join(ITEM_BYTES)}", str(dtype))
+        raise bad(path, f"{name} as {', '.join(ITEM_BYTES)}", str(dtype))
     places, size = entry["data_offsets"], math.prod(shape) * ITEM_BYTES[dtype]
     if not _whole_numbers(places) or len(places) != 2 or places[1] - places[0] != size:
-        raise bad(path, f"expected {size} bytes for {name}", f"those from and to {places!r}")
+        raise bad(path, f"{size} bytes for {name}", f"those from and to {places!r}")
 
 
 def _whole_numbers(value: object) -> bool:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
 
-from dmp_common.errors import PatchError, printable
+from dmp_common.errors import file_error
 
 _LONGEST_NUMBER = 64  # characters; a 64-bit integer has 20, a double at most 25
 
@@ -73,7 +73,7 @@ def opened(path: Path, expected: str = "a file") -> Iterator[tuple[BinaryIO, int
             yield file, status.st_size
     except OSError as error:
         found = error.strerror or type(error).__name__
-        raise _bad_path(path, expected, found) from error
+        raise file_error(path, expected, found, "check the path") from error
 
 
 def read_bounded(path: Path, limit: int, expected: str = "a file") -> bytes:
@@ -85,10 +85,8 @@ def read_bounded(path: Path, limit: int, expected: str = "a file") -> bytes:
     with opened(path, expected) as (file, _):
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise PatchError(
-            f"{path}: expected {expected} of at most {limit:,} bytes, found a longer one: check "
-            "that it is the right file."
-        )
+        bounded = f"{expected} of at most {limit:,} bytes"
+        raise file_error(path, bounded, "a longer one", "check that it is the right file")
     return data
 
 
@@ -127,10 +125,6 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def _require_regular(status: os.stat_result, path: Path, expected: str) -> None:
     if stat.S_ISDIR(status.st_mode):
-        raise _bad_path(path, expected, "a folder", "name the file in it")
+        raise file_error(path, expected, "a folder", "name the file in it")
     if not stat.S_ISREG(status.st_mode):
-        raise _bad_path(path, expected, "a pipe, a socket or a device", "name a regular file")
-
-
-def _bad_path(path: Path, expected: str, found: str, remedy: str = "check the path") -> PatchError:
-    return PatchError(f"{path}: expected {expected}, found {printable(found)}: {remedy}.")
+        raise file_error(path, expected, "a pipe, a socket or a device", "name a regular file")

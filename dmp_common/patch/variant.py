@@ -6,35 +6,25 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dmp_common.bases.base import Base, Prediction, Site
 from dmp_common.bases.schedule import EVERYWHERE
 from dmp_common.bases.table import get_base
-from dmp_common.errors import PatchError
+from dmp_common.errors import PatchError, printable
+from dmp_common.patch.choices import (
+    CHOICES,
+    AcrossDepth,
+    Condition,
+    GateForm,
+    GateInit,
+    GateKind,
+    GateUnit,
+    Init,
+    Mix,
+    Selection,
+)
 
-GateKind = Literal["linear", "attention", "none"]
-Selection = Literal["soft", "hard"]
-GateUnit = Literal["prompt", "grid"]
-GateForm = Literal["softmax", "residual"]
-AcrossDepth = Literal["distinct", "uniform"]
-Mix = Literal["add", "prepend"]
-Condition = Literal["t", "t+y"]
-Init = Literal["zero", "random"]
-GateInit = Literal["zero", "random", "stages"]
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "gate": get_args(GateKind),
-    "selection": get_args(Selection),
-    "gate_unit": get_args(GateUnit),
-    "gate_form": get_args(GateForm),
-    "across_depth": get_args(AcrossDepth),
-    "mix": get_args(Mix),
-    "condition": get_args(Condition),
-    "prompt_init": get_args(Init),
-    "gate_init": get_args(GateInit),
-    "prediction": get_args(Prediction),
-}
 # Entries that files have had since the first ones; where one is missing, the file is older or means
 # the paper's choice, which is not written.
 LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
@@ -42,6 +32,7 @@ LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timeste
 _STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}
 ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
+_LONGEST_NAME = 100  # characters of a base's name
 _LIMIT = 1 << 16  # prompts of one site; far above any use, below any harm
 
 
@@ -136,11 +127,11 @@ class Variant:
         return cls(base=spec.name, sites=tuple(site.name for site in sites), **options)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatchError(
                     f"expected {name} to be one of {', '.join(choices)}, found "
-                    f"{getattr(self, name)!r}: choose one of these."
+                    f"{printable(repr(getattr(self, name)))}: choose one of these."
                 )
         self._check_counts()
         spec = get_base(self.base)
@@ -186,7 +177,7 @@ class Variant:
         if not shaped or not (self.prompts >= 1 and self.grids >= 1):
             raise PatchError(
                 f"expected a grid of rows x columns prompts (none when prompts are prepended), "
-                f"found grid {self.grid}, {self.prompts} prompts, {self.grids} grids: make them "
+                f"found grid {printable(self.grid)}, {self.prompts} prompts, {self.grids} grids: make them "
                 "agree."
             )
         if self.prompts * self.grids > _LIMIT:
@@ -196,7 +187,7 @@ class Variant:
             )
         if type(self.frequency_shift) not in (int, float) or not 0 <= self.frequency_shift <= 2:
             raise PatchError(
-                f"expected a frequency shift of 0 or 1, found {self.frequency_shift!r}: set it."
+                f"expected a frequency shift of 0 or 1, found {printable(self.frequency_shift)}: set it."
             )
         low, high = self.timesteps
         if not 0 <= low < high <= EVERYWHERE[1]:
@@ -270,12 +261,12 @@ class Variant:
         if set(record) != expected:
             raise PatchError(
                 f"expected the entries {', '.join(sorted(expected))}, found "
-                f"{', '.join(sorted(map(str, record))) or 'none'}: update this software, or export "
+                f"{printable(', '.join(sorted(map(str, record))) or 'none', 600)}: update this software, or export "
                 "the patch again."
             )
-        if not isinstance(record["base"], str):
+        if not isinstance(record["base"], str) or len(record["base"]) > _LONGEST_NAME:
             raise PatchError(
-                f"expected the name of a base, found {record['base']!r}: export again."
+                f"expected the name of a base, found {printable(repr(record['base']))}: export again."
             )
         depths = get_base(record["base"]).depths
         sites = record["sites"]
@@ -285,8 +276,8 @@ class Variant:
             or any(type(i) is not int or depths.get(name) != i for name, i in sites.items())
         ):
             raise PatchError(
-                f"expected sites of base {record['base']} with their depth ({depths}), found "
-                f"{_short(sites)}: the file was made for another base or by another tool."
+                f"expected sites of base {record['base']} with their depth ({printable(depths, 600)}), found "
+                f"{printable(sites)}: the file was made for another base or by another tool."
             )
         return cls(
             **{
@@ -310,10 +301,5 @@ def _usual_grid(spec: Base, options: Mapping[str, Any]) -> tuple[int, int]:
 def _pair(value: object, what: str = "a grid as rows and columns") -> tuple[int, int]:
     whole = isinstance(value, Sequence) and [side for side in value if type(side) is int]
     if not whole or len(whole) != 2 or len(value) != 2:  # type: ignore[arg-type]
-        raise PatchError(f"expected {what}, found {_short(value)}: give two whole numbers.")
+        raise PatchError(f"expected {what}, found {printable(value)}: give two whole numbers.")
     return whole[0], whole[1]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."

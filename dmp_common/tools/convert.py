@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dmp_common.bases.base import Base
 from dmp_common.bases.table import get_base, known_bases
-from dmp_common.errors import PatchError
+from dmp_common.errors import PatchError, printable, printable_path
+from dmp_common.patch.choices import Mix
 from dmp_common.patch.file import file_hash, modelspec, write_patch_file
 from dmp_common.patch.patch import Patch
-from dmp_common.patch.variant import Mix
 from dmp_common.tools.official import Checkpoint, read_checkpoint
 
 _LATENTS = (32, 64)  # height of the latents the official code trains on: 256 and 512 pixels
@@ -192,11 +192,11 @@ def _patch(official: Checkpoint, base: Base, mix: Mix) -> Patch:
             prediction="epsilon",
         )
     except PatchError as error:
-        raise PatchError(f"{official.path}: {error}") from error
+        raise PatchError(f"{printable_path(official.path)}: {error}") from error
     prompts = {f"prompts.{site.name}": official.prompts[i : i + 1] for i, site in enumerate(sites)}
     patch.load_tensors(prompts | official.gate)
     patch.metadata = {
-        "dmp.converted_from": official.path.name,
+        "dmp.converted_from": printable(official.path.name),
         "dmp.converted_hash": file_hash(official.path),
     }
     return patch

@@ -6,14 +6,13 @@ import math
 import os
 from typing import Any
 
-from dmp_common.errors import printable
+from dmp_common.errors import printable, printable_path
 from dmp_common.patch.file import file_hash, read_header
 from dmp_common.patch.header import ITEM_BYTES
 from dmp_common.patch.variant import Variant
 
 _COLUMN = 13  # where values begin
 _LONGEST = 100  # characters of a metadata value in the text; the record has all
-_LONGEST_PATH = 1000
 
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 def as_text(record: dict[str, Any], list_sites: bool = False) -> str:
     """A record of `inspect_file` for people; `*` marks what differs from the base's defaults."""
     lines = [
-        printable(record["file"], _LONGEST_PATH),
+        printable_path(record["file"]),
         _line("base", record["base"]),
         _line("hash", record["hash"]),
         _line(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dmp_common.bases.base import Base
-from dmp_common.errors import PatchError, printable
-from dmp_common.patch.variant import Init, Mix
+from dmp_common.errors import PatchError, file_error, printable
+from dmp_common.patch.choices import Init, Mix
 from dmp_common.tools.pickles import Opaque, StoredTensor
 from dmp_common.tools.unpickle import TorchFile
 
@@ -107,7 +107,7 @@ class Checkpoint:
 
     def error(self, expected: str, found: str, remedy: str) -> PatchError:
         """An error that names the file."""
-        return PatchError(f"{self.path}: expected {expected}, found {found}: {remedy}.")
+        return file_error(self.path, expected, found, remedy)
 
     def __str__(self) -> str:
         blocks, _, width = self.prompts.shape
@@ -135,10 +135,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not value.isfinite().all():
             wrong = f"NaN or infinity in {name}"
     if wrong:
-        raise PatchError(
-            f"{path}: expected {_PROMPTS} (blocks, N, D) and either {_WEIGHT} (N, D+1) with "
-            f"{_BIAS} (N,) or no gate, all finite, found {wrong}: choose a checkpoint that the "
-            "official code trained with prompts (full fine-tuning has none)."
+        raise file_error(
+            path,
+            f"{_PROMPTS} (blocks, N, D) and either {_WEIGHT} (N, D+1) with {_BIAS} (N,) or no "
+            "gate, all finite",
+            wrong,
+            "choose a checkpoint that the official code trained with prompts (full fine-tuning "
+            "has none)",
         )
     options = _read_options(contents, path)
     return Checkpoint(path, values.pop(_PROMPTS), values, shapes, options)
@@ -239,8 +242,10 @@ def _entry(config: object, *names: str) -> object:
 
 def _unknown(path: Path, name: str, value: object) -> PatchError:
     shown = "an object" if isinstance(value, (Opaque, dict, list, tuple)) else repr(value)
-    return PatchError(
-        f"{path}: expected an option models.vp.{name} of the official code in the configuration, "
-        f"found {printable(shown, 100)}: convert a checkpoint that the published code wrote, or "
-        "remove the configuration from the file and say its options yourself."
+    return file_error(
+        path,
+        f"an option models.vp.{name} of the official code in the configuration",
+        printable(shown, 100),
+        "convert a checkpoint that the published code wrote, or remove the configuration from the "
+        "file and say its options yourself",
     )

@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dmp_common.errors import PatchError, printable
+from dmp_common.errors import PatchError, file_error, printable
 from dmp_common.patch.serialize import opened
 from dmp_common.tools.pickles import Storage, StoredTensor, read_pickle
 
@@ -149,5 +149,5 @@ class TorchFile:
         return self._error(f"a damaged or unusual one ({found})")
 
     def _error(self, found: str, remedy: str = _SAVE_AGAIN) -> PatchError:
-        expected = "expected a file that torch.save wrote in its zip format"
-        return PatchError(f"{self.path}: {expected}, found {found}: {remedy}.")
+        expected = "a file that torch.save wrote in its zip format"
+        return file_error(self.path, expected, found, remedy)

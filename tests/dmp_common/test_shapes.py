@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dmp_common.bases.detect import bases_of_shapes
-from dmp_common.tools.timefile import tensor_shapes
+from dmp_common.tools.modelfiles import tensor_shapes
 from tests.tiny import FAMILIES
 
 

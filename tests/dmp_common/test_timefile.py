@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dmp_common import PatchError
 from dmp_common.bases.timesteps import embed_timesteps
-from dmp_common.tools import timefile
+from dmp_common.tools import modelfiles
 from dmp_common.tools.timefile import time_embedding_of
 from tests.tiny import FAMILIES, Tiny
 
@@ -131,7 +131,7 @@ def test_class_embedding_is_added(tmp_path):
 def test_only_the_time_embedding_is_read(tmp_path, monkeypatch):
     tiny, read = FAMILIES["sd15"], []
     path = write_original(tmp_path / "a.safetensors", tiny, tiny.model())
-    real = timefile.safe_open
+    real = modelfiles.safe_open
 
     class Recorder:
         def __init__(self, *args: object, **options: object) -> None:
@@ -151,7 +151,7 @@ def test_only_the_time_embedding_is_read(tmp_path, monkeypatch):
             read.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr(timefile, "safe_open", Recorder)
+    monkeypatch.setattr(modelfiles, "safe_open", Recorder)
     time_embedding_of(path, tiny.patch(), TIMES)
     layers = [f"time_embed.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
     assert sorted(read) == sorted(layers)
@@ -171,7 +171,7 @@ def test_wrong_width_of_a_time_layer_is_refused(tmp_path):
     path = write_original(tmp_path / "a.safetensors", tiny, tiny.model())
     everything = load_file(path)
     save_file(everything | {"t_embedder.mlp.0.weight": torch.zeros(32, 128)}, path)
-    with pytest.raises(PatchError, match=r"shape \(32, 256\), found \(32, 128\)"):
+    with pytest.raises(PatchError, match=r"shape \(32, 256\) and its bias, found \(32, 128\)"):
         time_embedding_of(path, tiny.patch(), TIMES)
 
 

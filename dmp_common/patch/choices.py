@@ -1,0 +1,30 @@
+"""The values that the options of a patch can have, as types and as data."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from dmp_common.bases.base import Prediction
+
+GateKind = Literal["linear", "attention", "none"]
+Selection = Literal["soft", "hard"]
+GateUnit = Literal["prompt", "grid"]
+GateForm = Literal["softmax", "residual"]
+AcrossDepth = Literal["distinct", "uniform"]
+Mix = Literal["add", "prepend"]
+Condition = Literal["t", "t+y"]
+Init = Literal["zero", "random"]
+GateInit = Literal["zero", "random", "stages"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "gate": get_args(GateKind),
+    "selection": get_args(Selection),
+    "gate_unit": get_args(GateUnit),
+    "gate_form": get_args(GateForm),
+    "across_depth": get_args(AcrossDepth),
+    "mix": get_args(Mix),
+    "condition": get_args(Condition),
+    "prompt_init": get_args(Init),
+    "gate_init": get_args(GateInit),
+    "prediction": get_args(Prediction),
+}
