@@ -177,8 +177,8 @@ class Variant:
         if not shaped or not (self.prompts >= 1 and self.grids >= 1):
             raise PatchError(
                 f"expected a grid of rows x columns prompts (none when prompts are prepended), "
-                f"found grid {printable(self.grid)}, {self.prompts} prompts, {self.grids} grids: make them "
-                "agree."
+                f"found grid {printable(self.grid)}, {self.prompts} prompts, {self.grids} grids: "
+                "make them agree."
             )
         if self.prompts * self.grids > _LIMIT:
             raise PatchError(
@@ -187,7 +187,8 @@ class Variant:
             )
         if type(self.frequency_shift) not in (int, float) or not 0 <= self.frequency_shift <= 2:
             raise PatchError(
-                f"expected a frequency shift of 0 or 1, found {printable(self.frequency_shift)}: set it."
+                "expected a frequency shift of 0 or 1, found "
+                f"{printable(self.frequency_shift)}: set it."
             )
         low, high = self.timesteps
         if not 0 <= low < high <= EVERYWHERE[1]:
@@ -259,15 +260,14 @@ class Variant:
         record = {**LATER, **record}
         expected = {f.name for f in dataclasses.fields(cls)}
         if set(record) != expected:
+            found = printable(", ".join(sorted(map(str, record))) or "none", 600)
             raise PatchError(
-                f"expected the entries {', '.join(sorted(expected))}, found "
-                f"{printable(', '.join(sorted(map(str, record))) or 'none', 600)}: update this software, or export "
-                "the patch again."
+                f"expected the entries {', '.join(sorted(expected))}, found {found}: update this "
+                "software, or export the patch again."
             )
         if not isinstance(record["base"], str) or len(record["base"]) > _LONGEST_NAME:
-            raise PatchError(
-                f"expected the name of a base, found {printable(repr(record['base']))}: export again."
-            )
+            found = printable(repr(record["base"]))
+            raise PatchError(f"expected the name of a base, found {found}: export again.")
         depths = get_base(record["base"]).depths
         sites = record["sites"]
         if (
@@ -276,8 +276,9 @@ class Variant:
             or any(type(i) is not int or depths.get(name) != i for name, i in sites.items())
         ):
             raise PatchError(
-                f"expected sites of base {record['base']} with their depth ({printable(depths, 600)}), found "
-                f"{printable(sites)}: the file was made for another base or by another tool."
+                f"expected sites of base {record['base']} with their depth "
+                f"({printable(depths, 600)}), found {printable(sites)}: the file was made for "
+                "another base or by another tool."
             )
         return cls(
             **{

@@ -79,9 +79,8 @@ class ModelFiles:
                 return tensor.to(torch.float32, copy=True)
             # A KeyError or ValueError is a type of numbers that torch does not have.
             except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                raise file_error(
-                    path, f"a tensor {printable(name)} of numbers", str(error), _GET_AGAIN
-                ) from error
+                expected = f"a tensor {printable(name)} of numbers"
+                raise file_error(path, expected, str(error), _GET_AGAIN) from error
 
     def linear(self, name: str, bias: bool) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a linear layer; None for the bias of one that has none."""
