@@ -57,7 +57,7 @@ def main() -> None:
           f"torch {torch.__version__}")  # fmt: skip
     difference(model, random_patch("sd15"), options.latent)
     call(model, 500.0, options.latent)  # first use of everything, out of the measurement
-    with attach(model, patch) as attachment, clocked(attachment, model, now) as clock:
+    with clocked(model, patch, now) as clock:
         patch.cache.clear()
         for kind in ("misses", "hits"):
             shares = []

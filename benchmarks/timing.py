@@ -5,26 +5,49 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from dmp_common import Attachment
+import torch
+
+from dmp_common import Patch, attach
+
+Clock = Callable[[], float]
 
 
 def interleaved(
-    runs: dict[str, Callable[[], Any]], rounds: int, now: Callable[[], float] = time.perf_counter
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    now: Clock = time.perf_counter,
+    around: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns so that drifts of the machine hit all alike."""
-    for run in runs.values():
-        run()
+    """Measures the runs in turns, so that drifts of the machine hit all of them alike.
+
+    Args:
+        runs: what is measured, by name. Each runs once before the first measurement.
+        rounds: measurements of each run.
+        now: the clock.
+        around: a context manager for some of the runs; entering and leaving it is not timed.
+
+    Returns:
+        The seconds of each run, one number for each round.
+    """
+    around = around or {}
+
+    def timed(name: str) -> float:
+        with around.get(name, nullcontext)():
+            start = now()
+            runs[name]()
+            return now() - start
+
+    for name in runs:
+        timed(name)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds):
         order = list(runs) if round_ % 2 == 0 else list(reversed(runs))
         for name in order:
-            start = now()
-            runs[name]()
-            seconds[name].append(now() - start)
+            seconds[name].append(timed(name))
     return seconds
 
 
@@ -36,7 +59,27 @@ def ratio(seconds: dict[str, list[float]], over: str, under: str) -> tuple[float
 
 
 # Processor time, for a busy machine: only with one thread, where nothing waits for another core.
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def clock_of(device: torch.device | str, name: str = "wall") -> Clock:
+    """The clock for runs on a device; on a GPU it waits until the GPU has done all its work."""
+    clock = CLOCKS[name]
+    if torch.device(device).type != "cuda":
+        return clock
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return clock()
+
+    return now
+
+
+def machine_of(device: torch.device | str) -> str:
+    """The processor that a benchmark runs on, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def host_options(about: str) -> argparse.Namespace:
@@ -52,7 +95,7 @@ def host_options(about: str) -> argparse.Namespace:
 class HookClock:
     """Adds up the time spent inside our hooks while it is on."""
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, now: Clock = time.perf_counter) -> None:
         self.seconds = 0.0
         self.now = now
 
@@ -70,21 +113,22 @@ class HookClock:
 
 
 @contextmanager
-def clocked(
-    attachment: Attachment, model: Any, now: Callable[[], float] = time.perf_counter
-) -> Iterator[HookClock]:
-    """Replaces the hooks of an attachment by timed ones for a while."""
+def clocked(model: Any, patch: Patch, now: Clock = time.perf_counter) -> Iterator[HookClock]:
+    """Attaches a patch to a model, and measures the time inside the hooks that this adds."""
     clock = HookClock(now)
-    ours = {handle.id for handle in attachment._handles}
-    replaced = []
+    before = {(place, key) for place, hooks in _hooks(model) for key in hooks}
+    with attach(model, patch):
+        found = 0
+        for place, hooks in _hooks(model):
+            for key in [key for key in hooks if (place, key) not in before]:
+                hooks[key] = clock.wrap(hooks[key])
+                found += 1
+        assert found, "attaching a patch adds hooks"
+        yield clock
+
+
+def _hooks(model: Any) -> Iterator[tuple[int, dict[int, Callable[..., Any]]]]:
+    """All hooks of a model's modules, with a number for the place that they are in."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in ours & set(hooks):
-                replaced.append((hooks, key, hooks[key]))
-                hooks[key] = clock.wrap(hooks[key])
-    assert len(replaced) == len(ours), "every hook is timed"
-    try:
-        yield clock
-    finally:
-        for hooks, key, hook in replaced:
-            hooks[key] = hook
+            yield id(hooks), hooks

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, cast
 
 import diffusers
@@ -23,8 +23,9 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 
-from benchmarks.models import dit, sd15
-from benchmarks.timing import CLOCKS, interleaved, ratio
+from benchmarks.floor import Floor, peak_bytes, saved_bytes
+from benchmarks.models import build
+from benchmarks.timing import CLOCKS, Clock, clock_of, interleaved, machine_of, ratio
 from dmp_common import Patch, attach, get_base
 from dmp_common.bases.base import find_module
 from training.command_line import resolve
@@ -38,69 +39,8 @@ from training.prepare import assemble
 from training.process import process_of
 
 RECIPES = ("stages", "clean")
-
-
-def saved_bytes(run: Callable[[], Any], ignore: set[int]) -> int:
-    """Bytes kept for the backward pass, weights left out."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignore:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run()
-    del loss
-    return sum(seen.values())
-
-
-def forward_loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """A loss with the cost of a mean squared error."""
-    loss: torch.Tensor = model(**inputs, return_dict=False)[0].float().square().mean()
-    return loss
-
-
-class Step:
-    """One kind of training step."""
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], optimizer: Any = None) -> None:
-        self.model, self.inputs, self.optimizer = model, inputs, optimizer
-
-    def loss(self) -> torch.Tensor:
-        """The forward pass."""
-        return forward_loss(self.model, self.inputs)
-
-    def __call__(self) -> None:
-        """Forward, backward, update."""
-        self.loss().backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-
-class Floor(Step):
-    """Frozen forward, backward to the input of the first site."""
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], site: nn.Module) -> None:
-        super().__init__(model, inputs)
-        self.site = site
-
-    def loss(self) -> torch.Tensor:
-        """The forward pass, with gradients from the site on."""
-
-        def root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            name = "hidden_states"
-            if args:
-                return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-            return args, {**kwargs, name: kwargs[name].detach().requires_grad_()}
-
-        handle = self.site.register_forward_pre_hook(root, with_kwargs=True)
-        try:
-            return super().loss()
-        finally:
-            handle.remove()
+# The trainer's name for a precision of the frozen base.
+PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class TrainerStep:
@@ -109,21 +49,24 @@ class TrainerStep:
     def __init__(
         self, model: nn.Module, base: str, given: dict[str, Any], **options: object
     ) -> None:
-        usual = {"dataset_name": "none", "cpu": True, "max_train_steps": 10**6}
-        config = resolve({**usual, "base": base, **options})
+        weight = next(model.parameters())
+        on_cpu, precision = weight.device.type == "cpu", PRECISIONS[weight.dtype]
+        usual = {"dataset_name": "none", "cpu": on_cpu, "max_train_steps": 10**6}
+        config = resolve({**usual, "base": base, "mixed_precision": precision, **options})
         spec, nothing = get_base(base), cast("Any", None)  # neither encoders nor data
         frozen = FrozenBase(model, diffusers.DDPMScheduler(), spec, "diffusers", family_of(spec))
         process = process_of(frozen.scheduler, config)
-        self.run = assemble(config, Accelerator(cpu=True), frozen, process, nothing, nothing)
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+        self.run = assemble(config, accelerator, frozen, process, nothing, nothing)
         if isinstance(self.run.method, PatchMethod):
             self.run.method.remove()
         self.run.wrapped.train()
         clean = next(value for name, value in given.items() if name in ("sample", "hidden_states"))
         told = {"prompt": given.get("encoder_hidden_states"), "labels": given.get("class_labels")}
+        known = {name: value for name, value in told.items() if value is not None}
         names = [("benchmark", row) for row in range(len(clean))]
-        self.inputs = Inputs(
-            clean, draw(names, tuple(clean.shape[1:])), told, None, [str(n) for n in names]
-        )
+        draws = draw(names, tuple(clean.shape[1:])).to(clean.device)
+        self.inputs = Inputs(clean.float(), draws, known, None, [str(name) for name in names])
 
     @property
     def patch(self) -> Patch:
@@ -146,69 +89,80 @@ class TrainerStep:
         run.average.update()
 
 
-def main() -> None:
-    """Runs the benchmark of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["sd15", "dit-b/2"], default="dit-b/2")
-    parser.add_argument("--sites", default="all", help="all, or a named set such as encoder")
-    parser.add_argument("--decoder", action="store_true", help="also a patch of the decoder alone")
-    parser.add_argument("--variants", action="store_true", help="also ours and prompt tuning")
-    parser.add_argument("--latent", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--lora", action="store_true", help="also a step of peft's LoRA r = 16")
-    options = parser.parse_args()
-    size = options.latent, options.batch
-    model, inputs = sd15(*size) if options.model == "sd15" else dit("b", options.batch)
-    model = model.eval().requires_grad_(False)
-    given = {**inputs(500.0), "timestep": torch.linspace(20.0, 980.0, options.batch)}
-    first = find_module(model, get_base(options.model).sites[0].paths["diffusers"])
-    assert first is not None
-    floor = Floor(model, given, first)
-    patched = TrainerStep(model, options.model, given, dmp_sites=options.sites)
-    count = len(patched.patch.sites)
-    print(f"{options.model}, {count} sites, batch {options.batch}, float32, CPU, "
-          f"{torch.get_num_threads()} threads, {options.clock} clock, "
-          f"torch {torch.__version__}")  # fmt: skip
+@dataclass(frozen=True)
+class Compared:
+    """What is compared, and on what.
 
-    parameters = [*model.parameters(), *patched.patch.parameters()]
+    Args:
+        base: name of the base.
+        model, given: the frozen model and the arguments of a call.
+        sites: all, or a named set.
+        rounds: measurements of each step.
+        clock: measures them.
+    """
+
+    base: str
+    model: nn.Module
+    given: dict[str, Any]
+    sites: str
+    rounds: int
+    clock: Clock
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def step(self, **options: object) -> TrainerStep:
+        """A step of the trainer."""
+        return TrainerStep(self.model, self.base, self.given, **options)
+
+
+def compare(
+    of: Compared, decoder: bool = False, variants: bool = False, lora: bool = False
+) -> Iterator[tuple[str, float, str]]:
+    """Compares a training step with the floor, and yields each figure as soon as it is known.
+
+    Yields:
+        What was measured, the figure, and its spread or unit.
+    """
+    first = find_module(of.model, get_base(of.base).sites[0].paths["diffusers"])
+    assert first is not None
+    patched = of.step(dmp_sites=of.sites)
+    floor = Floor(of.model, of.given, first, patched.run.accelerator.autocast)
+    yield "sites of the patch", len(patched.patch.sites), ""
+    parameters = [*of.model.parameters(), *patched.patch.parameters()]
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     least, most = saved_bytes(floor.loss, weights), saved_bytes(patched.loss, weights)
-    print(f"saved for backward, patch / floor: {most / least:.4f} ({least / 2**20:.0f} MiB)")
-    now = CLOCKS[options.clock]
+    yield "saved for backward, patch / floor", most / least, f"floor {least / 2**20:.0f} MiB"
     steps: dict[str, Callable[[], None]] = {"floor": floor, "patch": patched}
-    if options.decoder:
-        steps["decoder"] = TrainerStep(model, options.model, given, dmp_sites="decoder")
-    if options.variants:
-        shared = {"dmp_sites": options.sites}
+    if decoder:
+        steps["decoder"] = of.step(dmp_sites="decoder")
+    if variants:
         for recipe in RECIPES:
-            steps[recipe] = TrainerStep(model, options.model, given, recipe=recipe, **shared)
-        steps["prompt"] = TrainerStep(model, options.model, given, method="prompt", **shared)
-    seconds = interleaved(steps, options.rounds, now)
-    for name in list(steps)[1:]:
-        middle, spread = ratio(seconds, name, "floor")
-        print(f"training step, {name} / floor: {middle:.4f} +- {spread:.4f}; "
-              f"floor {statistics.median(seconds['floor']):.2f} s")  # fmt: skip
-    if options.variants:
-        for recipe in RECIPES:
-            middle, spread = ratio(seconds, recipe, "prompt")
-            print(f"training step, {recipe} / prompt: {middle:.4f} +- {spread:.4f}")
-    if options.lora:
-        lora = partial(TrainerStep, model, options.model, given, method="lora", network_dim=16)
-        compare_with_lora(patched, lora, options.rounds, now)
+            steps[recipe] = of.step(recipe=recipe, dmp_sites=of.sites)
+        steps["prompt"] = of.step(method="prompt", dmp_sites=of.sites)
+    seconds = interleaved(steps, of.rounds, of.clock)
+    pairs = [(name, "floor") for name in list(steps)[1:]]
+    pairs += [(recipe, "prompt") for recipe in RECIPES if variants]
+    for over, under in pairs:
+        middle, spread = ratio(seconds, over, under)
+        slow = f"{under} {statistics.median(seconds[under]):.3f} s"
+        yield f"training step, {over} / {under}", middle, f"+- {spread:.4f}; {slow}"
+    if of.device.type == "cuda":
+        peaks = {name: peak_bytes(run, of.device) for name, run in steps.items()}
+        for name in list(steps)[1:]:
+            text = f"floor {peaks['floor'] / 2**20:.0f} MiB"
+            yield f"peak memory of a step, {name} / floor", peaks[name] / peaks["floor"], text
+    if lora:
+        yield from compare_with_lora(patched, of)
 
 
-def compare_with_lora(
-    patched: TrainerStep,
-    make_lora: Callable[[], TrainerStep],
-    rounds: int,
-    now: Callable[[], float],
-) -> None:
-    """In turns; LoRA is switched off for the patch's steps."""
+def compare_with_lora(patched: TrainerStep, of: Compared) -> Iterator[tuple[str, float, str]]:
+    """Compares the patch's step with a LoRA's, which is switched off for the patch's steps."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    lora = make_lora()
+    lora = of.step(method="lora", network_dim=16)
     adapter = lora.run.method.trainable()
     layers = [m for m in lora.run.frozen.model.modules() if isinstance(m, BaseTunerLayer)]
 
@@ -226,10 +180,55 @@ def compare_with_lora(
         switch(True)
         lora()
 
-    seconds = interleaved({"patch": run_patch, "lora": run_lora}, rounds, now)
+    seconds = interleaved({"patch": run_patch, "lora": run_lora}, of.rounds, of.clock)
     middle, spread = ratio(seconds, "patch", "lora")
-    print(f"training step, patch / LoRA r=16: {middle:.4f} +- {spread:.4f} "
-          f"({sum(p.numel() for p in adapter.values()):,} LoRA parameters)")  # fmt: skip
+    count = sum(parameter.numel() for parameter in adapter.values())
+    text = f"+- {spread:.4f}; {count:,} LoRA parameters"
+    yield "training step, patch / LoRA r=16", middle, text
+    if of.device.type == "cuda":
+        peak = peak_bytes(run_patch, of.device) / peak_bytes(run_lora, of.device)
+        yield "peak memory of a step, patch / LoRA r=16", peak, ""
+
+
+def main() -> None:
+    """Runs the benchmark of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["sd15", "dit-b/2", "dit-xl/2"], default="dit-b/2")
+    parser.add_argument("--sites", default="all", help="all, or a named set such as encoder")
+    parser.add_argument("--decoder", action="store_true", help="also a patch of the decoder alone")
+    parser.add_argument("--variants", action="store_true", help="also ours and prompt tuning")
+    parser.add_argument("--latent", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=[str(d)[6:] for d in PRECISIONS], default="float32")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--lora", action="store_true", help="also a step of peft's LoRA r = 16")
+    options = parser.parse_args()
+    of = compared(options.model, options.latent, options.batch, options.device,
+                  getattr(torch, options.dtype), options.sites, options.rounds,
+                  options.clock)  # fmt: skip
+    print(f"{options.model}, batch {options.batch}, {options.dtype}, "
+          f"{machine_of(options.device)}, {options.clock} clock, "
+          f"torch {torch.__version__}")  # fmt: skip
+    for what, value, text in compare(of, options.decoder, options.variants, options.lora):
+        print(f"{what}: {value:.4f} {text}", flush=True)
+
+
+def compared(
+    base: str,
+    latent: int,
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+    sites: str = "all",
+    rounds: int = 10,
+    clock: str = "wall",
+) -> Compared:
+    """A full-size model and the arguments of a call whose timesteps differ."""
+    model, inputs = build(base, latent, batch, device, dtype)
+    given = {**inputs(500.0), "timestep": torch.linspace(20.0, 980.0, batch, device=device)}
+    return Compared(base, model, given, sites, rounds, clock_of(device, clock))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Everything that has to be seen once on a GPU, in one command and one report."""
