@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def numbers(setup: Setup, part: Part, name: str) -> None:
         precision(setup, part, family, dtype, plain, patched)
     if setup.on_gpu:
         second_stream(part, copy.deepcopy(patch), model, run, patched)
+        waits(part, copy.deepcopy(patch), model, run)
 
 
 def precision(
@@ -109,6 +111,27 @@ def second_stream(
         here.wait_stream(other)
     equal = torch.equal(first, expected) and torch.equal(second, expected)
     part.hold("a second stream gives the same bits", equal)
+
+
+def synchronisations(run: Callable[[], Any]) -> int:
+    """How often a run makes the processor wait for the GPU, which torch then warns of."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in found)
+
+
+def waits(part: Part, patch: Any, model: nn.Module, run: Callable[[], Tensor]) -> None:
+    """How often a call waits for the GPU; each time the GPU runs out of work."""
+    plain = synchronisations(run)
+    with attach(model, patch):
+        miss, hit = synchronisations(run), synchronisations(run)
+    note = f"a miss; a hit {hit - plain}, the plain model itself {plain}"
+    part.add("waits for the GPU that a patch adds to a call", float(miss - plain), note)
 
 
 def captured(run: Callable[[], Tensor]) -> Tensor:
