@@ -1,4 +1,5 @@
-"""The ComfyUI nodes: `nodes.py` (what users see) and `host.py` (how a patch acts in a model).
+"""The ComfyUI nodes.
 
-Only these two import ComfyUI; the other files know its conventions but not its code.
+`nodes.py` defines the nodes that users see, `host.py` makes a patch act in a model. Only these two
+import ComfyUI. The other files follow its conventions but do not need its code.
 """

@@ -1,4 +1,4 @@
-"""What must hold before a patch may act on a ComfyUI model, and what to say when it does not."""
+"""Checks that a patch fits a ComfyUI model, with the error messages for those that do not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from dmp_common.bases.timesteps import frequency_shift
 
 
 def require_supported(model: Any, record: PatchRecord) -> None:
-    """A `BaseModel` must be of the patch's base.
+    """Checks that a model is of the base that the patch was trained for.
+
+    Args:
+        model: ComfyUI's `BaseModel`.
+        record: the patch.
 
     Raises:
-        PatchError: it is of another one, or of none we know.
+        PatchError: the model is of another base, or of none that we support.
     """
     base, denoiser = record.loaded.patch.base, denoiser_of(model)
     if naming_of(denoiser, base) == "ldm":
@@ -35,16 +39,16 @@ def require_supported(model: Any, record: PatchRecord) -> None:
 
 
 def require_usable(model: Any, record: PatchRecord) -> None:
-    """The patch must be one that a host can use, made for the model's time embedding.
+    """Checks that a host can use the patch, and that it was trained on this time embedding.
 
     Raises:
-        PatchError: it prepends its prompts, or was trained with another frequency shift.
+        PatchError: the patch prepends its prompts, or was trained with another frequency shift.
     """
     patch, name = record.loaded.patch, record.loaded.name
     if patch.variant.mix == "prepend":
         raise PatchError(
             f"{name}: expected a patch that adds its prompts, found one that prepends them, which "
-            "only the trainer can do: train one with mix = add."
+            "only the trainer can do: train a patch with mix = add."
         )
     found = frequency_shift(denoiser_of(model), patch.base, "ldm")
     if found != patch.variant.frequency_shift:
@@ -56,33 +60,38 @@ def require_usable(model: Any, record: PatchRecord) -> None:
 
 
 def require_same_prediction(model_sampling: Any, record: PatchRecord) -> None:
-    """What the model predicts, and the scale of its timesteps, must be the patch's.
+    """Checks that the model predicts what the patch was trained for, on the same timesteps.
 
     Args:
-        model_sampling: ComfyUI's, which other nodes may have changed.
+        model_sampling: ComfyUI's object of this name, which other nodes may have replaced.
+        record: the patch.
 
     Raises:
-        PatchError: it predicts something else, or counts its timesteps differently.
+        PatchError: the prediction type differs, or the timesteps are on another scale.
     """
     name, patch = record.loaded.name, record.loaded.patch
     found = prediction_of(model_sampling)
     if found != patch.variant.prediction:
         raise PatchError(
             f"{name}: expected a model with prediction type {patch.variant.prediction}, found "
-            f"{found}: load the model the patch was trained for, or, if this one is the same, set "
-            "its type with a ModelSampling node."
+            f"{found}: load the model that the patch was trained for, or, if this is that model, "
+            "set its prediction type with a ModelSampling node."
         )
     noisiest = torch.tensor([model_sampling.percent_to_sigma(0.0)])
     first = float(timesteps_of(model_sampling, patch.base, noisiest))
     if not 500.0 < first <= 1001.0:
         raise PatchError(
             f"{name}: expected a model with timesteps from 1000 (noise) to 0, found one that "
-            f"starts at {first:g}: use the model sampling the patch was trained with."
+            f"starts at {first:g}: use the model sampling that the patch was trained with."
         )
 
 
 def require_not_compiled(model: Any, options: dict[str, Any]) -> None:
-    """Models without a slot take hooks, which a compiled graph would not see.
+    """Checks that a model which needs hooks is not compiled: a compiled graph ignores hooks.
+
+    Args:
+        model: ComfyUI's `BaseModel`, of a family without a slot for patches.
+        options: the `transformer_options` of the call.
 
     Raises:
         PatchError: the model is compiled.

@@ -1,4 +1,4 @@
-"""Compiled graphs of one model, told apart: one for each way a patch acts, and the plain one."""
+"""Separate compiled graphs for the plain model and for each way in which a patch acts on it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import torch.nn as nn
 
 from dmp_common import PatchError
 
-_MANY = 256  # graphs to keep; one that is forgotten is compiled again
+_MANY = 256  # How many graphs are kept. One that was dropped is compiled again when needed.
 
 
 @contextmanager
 def own_graph(denoiser: nn.Module, facts: object) -> Iterator[None]:
-    """Compiles and finds the graphs of calls with a patch apart from those of other calls.
+    """Keeps the compiled graphs of calls with a patch apart from those of other calls.
 
-    ComfyUI's compile nodes do not watch `transformer_options`, where a patch is, so a graph made
-    with one patch would serve a call with another, or with none. Graphs belong to the code
-    object they were made from: for the time of a call the model's forward gets one of its own.
+    A patch is in `transformer_options`, on which ComfyUI's compile nodes set no guards: a graph
+    that was compiled with one patch would also be used for a call with another patch, or without
+    one. torch keeps graphs by the code object that they were compiled from. So the model's forward
+    gets a code object of its own for the time of the call.
 
     Args:
-        denoiser: the model itself, not the compiled one that stands in for it.
-        facts: all that the graph of the patch depends on, besides the values of tensors. Patches
-            on the same model stack.
+        denoiser: the original model, not the compiled one that replaces it.
+        facts: everything that the graph of the patch depends on, except the values of tensors.
+            Several patches may be on one model; their facts are combined.
     """
     before = denoiser.__dict__.get("forward")
     name = repr(facts)
@@ -36,7 +37,7 @@ def own_graph(denoiser: nn.Module, facts: object) -> Iterator[None]:
                 f"expected a compiled {type(denoiser).__name__} with its own forward, found one "
                 "that another extension replaced: remove the compile node, or that extension."
             )
-        name = f"{before.__func__.__name__} {name}"  # the patch of another Apply DMP
+        name = f"{before.__func__.__name__} {name}"  # Another Apply DMP node is on this model.
     denoiser.forward = MethodType(_forward_of(name), denoiser)
     try:
         yield
@@ -48,7 +49,7 @@ def own_graph(denoiser: nn.Module, facts: object) -> Iterator[None]:
 
 @functools.lru_cache(_MANY)
 def _forward_of(name: str) -> FunctionType:
-    """A forward with a code object of its own."""
+    """Makes a forward function with a code object of its own."""
     return FunctionType(_forward.__code__.replace(co_name=name), globals(), name)
 
 

@@ -1,8 +1,9 @@
-"""A patch on a ComfyUI model: checked when it is attached, at work in each call of the model.
+"""Attaches a patch to a ComfyUI model, and lets it act in each call of the model.
 
-ComfyUI calls our wrapper around `BaseModel.apply_model`, which knows the noise level and comes
-before any compiled code. The wrapper fills the model's slots (`slots.py`) for that one call. It
-hangs on a clone of the host's model handle; the model itself is shared and never written to.
+ComfyUI calls our wrapper around `BaseModel.apply_model`. There the noise level is known, and no
+compiled code has started yet. The wrapper fills the model's slots (`slots.py`) for that one call.
+It belongs to a clone of the host's `ModelPatcher`. The model itself is shared by all clones, so it
+is never changed.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from comfyui_dmp.slots import (
 from dmp_common import Context, Patch, PatchError, Settings
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 
-KEY = "dmp"  # of our wrappers on a model
-FOLDER = "dmp"  # in models/
+KEY = "dmp"  # Names our wrappers on a model.
+FOLDER = "dmp"  # The folder of patches in ComfyUI's models folder.
 
 _loaded: weakref.WeakValueDictionary[tuple[object, ...], LoadedPatch] = (
     weakref.WeakValueDictionary()
@@ -54,20 +55,20 @@ _loaded: weakref.WeakValueDictionary[tuple[object, ...], LoadedPatch] = (
 
 
 def attach(model: Any, record: PatchRecord) -> Any:
-    """A clone of a MODEL with a patch on it; several patches add.
+    """Returns a clone of a model with a patch on it. The effects of several patches add up.
 
     Args:
-        model: ComfyUI's `ModelPatcher`; not changed.
-        record: the patch and how it is to be used.
+        model: ComfyUI's `ModelPatcher`, which is not changed.
+        record: the patch and its settings.
 
     Raises:
-        PatchError: the model is not supported, of another base or another prediction type than
-            the patch's, or the patch prepends its prompts.
+        PatchError: the model is not supported, or it has another base or another prediction type
+            than the patch, or the patch prepends its prompts.
     """
     require_supported(model.model, record)
     require_usable(model.model, record)
     wrapper = Wrapper(record)
-    wrapper.settings(model.get_model_object("model_sampling"))  # checks them
+    wrapper.settings(model.get_model_object("model_sampling"))  # Fails now if they do not fit.
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     clone.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, wrapper.release)
@@ -75,7 +76,7 @@ def attach(model: Any, record: PatchRecord) -> Any:
 
 
 class Wrapper:
-    """What ComfyUI calls around each call of a model with a patch. Holds nothing of a call."""
+    """ComfyUI calls it around each call of a patched model. It keeps no state of a call."""
 
     def __init__(self, record: PatchRecord) -> None:
         self.record = record
@@ -103,14 +104,18 @@ class Wrapper:
         transformer_options: dict[str, Any] | None = None,
         **conds: Any,
     ) -> Any:
-        """One call of the model.
+        """Calls the model with the patch.
 
         Args:
-            executor: calls the next wrapper, at last the model.
+            executor: calls the next wrapper; the last one calls the model.
             x: noisy latents (B, C, H, W).
             t: their sigmas (B,).
-            transformer_options: the host's options for this call; not changed.
+            c_concat, c_crossattn, control: passed on as they are.
+            transformer_options: the host's options for this call, which are not changed.
             conds: other conditions, among them the reference latents of Flux Kontext.
+
+        Returns:
+            The model's output.
         """
         options = transformer_options or {}
         model = executor.class_obj
@@ -147,10 +152,13 @@ class Wrapper:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def settings(self, model_sampling: Any) -> Settings:
-        """The core's settings for how a model samples now; other nodes may have changed it.
+        """Converts the user's settings to the core's, by the model sampling in use.
+
+        Args:
+            model_sampling: ComfyUI's object of this name, which other nodes may have replaced.
 
         Raises:
-            PatchError: it predicts another thing, or runs on other timesteps, than the patch's.
+            PatchError: the model's prediction type or its timesteps are not the patch's.
         """
         if self._known is None or self._known[0] is not model_sampling:
             require_same_prediction(model_sampling, self.record)
@@ -163,7 +171,12 @@ class Wrapper:
         return self._known[1]
 
     def release(self, patcher: Any, unload: bool) -> None:
-        """The model was unloaded, or (not `unload`) another clone of it takes over."""
+        """Frees the copies of the patch on other devices when ComfyUI unloads the model.
+
+        Args:
+            patcher: ComfyUI's `ModelPatcher` of the model.
+            unload: False where another clone of the same model takes its place.
+        """
         if unload:
             self.record.loaded.patch.release()
 
@@ -178,8 +191,9 @@ class Wrapper:
         timesteps: Tensor | None,
         conds: dict[str, Any],
     ) -> Prepare:
-        """What makes the context of a call, once its time embedding is known."""
-        patch = self.record.loaded.patch.on(x.device)  # now: compiled code cannot copy
+        """Returns the function that makes the context of this call from its time embedding."""
+        # The patch is copied to the device here, because compiled code cannot copy it.
+        patch = self.record.loaded.patch.on(x.device)
         latent = latent_of(model, self._base, x, conds)
 
         def prepare(e: Tensor) -> Context:
@@ -195,7 +209,7 @@ class Wrapper:
 
 
 def _for_compiled(context: Context) -> Context:
-    """A context for compiled graphs: no memory of fields, and no numbers they would make fixed."""
+    """Prepares a context for a compiled graph, which would make numbers and cached fields fixed."""
     strength = torch.as_tensor(context.strength)
     return dataclasses.replace(context, key=None, cache=None, strength=strength)
 
@@ -203,15 +217,20 @@ def _for_compiled(context: Context) -> Context:
 def gate_embedding(
     model: Any, record: PatchRecord, scheduler: str, steps: int, label: int
 ) -> tuple[Tensor, Tensor]:
-    """What the gate of a patch sees of a model, for heat maps.
+    """Computes the time embeddings that the gate of a patch sees in a model, for heat maps.
 
     Args:
-        model: ComfyUI's `ModelPatcher`; it need not be loaded.
-        scheduler, steps: whose noise levels.
-        label: class, for patches with condition t+y.
+        model: ComfyUI's `ModelPatcher`, which need not be loaded.
+        record: the patch.
+        scheduler, steps: ComfyUI's scheduler and its number of steps, which give the noise levels.
+        label: the class label, for patches whose gate sees the class (condition t+y).
 
     Returns:
-        e (T, E), float32, and its timesteps (T,), on the scale 0..1000; both on the CPU.
+        The embeddings (T, E) in float32, and their timesteps (T,) on the scale 0..1000, both on
+        the CPU.
+
+    Raises:
+        PatchError: the model is not of the patch's base, or it does not have this class.
     """
     patch, base_model = record.loaded.patch, model.model
     require_supported(base_model, record)
@@ -234,9 +253,10 @@ def gate_embedding(
 
 
 def register_folder() -> None:
-    """Makes models/dmp known to ComfyUI, besides the folders of extra_model_paths.yaml."""
+    """Registers models/dmp with ComfyUI, in addition to folders of extra_model_paths.yaml."""
     folder = Path(folder_paths.models_dir) / FOLDER
-    with suppress(OSError):  # models that nobody may write to: the other folders still serve
+    # Where the models folder is read-only, the other registered folders can still be used.
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, str(folder))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
@@ -244,16 +264,16 @@ def register_folder() -> None:
 
 
 def patch_files() -> list[str]:
-    """The patch files users can choose, by their path in the folder."""
+    """Lists the patch files that users can choose from, as paths inside the folder."""
     names: list[str] = folder_paths.get_filename_list(FOLDER)
     return names
 
 
 def load(name: str) -> PatchRecord:
-    """A patch file by its name in the list; one that is still in use is not read again.
+    """Loads a patch file by its name in the list. A patch that is still in use is not read again.
 
     Raises:
-        PatchError: not a patch, or a damaged one.
+        PatchError: the file is not a patch, or it is damaged.
     """
     path = Path(folder_paths.get_full_path_or_raise(FOLDER, name))
     key = (str(path), *_state(path))
@@ -265,7 +285,7 @@ def load(name: str) -> PatchRecord:
 
 
 def fingerprint(name: str) -> str:
-    """Changes whenever a patch file is replaced."""
+    """Returns a text that changes whenever the patch file is replaced."""
     path = folder_paths.get_full_path(FOLDER, name)
     return "" if path is None else str((path, *_state(Path(path))))
 

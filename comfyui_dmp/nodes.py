@@ -1,6 +1,6 @@
-"""The nodes: what users see of the pack. Thin; `host.py` does the work.
+"""The nodes that users see. They only pass their inputs on to `host.py`, which does the work.
 
-Node ids are permanent: workflows refer to them.
+Node ids must never change, because saved workflows refer to them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _factor(name: str, when: str) -> io.Float.Input:
 
 
 class LoadPatch(io.ComfyNode):
-    """A patch file of models/dmp."""
+    """Loads a patch file from models/dmp."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -92,7 +92,7 @@ class LoadPatch(io.ComfyNode):
 
 
 class Apply(io.ComfyNode):
-    """A patch on a model."""
+    """Attaches a patch to a model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -118,7 +118,7 @@ class Apply(io.ComfyNode):
 
 
 class LoadApply(io.ComfyNode):
-    """Both in one, as the LoRA loader does it."""
+    """Loads a patch file and attaches it in one node, like ComfyUI's LoRA loader."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -146,7 +146,7 @@ class LoadApply(io.ComfyNode):
 
 
 class GateStrength(io.ComfyNode):
-    """How a patch is to be used."""
+    """Sets how strongly, when and where a patch acts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -208,7 +208,7 @@ class GateStrength(io.ComfyNode):
 
 
 class GateHeatmap(io.ComfyNode):
-    """The paper's Figure 4 for a patch and a model."""
+    """Draws the gate of a patch for a model, as in Figure 4 of the paper."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -268,7 +268,7 @@ class GateHeatmap(io.ComfyNode):
 
 
 class PatchInfo(io.ComfyNode):
-    """What a patch file says about itself."""
+    """Shows the description that a patch file carries."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -290,7 +290,7 @@ class PatchInfo(io.ComfyNode):
 
 
 class Extension(ComfyExtension):
-    """The pack."""
+    """The custom node pack, as ComfyUI loads it."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_folder()
