@@ -1,4 +1,4 @@
-"""Axes of the X/Y/Z plot: patch, strength, start and end of the accordion's first slot."""
+"""Axes for the X/Y/Z plot: patch, strength, start and end of the accordion's first slot."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ _NUMBERS = {"Strength": "strength", "Start": "start", "End": "end"}
 
 
 def of(p: Any) -> dict[str, Any]:
-    """The fields that the axes of a plot set for a generation."""
+    """Returns the fields that the axes of a plot have set for a generation."""
     found: dict[str, Any] = getattr(p, "dmp_axes", {})
     return found
 
 
 def _setter(field: str) -> Callable[[Any, Any, Sequence[Any]], None]:
     def apply(p: Any, value: Any, values: Sequence[Any]) -> None:
-        p.dmp_axes = {**of(p), field: value}  # a new one: the plot's copies of p share the old
+        # The plot's copies of `p` share the old dictionary, so it must not be changed.
+        p.dmp_axes = {**of(p), field: value}
 
     return apply
 
 
 def _confirm_patches(p: Any, values: Sequence[str]) -> None:
-    """Fails before the plot begins rather than in its midst."""
+    """Checks all patches of an axis, so that a wrong name fails before the plot begins."""
     for value in values:
         if value and value != NONE:
             try:
@@ -49,7 +50,10 @@ def _confirm(field: str) -> Callable[[Any, Sequence[float]], None]:
 
 
 def add() -> None:
-    """Adds the axes to the plot, once; it is a script like others and loaded in any order."""
+    """Adds our axes to the plot, unless they are there already.
+
+    The plot is a script itself, and scripts are loaded in any order, so it may not exist yet.
+    """
     plot = next(
         (data.module for data in scripts.scripts_data if data.module.__name__ == "xyz_grid.py"),
         None,
@@ -73,5 +77,5 @@ def add() -> None:
 
 
 def register() -> None:
-    """Asks the host to call `add` once all scripts are loaded."""
+    """Asks the host to call `add` when all scripts are loaded."""
     script_callbacks.on_before_ui(add)

@@ -1,4 +1,4 @@
-"""Patches among the extra networks: a tab with cards, and `<dmp:name:0.8>` in prompts."""
+"""Patches as extra networks: a tab with cards, and the prompt syntax `<dmp:name:0.8>`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ _HASHES = "DMP hashes"
 
 
 class Network(extra_networks.ExtraNetwork):  # type: ignore[misc]
-    """`<dmp:name:0.8>`: the host calls it for every batch, and for the second pass of hires fix."""
+    """Handles `<dmp:name:0.8>` in prompts.
+
+    The host calls it for every batch, and again for the second pass of hires fix.
+    """
 
     def __init__(self) -> None:
         super().__init__(_NAME)
 
     def activate(self, p: Any, params_list: list[Any]) -> None:
-        """Takes the patches of the prompt that is sampled next."""
+        """Chooses the patches of the prompt that is sampled next."""
         p.extra_generation_params.pop(_HASHES, None)
         later = (getattr(p, "hr_extra_network_data", None) or {}).get(_NAME, [])
         if not params_list and not later and not hasattr(p, "dmp_session"):
@@ -34,7 +37,7 @@ class Network(extra_networks.ExtraNetwork):  # type: ignore[misc]
         session = host.session_of(p)
         session.fail("prompt", PatchError("the prompt could not be read; the console says why."))
         try:
-            for params in later:  # an error there need not wait for the first pass
+            for params in later:  # An error in the second pass's prompt is reported at once.
                 self._choice(params).record(host.folder())
             pairs = [self._choice(params).record(host.folder()) for params in params_list]
         except PatchError as error:
@@ -46,7 +49,7 @@ class Network(extra_networks.ExtraNetwork):  # type: ignore[misc]
         session.choose("prompt", [record for record, _ in pairs])
 
     def deactivate(self, p: Any) -> None:
-        """Nothing to do: patches are on the model while it samples only."""
+        """Does nothing, because patches are on the model only while it samples."""
 
     @staticmethod
     def _choice(params: Any) -> Any:
@@ -60,12 +63,12 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
         super().__init__("DMP")
 
     def refresh(self) -> None:
-        """Nothing to do: the folder is read whenever the cards are made."""
+        """Does nothing, because the folder is read whenever the cards are made."""
 
     def create_item(
         self, name: str, index: int | None = None, enable_filter: bool = True
     ) -> dict[str, Any]:
-        """What the host makes a card of."""
+        """Returns what the host needs to make the card of a patch."""
         path = host.folder().find(name)
         stem = str(path.with_suffix(""))
         try:
@@ -106,7 +109,7 @@ def add() -> None:
 
 
 def pasted(infotext: str, texts: dict[str, Any]) -> None:
-    """Finds patches of a pasted prompt whose file was renamed, by their hashes."""
+    """Corrects the names in a pasted prompt whose files were renamed; their hashes tell them."""
     pairs = (pair.rsplit(":", 1) for pair in str(texts.get(_HASHES, "")).split(",") if ":" in pair)
     hashes = {name.strip(): digest.strip() for name, digest in pairs}
 
@@ -121,6 +124,6 @@ def pasted(infotext: str, texts: dict[str, Any]) -> None:
 
 
 def register() -> None:
-    """Asks the host to call us before it makes its tabs, and when an infotext is pasted."""
+    """Asks the host to call us before it makes its tabs and when an infotext is pasted."""
     script_callbacks.on_before_ui(add)
     script_callbacks.on_infotext_pasted(pasted)

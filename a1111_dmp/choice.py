@@ -1,4 +1,7 @@
-"""What a user chose: from controls, a prompt, an axis or an infotext, and back into an infotext."""
+"""A user's choice of patch and settings: read from controls, prompts, axes and infotexts.
+
+It is written into infotexts too.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,19 @@ from a1111_dmp.files import NONE, Folder, Known
 from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord
 
-SLOTS = 3  # patches that can be stacked in one set of controls
+SLOTS = 3  # How many patches one set of controls can combine.
 _EMPTY = (None, "", NONE, "none")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A patch by name, and how it is to be used; the names and defaults of the ComfyUI nodes.
+    """The name of a patch, and its settings with the names and defaults of the ComfyUI nodes.
 
     Args:
-        patch: its name in the folder; `NONE` for no patch.
+        patch: the name of the patch in the folder; `NONE` for no patch.
         strength: multiplies what the patch adds; 0 is exactly the plain model.
-        start, end: progress between which it acts, 0 at the noise and 1 at the picture.
-        early, middle, late: what the strength is multiplied by at progress 0, 0.5 and 1.
+        start, end: the patch acts between these points of progress; 0 is noise, 1 the picture.
+        early, middle, late: factors of the strength at progress 0, 0.5 and 1.
     """
 
     patch: str = NONE
@@ -36,10 +39,13 @@ class Choice:
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Choice:
-        """From the values of the controls of a slot, or of a request, in the order of the fields.
+        """Makes a choice from the values of a slot's controls, or of an API request.
+
+        Args:
+            values: one value for each field, in the order of the fields.
 
         Raises:
-            PatchError: a value that is not what its control gives.
+            PatchError: a value has the wrong type or is not a finite number.
         """
         patch, *numbers = values
         if patch in _EMPTY:
@@ -54,10 +60,13 @@ class Choice:
         return self.patch in _EMPTY
 
     def record(self, folder: Folder) -> tuple[PatchRecord, Known]:
-        """The patch, loaded, and how it is to be used.
+        """Loads the patch.
+
+        Returns:
+            The patch with its settings, and the patch with its name in the folder and its hash.
 
         Raises:
-            PatchError: no such patch, a damaged file, or values out of range.
+            PatchError: there is no such patch, its file is damaged, or a setting is out of range.
         """
         known = folder.load(self.patch)
         return PatchRecord(
@@ -75,10 +84,14 @@ DEFAULTS = tuple(getattr(Choice(), name) for name in FIELDS) * SLOTS
 
 
 def number(name: str, value: object) -> float:
-    """A number of a control, a prompt or a request.
+    """Reads a number that came from a control, a prompt or a request.
+
+    Args:
+        name: of the setting, for the message.
+        value: a number, or a text that stands for one.
 
     Raises:
-        PatchError: something else, or not finite.
+        PatchError: the value is not a number, or it is not finite.
     """
     try:
         result = float(value)  # type: ignore[arg-type]
@@ -90,14 +103,14 @@ def number(name: str, value: object) -> float:
 
 
 def from_controls(values: Sequence[Any], axes: Mapping[str, Any] | None = None) -> list[Choice]:
-    """The slots of a set of controls, in order.
+    """Makes the choices of all slots of a set of controls, in order.
 
     Args:
         values: the fields of each slot, as in `DEFAULTS`.
-        axes: fields of the first slot that an X/Y/Z plot sets.
+        axes: fields of the first slot that an X/Y/Z plot has set.
 
     Raises:
-        PatchError: values of a wrong kind, or an axis without a patch to act on.
+        PatchError: a value has the wrong type, or an axis has no patch to act on.
     """
     size = len(FIELDS)
     slots = [Choice.of(values[n * size : (n + 1) * size]) for n in range(SLOTS)]
@@ -112,10 +125,10 @@ def from_controls(values: Sequence[Any], axes: Mapping[str, Any] | None = None) 
 
 
 def is_on(enabled: object) -> bool:
-    """The switch of the accordion.
+    """Reads the switch of the accordion.
 
     Raises:
-        PatchError: a request with something else in its place.
+        PatchError: a request gave something other than true or false.
     """
     if not isinstance(enabled, bool):
         raise PatchError(
@@ -125,17 +138,20 @@ def is_on(enabled: object) -> bool:
 
 
 def from_prompt(positional: Sequence[str], named: Mapping[str, str]) -> Choice:
-    """A patch in a prompt: `<dmp:name>`, `<dmp:name:0.8>`, `<dmp:name:0.8:start=0.2:end=0.7>`.
+    """Makes a choice from the arguments of `<dmp:...>` in a prompt.
+
+    Users write `<dmp:name>`, `<dmp:name:0.8>` or `<dmp:name:0.8:start=0.2:end=0.7>`.
 
     Raises:
-        PatchError: anything else.
+        PatchError: the arguments are not of this form.
     """
     written = ":".join([*positional, *(f"{k}={v}" for k, v in named.items())])
     unknown = sorted(set(named) - set(NUMBERS))
     if unknown or not 1 <= len(positional) <= 2 or (len(positional) == 2 and "strength" in named):
         raise PatchError(
-            f"expected <dmp:name:strength>, and after it {', '.join(f'{n}=' for n in NUMBERS)} as "
-            f"you like, found <dmp:{written}>: correct the prompt."
+            "expected <dmp:name:strength>, with any of "
+            f"{', '.join(f'{n}=' for n in NUMBERS)} after it, found <dmp:{written}>: correct "
+            "the prompt."
         )
     values = {name: number(name, value) for name, value in named.items()}
     if len(positional) == 2:
@@ -144,34 +160,37 @@ def from_prompt(positional: Sequence[str], named: Mapping[str, str]) -> Choice:
 
 
 def omitted(values: Sequence[Any], given: int, expected: int) -> list[Any]:
-    """The values of a request that left some of its last ones out.
+    """Fills in the last values of a request that left them out.
 
-    The host cuts its list of all values by as many, so that the ones it hands over are of the next
-    script there.
+    The host's list of all values is then too short by as many. It cuts our values out of that
+    list by position, so the last ones that it passes on belong to the next script.
 
     Args:
-        values: what the host hands over.
-        given, expected: how many values its list has, and should have.
+        values: what the host passes on.
+        given, expected: how many values the host's list has, and how many it should have.
+
+    Returns:
+        One value for each of `DEFAULTS`.
 
     Raises:
-        PatchError: more values than there are.
+        PatchError: the request gave more values than there are.
     """
     missing = expected - given
     if missing < 0:
         raise PatchError(
             f"expected at most {len(DEFAULTS)} values for DMP, found {len(DEFAULTS) - missing}: "
-            "leave the last ones out."
+            "remove the last ones."
         )
     kept = len(DEFAULTS) - missing
     return [*values[:kept], *DEFAULTS[max(kept, 0) :]]
 
 
-# Infotext: "DMP patch", "DMP hash", "DMP strength", and the rest where it differs from the default;
-# of the second and third slot "DMP patch 2" and so on.
+# An infotext has "DMP patch", "DMP hash" and "DMP strength", and each other setting that differs
+# from its default. The keys of the second and third slot end in a number, as in "DMP patch 2".
 
 
 def label(prefix: str, field: str, slot: int) -> str:
-    """The key of a field in an infotext.
+    """Returns the key of a field in an infotext.
 
     >>> label("DMP", "patch", 0), label("DMP script", "start", 2)
     ('DMP patch', 'DMP script start 3')
@@ -180,7 +199,7 @@ def label(prefix: str, field: str, slot: int) -> str:
 
 
 def to_infotext(prefix: str, slot: int, choice: Choice, known: Known) -> dict[str, Any]:
-    """What an infotext says about a slot."""
+    """Returns the entries of an infotext for a slot."""
     plain = Choice()
     texts: dict[str, Any] = {"patch": known.name, "hash": known.hash, "strength": choice.strength}
     for name in NUMBERS:
@@ -192,7 +211,7 @@ def to_infotext(prefix: str, slot: int, choice: Choice, known: Known) -> dict[st
 def from_infotext(
     texts: Mapping[str, Any], prefix: str, slot: int, field: str, folder: Folder
 ) -> Any:
-    """The value of a field that an infotext tells of, or its default where it tells nothing."""
+    """Reads the value of a field from an infotext; its default where the infotext has none."""
     text = texts.get(label(prefix, field, slot))
     if text is None:
         return getattr(Choice(), field)

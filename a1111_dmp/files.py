@@ -1,4 +1,4 @@
-"""The folder of patches: their names as users see them, and the files behind."""
+"""The folder of patches: finds the file of each name that users see, and loads it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dmp_common import Patch, PatchError
 from dmp_common.attach.record import LoadedPatch
 from dmp_common.patch.file import file_hash
 
-NONE = "None"  # what drop-downs show where no patch is chosen
+NONE = "None"  # Drop-downs show this where no patch is chosen.
 _SUFFIX = ".safetensors"
-_KEPT = 6  # loaded patches; ten megabytes each and what they remember
+_KEPT = 6  # How many loaded patches are kept. Each takes about 10 MB, and its cache of fields.
 
 
 class Known(NamedTuple):
-    """A patch of the folder: its name there, itself, and its file's hash as hosts show it."""
+    """A loaded patch with its name in the folder and the hash of its file, as hosts show it."""
 
     name: str
     loaded: LoadedPatch
@@ -27,7 +27,7 @@ class Known(NamedTuple):
 
 
 class Folder:
-    """A folder of patch files; names are paths in it without the ending.
+    """A folder of patch files. The name of a patch is its path in the folder, without the ending.
 
     Args:
         root: the folder, which need not exist.
@@ -38,24 +38,25 @@ class Folder:
         self._loaded: OrderedDict[tuple[object, ...], Known] = OrderedDict()
 
     def names(self) -> list[str]:
-        """The patches users can choose, by name."""
+        """Lists the names of the patches that users can choose from."""
         return sorted(self._files(), key=str.casefold)
 
     def find(self, name: str) -> Path:
-        """The file of a patch, by its name, or by the name of its file alone where that is clear.
+        """Finds the file of a patch by its name.
 
-        Nothing outside of the folder is ever found, whatever a request asks for.
+        The subfolder may be left out where only one file has this name. A request can never reach
+        a file outside of the folder.
 
         Raises:
-            PatchError: no such file, or several.
+            PatchError: there is no such file, or there are several.
         """
         return self._files()[self.full_name(name)]
 
     def full_name(self, name: str) -> str:
-        """The name of a patch in the folder, from one that may lack its subfolder.
+        """Completes the name of a patch whose subfolder may have been left out.
 
         Raises:
-            PatchError: no such file, or several.
+            PatchError: there is no such file, or there are several.
         """
         files = self._files()
         asked = name.replace("\\", "/").removesuffix(_SUFFIX)
@@ -76,10 +77,10 @@ class Folder:
         )
 
     def load(self, name: str) -> Known:
-        """A patch of the folder; a file that was loaded before is not read again.
+        """Loads a patch. A file that was loaded before and has not changed is not read again.
 
         Raises:
-            PatchError: no such file, not a patch, or a damaged one.
+            PatchError: there is no such file, it is not a patch, or it is damaged.
         """
         full = self.full_name(name)
         path = self.find(full)
@@ -87,7 +88,7 @@ class Folder:
         key = (str(path), stat.st_mtime_ns, stat.st_size)
         known = self._loaded.pop(key, None)
         if known is None:
-            # Forge activates extra networks in inference mode, whose tensors cannot be remembered.
+            # Forge calls us in inference mode. Tensors made there could not be cached.
             with torch.inference_mode(False), torch.no_grad():
                 known = Known(full, LoadedPatch(Patch.load(path), path), file_hash(path))
         self._loaded[key] = known
@@ -96,9 +97,10 @@ class Folder:
         return known
 
     def by_hash(self, name: str, digest: str | None) -> str:
-        """The name of a patch that an infotext tells of: its own, or that of a renamed file.
+        """Finds the name of a patch from an infotext, also after its file was renamed.
 
-        The name itself where neither is found, so that the message can say so.
+        Where neither the name nor the hash is found, the name is returned as it is, so that the
+        error message can show it.
         """
         files = self._files()
         if name in files or not digest:
@@ -106,7 +108,7 @@ class Folder:
         return next((known for known, path in files.items() if file_hash(path) == digest), name)
 
     def _files(self) -> dict[str, Path]:
-        """Path of each patch by its name."""
+        """Maps the name of each patch to its path."""
         found: dict[str, Path] = {}
         for folder, _, names in os.walk(self.root, followlinks=True):
             for name in names:

@@ -1,7 +1,7 @@
-"""What the host is asked for: its model, its folders, its sampling.
+"""All access to the host: its model, its folders and its sampling.
 
-One code path for A1111, Forge, reForge and Forge Classic; they differ in where the model is and in
-what says what it predicts.
+A1111, Forge, reForge and Forge Classic share this code. They differ only in where the model is and
+in how they name its prediction type.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from dmp_common.attach.record import PatchRecord
 from dmp_common.bases.detect import find_denoiser, prediction_of
 from dmp_common.tools.heatmap import even_timesteps, gate_heatmap, time_embedding_of
 
-_PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "const": "flow"}  # A1111's and Forge's words
+_PREDICTIONS = {
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "const": "flow",
+}  # A1111 and Forge use these names.
 _log = logging.getLogger(__name__)
-_running: list[Session] = []  # those whose sampling is under way
+_running: list[Session] = []  # The sessions that are sampling now.
 
 
 @lru_cache(maxsize=1)
 def folder() -> Folder:
-    """The folder of patches: models/DMP, or what --dmp-dir says."""
+    """Returns the folder of patches: models/DMP, or the folder given by --dmp-dir."""
     given = getattr(shared.cmd_opts, "dmp_dir", None)
     root = Path(given) if given else Path(paths.models_path) / "DMP"
     root.mkdir(parents=True, exist_ok=True)
@@ -41,16 +45,16 @@ def folder() -> Folder:
 
 
 def current_model() -> Model:
-    """The host's model now.
+    """Describes the model that the host has loaded now.
 
     Raises:
-        PatchError: none is loaded.
+        PatchError: no model is loaded.
     """
     model = shared.sd_model
     info = getattr(model, "sd_checkpoint_info", None)
     if info is None:
         raise PatchError(
-            "expected a loaded checkpoint, found none yet: choose one, and make a picture with it."
+            "expected a loaded checkpoint, found none yet: choose one and generate a picture first."
         )
     sampling = _sampling(model)
     return Model(
@@ -67,18 +71,18 @@ def _label(unet: Any) -> str:
 
 
 def _sampling(model: Any) -> Any:
-    """Forge's `predictor`, or the `model_sampling` of its siblings; None in A1111."""
+    """Returns Forge's `predictor`, or `model_sampling` in reForge and Classic; None in A1111."""
     objects = getattr(model, "forge_objects", None)
     if objects is None:
         return None
     unet = objects.unet
-    replaced = getattr(unet, "object_patches", {})  # extensions exchange it so
+    replaced = getattr(unet, "object_patches", {})  # Extensions replace the object here.
     own = getattr(unet.model, "predictor", None) or unet.model.model_sampling
     return replaced.get("predictor", replaced.get("model_sampling", own))
 
 
 def _prediction(model: Any, sampling: Any) -> str | None:
-    """What a model predicts, in our words; None where the host does not say."""
+    """Returns the prediction type under our name for it; None where the host does not say."""
     if sampling is None:
         said = getattr(model, "parameterization", None)
     else:
@@ -87,10 +91,10 @@ def _prediction(model: Any, sampling: Any) -> str | None:
 
 
 def _to_timestep(sampling: Any, base: Base, percent: float) -> float:
-    """From progress to a timestep (0..1000), by the host's rule.
+    """Converts progress (0 to 1) to a timestep (0 to 1000) by the host's rule.
 
-    A1111 has none but that of its refiner, which is linear in the timestep; ComfyUI's and Forge's
-    for the same models gives the same numbers.
+    A1111 has such a rule only for its refiner: it is linear in the timestep. For the same models
+    the rule of ComfyUI and Forge gives the same numbers.
     """
     if sampling is None:
         return (1.0 - percent) * 999.0
@@ -99,9 +103,9 @@ def _to_timestep(sampling: Any, base: Base, percent: float) -> float:
 
 
 def session_of(p: Any) -> Session:
-    """The session of a generation; the first call puts it around the generation's sampling.
+    """Returns the session of a generation. The first call wraps the generation's sampling in it.
 
-    Scripts copy `p` with all its attributes, so one that belongs to another is replaced.
+    Scripts copy `p` with all its attributes, so a session that belongs to another `p` is replaced.
     """
     session: Session | None = getattr(p, "dmp_session", None)
     sampling = vars(p).get("sample")
@@ -109,22 +113,23 @@ def session_of(p: Any) -> Session:
         session = Session(current_model, _stopped, partial(_tell, weakref.ref(p)))
         p.dmp_session, p.dmp_owner = session, weakref.ref(p)
     if isinstance(sampling, Sampling) and sampling.session is not session:
-        sampling = sampling.inner  # of the one it was copied from
+        sampling = sampling.inner  # This wrapper belongs to the `p` that ours was copied from.
     if not isinstance(sampling, Sampling):
-        # An attribute, because others put theirs there too; it hides the method of the class.
+        # Other extensions set this attribute too. It hides the method of the class.
         p.sample = Sampling(p, session, sampling)
     return session
 
 
 class Sampling:
-    """`p.sample` with the patches attached meanwhile.
+    """Replaces `p.sample`: it samples with the patches attached.
 
-    There the checkpoint is settled, errors are not swallowed, and both passes of hires fix run.
+    When `p.sample` is called, the checkpoint is chosen for good. The host does not swallow its
+    errors, and both passes of hires fix run inside it.
 
     Args:
-        p: the generation; not kept alive.
+        p: the generation, which is not kept alive.
         session: its session.
-        inner: what stood in the place of the method before, by another extension.
+        inner: the replacement by another extension that was there before; None for the method.
     """
 
     def __init__(self, p: Any, session: Session, inner: Callable[..., Any] | None) -> None:
@@ -133,7 +138,7 @@ class Sampling:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         p = self._p()
         inner = self.inner or partial(type(p).sample, p)
-        if self.session.running:  # another extension has put its own around ours
+        if self.session.running:  # Another extension has wrapped our wrapper and called it again.
             return inner(*args, **kwargs)
         with self.session:
             _running.append(self.session)
@@ -147,13 +152,13 @@ class Sampling:
 
 
 def follow(params: Any = None) -> None:
-    """Before each call of the model, after the host may have exchanged it."""
+    """Attaches to another model where needed. The host calls this before each call of its model."""
     for session in _running:
         session.follow()
 
 
 def close_all() -> None:
-    """Takes everything off the model: the scripts are being unloaded."""
+    """Removes all patches from the model. The host calls this when it unloads the scripts."""
     for session in _running:
         session.close()
 
@@ -170,7 +175,7 @@ def _tell(p: Callable[[], Any], text: str) -> None:
 
 
 def records(choices: list[Choice], prefix: str) -> tuple[list[PatchRecord], dict[str, Any]]:
-    """The patches of some choices, and what an infotext says about them."""
+    """Loads the patches of all slots, and returns them with the entries for the infotext."""
     result, texts = [], {}
     for slot, choice in enumerate(choices):
         if not choice.empty:
@@ -181,7 +186,10 @@ def records(choices: list[Choice], prefix: str) -> tuple[list[PatchRecord], dict
 
 
 def set_infotext(p: Any, prefix: str, texts: Mapping[str, Any]) -> None:
-    """Replaces what the infotext says under a prefix; scripts share one between generations."""
+    """Replaces the entries of the infotext under a prefix.
+
+    Scripts share one infotext between generations, so the entries of the last one may be there.
+    """
     others = ("DMP script ", "DMP hashes")
     for key in [k for k in p.extra_generation_params if k.startswith(prefix + " ")]:
         if prefix != "DMP" or not key.startswith(others):
@@ -190,20 +198,20 @@ def set_infotext(p: Any, prefix: str, texts: Mapping[str, Any]) -> None:
 
 
 def say_unused(p: Any, why: str) -> None:
-    """Lets the infotext tell what happened in place of what was asked for."""
+    """Replaces our entries in the infotext by the reason why no patch was applied."""
     for key in [k for k in p.extra_generation_params if k.startswith("DMP ")]:
         del p.extra_generation_params[key]
     p.extra_generation_params["DMP not applied"] = why
 
 
 def heat_map(choices: list[Choice]) -> Image.Image:
-    """The gates of the chosen patches for the checkpoint that is loaded, below one another.
+    """Draws the gates of the chosen patches for the loaded checkpoint, one below the other.
 
-    The time embedding is read from the checkpoint's file: the loaded one may be sampling with hooks
-    on it, in half precision, or partly on another device.
+    The time embedding is read from the checkpoint's file. The loaded model may be sampling with
+    our hooks on it, may be in half precision, or may be partly on another device.
 
     Raises:
-        PatchError: no patch is chosen, or one is for another base.
+        PatchError: no patch is chosen, or a patch is for another base.
     """
     chosen = [choice for choice in choices if not choice.empty]
     if not chosen:
@@ -225,16 +233,16 @@ def heat_map(choices: list[Choice]) -> Image.Image:
 
 
 def leave_path() -> None:
-    """Takes the repository off `sys.path`, where Forge puts and leaves every extension.
+    """Removes our repository from `sys.path`, where Forge leaves every extension.
 
-    It would come before everything else there, with folders called `tests` and `training`.
+    Otherwise our folders `tests` and `training` would hide other packages of these names.
     """
     root = Path(__file__).resolve().parents[1]
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != root]
 
 
 def register() -> None:
-    """Asks the host to call us; it forgets this when scripts are loaded again."""
+    """Asks the host to call us. It must be asked again whenever the scripts are reloaded."""
     script_callbacks.on_cfg_denoiser(follow)
     script_callbacks.on_script_unloaded(close_all)
     script_callbacks.on_before_ui(leave_path)

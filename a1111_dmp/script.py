@@ -1,4 +1,4 @@
-"""What users see in txt2img and img2img: an accordion, and the same in the Script drop-down."""
+"""The controls in txt2img and img2img: an accordion, and an entry of the Script drop-down."""
 
 from __future__ import annotations
 
@@ -43,11 +43,15 @@ _HELP = (
 
 
 class Controls:
-    """The controls of one script in one tab, and how an infotext sets them.
+    """The controls of one script in one tab.
 
     Args:
-        script: whose; names the elements.
-        prefix: of its keys in an infotext.
+        script: the script, which gives the elements their ids.
+        prefix: begins its keys in an infotext.
+
+    Attributes:
+        all: the components, in the order of their values.
+        fields: pairs of a component and the function that sets it from an infotext.
     """
 
     def __init__(self, script: scripts.Script, prefix: str) -> None:
@@ -56,7 +60,7 @@ class Controls:
         self.fields: list[tuple[Any, Any]] = []
 
     def build(self) -> None:
-        """Makes the slots and the heat map."""
+        """Makes the controls of all slots, and the button that draws the heat map."""
         for slot in range(SLOTS):
             if slot == 0:
                 self._slot(slot)
@@ -106,7 +110,7 @@ class Controls:
         return str(self._script.elem_id(f"{name}_{slot + 1}"))
 
     def paste_names(self) -> list[str]:
-        """Keys of an infotext that "Send to" hands on."""
+        """Lists the infotext keys that the "Send to" buttons pass on."""
         return [
             label(self._prefix, name, slot) for slot in range(SLOTS) for name in (*FIELDS, "hash")
         ]
@@ -117,18 +121,18 @@ def _choices() -> list[str]:
 
 
 def _used(prefix: str, texts: dict[str, Any]) -> bool:
-    """Whether an infotext tells of any patch in these controls."""
+    """Tells whether an infotext has a patch for any of these controls."""
     return any(label(prefix, "patch", slot) in texts for slot in range(SLOTS))
 
 
 def _pasted(prefix: str, slot: int, name: str, texts: dict[str, Any]) -> Any:
     if not _used(prefix, texts):
-        return None  # the switch goes off; what the user has set there stays
+        return None  # The switch goes off; the user's own settings stay as they are.
     return from_infotext(texts, prefix, slot, name, host.folder())
 
 
 def draw(*values: Any) -> Any:
-    """The heat map of the chosen patches; a message where there is none to draw."""
+    """Draws the heat map of the chosen patches, or shows a message why it cannot."""
     size = len(FIELDS)
     try:
         slots = [Choice.of(values[n * size : (n + 1) * size]) for n in range(SLOTS)]
@@ -138,7 +142,7 @@ def draw(*values: Any) -> Any:
 
 
 class Accordion(scripts.Script):  # type: ignore[misc]
-    """DMP beside every other script: what X/Y/Z plot and the rest combine with."""
+    """The accordion. It can be combined with every other script, such as the X/Y/Z plot."""
 
     def title(self) -> str:
         return "DMP"
@@ -164,7 +168,7 @@ class Accordion(scripts.Script):  # type: ignore[misc]
 
 
 class DropDown(scripts.Script):  # type: ignore[misc]
-    """The same in the Script drop-down; its patches add to those of the accordion."""
+    """The entry of the Script drop-down. Its patches add to those of the accordion."""
 
     def title(self) -> str:
         return "DMP script"
@@ -193,10 +197,18 @@ def choose(
     enabled: Any = True,
     chosen: dict[str, Any] | None = None,
 ) -> None:
-    """Takes the values of some controls for a generation.
+    """Chooses the patches of a generation from the values of some controls.
 
-    The host swallows what an always-visible script raises, and goes on without it: so the sampling
-    is set to fail first, and every error reaches it, also one that we did not think of.
+    The host swallows the errors of an always-visible script and goes on without it. So the session
+    is first told to fail, and succeeds only if nothing here raised, expected or not.
+
+    Args:
+        p: the generation.
+        source: the place where the patches are chosen, see `Session.choose`.
+        prefix: begins the keys in the infotext.
+        values: of the controls.
+        enabled: the switch of the accordion.
+        chosen: fields of the first slot that an X/Y/Z plot has set.
     """
     session = host.session_of(p)
     session.fail(source, PatchError("the settings could not be read; the console says why."))
@@ -212,7 +224,7 @@ def choose(
 
 
 def register() -> None:
-    """Asks the host to call us; it forgets this when scripts are loaded again."""
+    """Asks the host to call us. It must be asked again whenever the scripts are reloaded."""
     host.register()
     cards.register()
     axes.register()

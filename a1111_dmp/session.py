@@ -1,4 +1,7 @@
-"""The patches of one generation: attached while it samples, and only to the model it began with."""
+"""The patches of one generation.
+
+They are attached while it samples, and only to the model with which it began.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,20 @@ from dmp_common import Attachment, Base, PatchError, attach
 from dmp_common.attach.record import PatchRecord
 from dmp_common.bases.detect import require_base
 
-NAME = "DMP"  # begins every message, which the host shows among those of others
+NAME = "DMP"  # Every message begins with it, because hosts mix the messages of all extensions.
 
 
 @dataclass(frozen=True)
 class Model:
-    """The host's model at a moment.
+    """The model that a host has loaded.
 
     Args:
         denoiser: its UNet or transformer.
-        checkpoint: what tells its weights from others: the file.
-        prediction: what it predicts, None where the host does not say.
-        to_timestep: the host's rule from progress to a timestep of a base.
-        replaced: the name of what calculates in place of the denoiser (TensorRT), if anything.
+        checkpoint: the file of its weights, which tells it from other checkpoints.
+        prediction: its prediction type; None where the host does not say.
+        to_timestep: converts progress to a timestep of a base, by the host's rule.
+        replaced: the name of the engine that computes in place of the denoiser (TensorRT); None
+            without one.
     """
 
     denoiser: nn.Module
@@ -37,15 +41,20 @@ class Model:
 
 
 class Session:
-    """What one generation attaches, by where it was chosen: accordion, script and prompt.
+    """The patches of one generation, by the place where they were chosen.
 
-    A context manager around the sampling. Hosts swallow errors in most of the places that call us,
-    so an error is kept, and fails the sampling.
+    The places, called sources, are the accordion, the script and the prompt. A session is a context
+    manager around the sampling. Hosts swallow errors in most places that call us, so an error is
+    kept, and raised when the sampling begins or ends.
 
     Args:
-        model: the host's model now.
-        stopped: whether the user has interrupted or skipped.
-        tell: shows a message on the console and beneath the picture.
+        model: returns the model that the host has loaded now.
+        stopped: tells whether the user has interrupted or skipped the generation.
+        tell: shows a message on the console and below the picture.
+
+    Attributes:
+        running: whether the generation samples now.
+        unused: why the last sampling applied no patch; empty if it did.
     """
 
     def __init__(
@@ -55,7 +64,7 @@ class Session:
         tell: Callable[[str], None],
     ) -> None:
         self.running = False
-        self.unused = ""  # why nothing was attached in the last sampling, if so
+        self.unused = ""
         self._model, self._stopped, self._tell = model, stopped, tell
         self._sources: dict[str, tuple[PatchRecord, ...]] = {}
         self._errors: dict[str, PatchError] = {}
@@ -66,29 +75,30 @@ class Session:
         self._told: set[str] = set()
 
     def choose(self, source: str, records: Sequence[PatchRecord]) -> None:
-        """Sets the patches from one place; the others' stay. Takes effect at once."""
+        """Replaces the patches of one source. A sampling under way uses them at once."""
         self._errors.pop(source, None)
         self._sources[source] = tuple(records)
         if self.running:
             self.follow()
 
     def fail(self, source: str, error: PatchError) -> None:
-        """Makes the sampling fail with this error, unless `choose` comes before it."""
+        """Makes the sampling fail with this error, unless `choose` is called before it begins."""
         self._errors[source] = error
 
     @property
     def records(self) -> list[PatchRecord]:
-        """All patches, in the order in which they are attached."""
+        """The patches of all sources, in the order in which they are attached."""
         return [record for source in sorted(self._sources) for record in self._sources[source]]
 
     def follow(self) -> None:
-        """Attaches to the model there is now, and to none that the sampling did not begin with.
+        """Attaches the patches if the loaded model is the one with which the sampling began.
 
-        Hosts load another checkpoint in the midst of a sampling (refiner, hires fix), some into the
-        same modules and some into others, and come back to the first.
+        For the refiner and for hires fix, hosts load another checkpoint during the sampling and
+        return to the first one later. Some load it into the same modules, some into others.
 
         Raises:
-            PatchError: the patches do not fit the model; the sampling will fail too.
+            PatchError: the patches do not fit the model. The error also fails the sampling, for
+                hosts that swallow it here.
         """
         model, records = self._model(), self.records
         own = model.checkpoint == self._own and model.replaced is None
@@ -144,7 +154,7 @@ class Session:
             self._not_applied("the model was never called; another extension replaces it")
 
     def close(self) -> None:
-        """Takes everything off the model."""
+        """Removes all patches from the model and ends the sampling."""
         self._detach()
         self._made.clear()
         self._seat, self.running = None, False
@@ -183,18 +193,20 @@ def attached(model: Model, record: PatchRecord) -> Attachment:
     """Attaches a patch to a host's model.
 
     Raises:
-        PatchError: the model is of another base or predicts something else.
+        PatchError: the model has another base or another prediction type than the patch. The
+            message begins with the name of the patch.
     """
     loaded = record.loaded
     patch, name = loaded.patch, loaded.name
     expected = patch.variant.prediction
     try:
-        require_base(model.denoiser, patch.base)  # before what follows from it
+        # The base comes first: another base often has another prediction type too.
+        require_base(model.denoiser, patch.base)
         if model.prediction not in (None, expected):
             raise PatchError(
                 f"expected a model with prediction type {expected}, found {model.prediction} in "
-                f"{Path(model.checkpoint).name}: load the model the patch was trained for, or a "
-                "patch for this one."
+                f"{Path(model.checkpoint).name}: load the model that the patch was trained for, "
+                "or a patch for this one."
             )
         settings = record.settings(lambda percent: model.to_timestep(patch.base, percent))
         return attach(

@@ -214,7 +214,7 @@ def test_the_three_ways_are_the_same_and_add(server):
         (
             "test-v",
             r"DMP: test-v.safetensors: expected a model with prediction type {expected}, found "
-            r"{found} in .*: load the model the patch was trained for",
+            r"{found} in .*: load the model that the patch was trained for",
         ),
     ],
 )
