@@ -1,6 +1,6 @@
-"""A few means of drawing figures with numpy and Pillow alone: colours, ticks, panels, text.
+"""Draws the parts of a figure with numpy and Pillow alone: colours, ticks, panels and text.
 
-Every host has these two; none need have a plotting library.
+Every host has these two libraries; a plotting library may be missing there.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom ar
 INK, GREY = (20, 20, 20), (110, 110, 110)
 TITLE, TEXT = 38, 27
 
-# Viridis, whose steps look equal, at equal distances; between them we interpolate.
+# Nine colours of the map "viridis", in which equal steps look equal. Others are interpolated.
 _COLOURS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"
 _ANCHORS = np.array([tuple(bytes.fromhex(code)) for code in _COLOURS.split()], dtype=np.float32)
-HEIGHT, WIDTH, _BAR = 256, 460, 28  # of panels; width of the panel of weights, of the colour bar
+# The height of all panels, and the widths of the panel of weights and of the colour bar.
+HEIGHT, WIDTH, _BAR = 256, 460, 28
 LEFT, _TOP, GAP = 128, 136, 20
-_ABOVE, _BELOW = 66, 62  # of a row's panels, for headings and ticks
+_ABOVE, _BELOW = 66, 62  # Space for headings above and for ticks below the panels of a row.
 _TICK = 8
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the panels of a picture are, in pixels.
+    """The positions of all panels of a picture, in pixels.
 
     Args:
-        rows: sites.
-        columns: index in T of each map.
-        map_size: width and height of a map.
+        rows: the number of rows, one for each site.
+        columns: for each map the index of its timestep in T.
+        map_size: the width and height of a map.
     """
 
     rows: int
@@ -45,7 +46,7 @@ class Layout:
 
     @classmethod
     def of(cls, grid: tuple[int, int] | None, rows: int, steps: int, maps: int = 5) -> Layout:
-        """The layout for a grid of prompts; without maps where there is none."""
+        """Makes the layout for a grid of prompts. Without a grid there are no maps."""
         if grid is None:
             return cls(rows, (), (0, 0))
         columns = np.linspace(0, steps - 1, max(min(maps, steps), 0)).round().astype(int)
@@ -56,16 +57,16 @@ class Layout:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture."""
+        """The width and height of the picture."""
         return self.bar(0)[2] + 150, _TOP + self.rows * self._pitch + 40
 
     def weights(self, row: int) -> Box:
-        """The panel of weights by timestep and prompt."""
+        """Returns the box of the panel of weights by timestep and prompt."""
         top = _TOP + row * self._pitch + _ABOVE
         return LEFT, top, LEFT + WIDTH, top + HEIGHT
 
     def map(self, row: int, index: int) -> Box:
-        """The map of one timestep, in the middle of its square."""
+        """Returns the box of the map of one timestep, which is centred in a square."""
         _, top, right, _ = self.weights(row)
         width, height = self.map_size
         left = right + 2 * GAP + index * (HEIGHT + GAP) + (HEIGHT - width) // 2
@@ -73,7 +74,7 @@ class Layout:
         return left, top, left + width, top + height
 
     def bar(self, row: int) -> Box:
-        """The colour bar."""
+        """Returns the box of the colour bar."""
         _, top, right, bottom = self.weights(row)
         left = right + 2 * GAP + len(self.columns) * (HEIGHT + GAP)
         return left, top, left + _BAR, bottom
@@ -85,11 +86,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class ColourScale:
-    """Which value has which colour: dark at `low`, bright at `high`, the middle if equal.
+    """Maps values to colours from dark (`low`) to bright (`high`); one colour if both are equal.
 
     Args:
-        low, high: values outside have the colour of the nearer end.
-        log: whether equal ratios, instead of differences, are equally far apart.
+        low, high: the ends; values outside of them have the colour of the nearer end.
+        log: whether the scale is logarithmic.
         clipped: whether there are values below `low`.
     """
 
@@ -99,7 +100,7 @@ class ColourScale:
     clipped: bool = False
 
     def place(self, values: Values) -> Values:
-        """Where values lie on the scale, 0 to 1."""
+        """Returns the positions of values on the scale, from 0 to 1."""
         if not self.high > self.low:
             return np.full_like(values, 0.5)
         values = np.clip(values, self.low, self.high)
@@ -110,7 +111,7 @@ class ColourScale:
         return share
 
     def colours(self, values: Values) -> npt.NDArray[np.uint8]:
-        """Colours (H, W, 3) of values (H, W)."""
+        """Returns the colours (H, W, 3) of values (H, W)."""
         place = self.place(values) * (len(_ANCHORS) - 1)
         anchors = np.arange(len(_ANCHORS))
         channels = [np.interp(place, anchors, _ANCHORS[:, channel]) for channel in range(3)]
@@ -118,7 +119,7 @@ class ColourScale:
         return rounded
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values on the scale, with their texts."""
+        """Returns round values on the scale, with their texts."""
         if not self.log:
             return ticks(self.low, self.high, 6)
         exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -131,7 +132,7 @@ class ColourScale:
 def panel(image: Image.Image, box: Box, values: Values, scale: ColourScale) -> None:
     """Paints values (H, W) into a box, with a frame around it.
 
-    Values grow into blocks of one colour; where there are more than pixels, they are averaged.
+    Each value fills a block of pixels. Where there are more values than pixels, they are averaged.
     """
     left, top, right, bottom = box
     size = (right - left, bottom - top)
@@ -143,7 +144,7 @@ def panel(image: Image.Image, box: Box, values: Values, scale: ColourScale) -> N
 
 
 def colour_bar(image: Image.Image, box: Box, scale: ColourScale, label: str) -> None:
-    """The colours of a scale from high (top) to low, with ticks and what the values are."""
+    """Draws the colours of a scale, with the highest on top, its ticks and a label."""
     height = box[3] - box[1]
     place = np.linspace(1, 0, height, dtype=np.float32)[:, None]
     panel(image, box, place, ColourScale(0.0, float(scale.high > scale.low)))
@@ -155,7 +156,9 @@ def colour_bar(image: Image.Image, box: Box, scale: ColourScale, label: str) -> 
 
 
 def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
-    """Round numbers from low to high with their texts, at most `most` and about half at least.
+    """Returns round numbers from low to high with their texts.
+
+    There are at most `most` of them, and usually at least half as many.
 
     >>> ticks(0.98, 1.03, 6)
     [(0.98, '0.98'), (0.99, '0.99'), (1.0, '1.00'), (1.01, '1.01'), (1.02, '1.02'), (1.03, '1.03')]
@@ -176,7 +179,7 @@ def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
 
 
 def ticks_below(image: Image.Image, box: Box, marks: list[tuple[float, str]]) -> None:
-    """Ticks under a panel; marks are (pixels from its left, text)."""
+    """Draws ticks below a panel. A mark is a distance from its left edge in pixels, and a text."""
     for offset, text in marks:
         x = box[0] + round(offset)
         ImageDraw.Draw(image).line((x, box[3] + 2, x, box[3] + 2 + _TICK), fill=INK, width=2)
@@ -186,7 +189,7 @@ def ticks_below(image: Image.Image, box: Box, marks: list[tuple[float, str]]) ->
 def ticks_beside(
     image: Image.Image, box: Box, marks: list[tuple[float, str]], side: Literal["left", "right"]
 ) -> None:
-    """Ticks left or right of a panel; marks are (pixels from its top, text)."""
+    """Draws ticks beside a panel. A mark is a distance from its top in pixels, and a text."""
     for offset, text in marks:
         y = box[1] + round(offset)
         x = box[0] - 2 - _TICK if side == "left" else box[2] + 1
@@ -208,10 +211,14 @@ def write(
     """Writes a line of text.
 
     Args:
-        at: top of the line and its left end, middle or right end; with `upwards` its left edge
-            and its middle.
-        size: height of the line in pixels.
-        upwards: turned by 90 degrees, to be read from below.
+        image: the picture, which is changed.
+        text: the line; characters that are not printable ASCII become question marks.
+        at: x and y in pixels. x is the left end, middle or right end of the line, by `align`, and y
+            its top. With `upwards` x is the left edge and y the middle.
+        size: the height of the line in pixels.
+        align: which point of the line x is.
+        ink: the colour.
+        upwards: whether the line is turned by 90 degrees and read from bottom to top.
     """
     mask = _text_mask(text, size)
     x, y = at
@@ -224,12 +231,12 @@ def write(
 
 
 def text_width(text: str, size: int = TEXT) -> int:
-    """Width of a line of text in pixels."""
+    """Returns the width of a line of text in pixels."""
     return _text_mask(text, size).width
 
 
 def _text_mask(text: str, size: int) -> Image.Image:
-    """White letters on black."""
+    """Draws a line of text in white on black."""
     font, scale = _font(size)
     printable = "".join(c if c.isascii() and c.isprintable() else "?" for c in text) or " "
     width = math.ceil(font.getbbox(printable)[2]) + 1
@@ -240,7 +247,7 @@ def _text_mask(text: str, size: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=8)
 def _font(size: int) -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, int]:
-    """The font that comes with Pillow (ASCII), and by how much its letters must grow."""
+    """Returns the font that comes with Pillow, and the factor by which its letters are enlarged."""
     try:
         return ImageFont.load_default(size), 1
     except (TypeError, ImportError, OSError):  # Pillow < 10.1, or built without FreeType

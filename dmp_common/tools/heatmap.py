@@ -1,7 +1,7 @@
-"""Pictures of a gate: its weights by timestep and prompt, and as maps over the picture.
+"""Heat maps of a gate: its weights by timestep and prompt, and as maps over the picture.
 
-numpy and Pillow draw them, because every host has these two and none need have a plotting library.
-Hosts import this module only when a picture is asked for.
+They are drawn with numpy and Pillow, which every host has; a plotting library may be missing there.
+Hosts import this module only when a user asks for a heat map.
 
 Source: Ham et al. 2025, Figure 4.
 """
@@ -36,19 +36,22 @@ __all__ = [
 ]
 
 Scale = Literal["per-panel", "shared"]
-_STRONG, _WEAK = 10.0, 0.1  # times the mean: logarithmic colours from there on, and from where
-_FLAT = 1e-5  # a smaller spread, relative to the mean, is rounding
+# Colours are logarithmic where a weight exceeds _STRONG times the mean; they then begin at _WEAK.
+_STRONG, _WEAK = 10.0, 0.1
+_FLAT = 1e-5  # A smaller spread, relative to the mean, comes from rounding.
 
 
 def choose_sites(patch: Patch, choice: str | Sequence[str] | None = None) -> list[str]:
-    """Sites of a patch by name, in order of depth.
+    """Finds the sites of a patch that a user has chosen, in order of depth.
 
     Args:
-        choice: names in a list or with commas between; besides the patch's own sites "first",
-            "middle", "last", "all" and the base's named sets. None means first, middle and last.
+        patch: the patch.
+        choice: names in a list, or in a text with commas between them. A name is one of the patch's
+            sites, "first", "middle", "last", "all" or one of the base's named sets. None means
+            first, middle and last.
 
     Raises:
-        PatchError: none of these.
+        PatchError: a name is none of these, or there is no name at all.
     """
     own = list(patch.sites)
     words = {
@@ -84,10 +87,12 @@ def save_heatmap(
     title: str | None = None,
     log: bool | None = None,
 ) -> Path:
-    """Writes `gate_heatmap` as a PNG file; an existing file is replaced, never half-written.
+    """Draws a heat map (see `gate_heatmap`) and writes it as a PNG file.
+
+    An existing file is replaced in one step, so that it is never half-written.
 
     Raises:
-        PatchError: another ending than `.png`, or see `gate_heatmap`.
+        PatchError: the file name does not end in `.png`, or the heat map cannot be drawn.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -110,22 +115,24 @@ def gate_heatmap(
     log: bool | None = None,
     maps: int = 5,
 ) -> Image.Image:
-    """A row for each site: weights by timestep and prompt, and as maps over the picture.
+    """Draws the weights of a gate in rows, one for each site: by timestep and prompt, and as maps.
 
-    Soft weights are shown times the number of prompts, so that their mean is 1. With K grids the
-    left panel shows all K*N prompts, and a map the sum over the K grids, times N.
+    Soft weights are multiplied by the number of prompts, so that their mean is 1. With K grids the
+    panel on the left shows all K*N prompts, and a map shows the sum over the K grids, times N.
 
     Args:
+        patch: the patch.
         timesteps: (T,), on the scale 0..1000, in any order.
         e: their time embedding (T, E), see `time_embedding_of`.
-        sites: see `choose_sites`.
-        scale: whether each row of the picture has its own colour scale or all share one.
-        title: in place of the patch's own.
-        log: whether colours are logarithmic; None where a weight exceeds ten times the mean.
-        maps: how many timesteps to draw as maps, evenly chosen.
+        sites: the sites to draw, see `choose_sites`.
+        scale: "per-panel" gives each row a colour scale of its own, "shared" one scale to all.
+        title: replaces the usual title.
+        log: whether colours are logarithmic; None uses logarithmic ones where a weight exceeds ten
+            times the mean.
+        maps: how many timesteps are drawn as maps; they are chosen at even distances.
 
     Raises:
-        PatchError: an unknown site or scale, or shapes that do not belong together.
+        PatchError: a site or the scale is unknown, or the shapes do not fit each other.
 
     Source: Ham et al. 2025, Figure 4.
     """
@@ -157,10 +164,16 @@ def gate_heatmap(
 
 
 def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Values]:
-    """What a heat map shows: timesteps (T,) from noise to picture, weights (T, S, K*N).
+    """Computes the values that a heat map shows.
 
-    Soft weights are times K*N (K, where a whole grid has one), so that their mean is 1; where the
-    patch is off all are 0.
+    Soft weights are multiplied by their number, which is K*N, or K where a whole grid has one
+    weight; so their mean is 1. At timesteps where the patch does not act all weights are 0.
+
+    Returns:
+        The timesteps (T,) in the order from noise to picture, and the weights (T, S, K*N).
+
+    Raises:
+        PatchError: the shapes do not fit each other, or a weight is not finite.
     """
     timesteps = torch.as_tensor(timesteps).detach().float().cpu()
     size = patch.base.embedding
@@ -189,7 +202,7 @@ def _draw_row(
     values: Values,
     scale: ColourScale,
 ) -> None:
-    """One site: its weights (T, K*N) by timestep and prompt, its maps and its colour bar."""
+    """Draws one site: its weights (T, K*N) by timestep and prompt, its maps and its colour bar."""
     site, box = patch.sites[name], layout.weights(row)
     heading = f"{name}  (depth {patch.base.depths[name]}, {site.width} channels)"
     drawing.write(image, heading, (box[0], box[1] - 56), drawing.TEXT + 2)
@@ -201,7 +214,7 @@ def _draw_row(
     drawing.write(image, "prompt", (12, (box[1] + box[3]) // 2), upwards=True)
     centres = (np.arange(len(steps)) + 0.5) * (drawing.WIDTH / len(steps))
     last, first = float(steps[-1]), float(steps[0])
-    times = drawing.ticks(last, first + (first - last) / 500, 6)  # a tick at 1000, not only 999
+    times = drawing.ticks(last, first + (first - last) / 500, 6)  # Leaves room for a tick at 1000.
     marks = [(float(np.interp(t, steps[::-1], centres[::-1])), text) for t, text in times]
     drawing.ticks_below(image, box, marks)
     for index, column in enumerate(layout.columns):
@@ -215,12 +228,12 @@ def _draw_row(
 
 
 def _point_at(image: Image.Image, x: int, y: int) -> None:
-    """A small triangle above a panel, which marks the timestep of a map."""
+    """Draws a small triangle above a panel, which marks the timestep of a map."""
     ImageDraw.Draw(image).polygon([(x, y - 5), (x - 6, y - 15), (x + 6, y - 15)], fill=drawing.GREY)
 
 
 def _subtitle(patch: Patch) -> str:
-    """What must be known to read the picture."""
+    """Returns the line below the title: what a reader must know about the gate."""
     variant = patch.variant
     kind = f"{variant.gate.capitalize()} gate"
     if variant.gate == "none":
@@ -243,7 +256,7 @@ def _subtitle(patch: Patch) -> str:
 
 
 def _colour_scale(values: Values, soft: bool, log: bool | None) -> ColourScale:
-    """The colour scale of some values; one value where they differ by rounding only."""
+    """Makes the colour scale of some values, with one colour if they differ by rounding only."""
     low, high, mean = float(values.min()), float(values.max()), float(values.mean())
     if high - low <= _FLAT * abs(mean):
         return ColourScale(round(mean, 4), round(mean, 4))
