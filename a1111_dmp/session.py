@@ -15,7 +15,6 @@ import torch.nn as nn
 
 from dmp_common import Attachment, Base, PatchError, attach
 from dmp_common.attach.record import PatchRecord
-from dmp_common.bases.detect import require_base
 
 NAME = "DMP"  # Every message begins with it, because hosts mix the messages of all extensions.
 
@@ -197,25 +196,9 @@ def attached(model: Model, record: PatchRecord) -> Attachment:
             message begins with the name of the patch.
     """
     loaded = record.loaded
-    patch, name = loaded.patch, loaded.name
-    expected = patch.variant.prediction
+    base = loaded.patch.base
     try:
-        # The base comes first: another base often has another prediction type too.
-        require_base(model.denoiser, patch.base)
-        if model.prediction not in (None, expected):
-            raise PatchError(
-                f"expected a model with prediction type {expected}, found {model.prediction} in "
-                f"{Path(model.checkpoint).name}: load the model that the patch was trained for, "
-                "or a patch for this one."
-            )
-        settings = record.settings(lambda percent: model.to_timestep(patch.base, percent))
-        return attach(
-            model.denoiser,
-            patch,
-            strength=settings.strength,
-            schedule=settings.schedule,
-            temperature=settings.temperature,
-            sites=settings.sites,
-        )
+        settings = record.settings(lambda percent: model.to_timestep(base, percent))
+        return attach(model.denoiser, loaded.patch, settings, prediction=model.prediction)
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from error
+        raise PatchError(f"{loaded.name}: {error}") from error

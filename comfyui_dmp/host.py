@@ -20,12 +20,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from comfyui_dmp.checks import (
-    require_not_compiled,
-    require_same_prediction,
-    require_supported,
-    require_usable,
-)
+from comfyui_dmp.checks import require_fitting, require_not_compiled
 from comfyui_dmp.compiled import own_graph
 from comfyui_dmp.model import (
     denoiser_of,
@@ -65,10 +60,8 @@ def attach(model: Any, record: PatchRecord) -> Any:
         PatchError: the model is not supported, or it has another base or another prediction type
             than the patch, or the patch prepends its prompts.
     """
-    require_supported(model.model, record)
-    require_usable(model.model, record)
     wrapper = Wrapper(record)
-    wrapper.settings(model.get_model_object("model_sampling"))  # Fails now if they do not fit.
+    wrapper.settings(model.model, model.get_model_object("model_sampling"))  # Fails if unfit.
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     clone.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, wrapper.release)
@@ -119,12 +112,12 @@ class Wrapper:
         """
         options = transformer_options or {}
         model = executor.class_obj
-        settings = self.settings(model.model_sampling)
+        settings = self.settings(model, model.model_sampling)
         timesteps = None
-        patch = self.record.loaded.patch
-        if self._slot in ("dit", "after") or patch.needs_timesteps(settings):
+        runtime, patch = self.record.loaded.runtime, self.record.loaded.patch
+        if self._slot in ("dit", "after") or runtime.needs_timesteps(settings):
             timesteps = timesteps_of(model.model_sampling, self._base, t)
-        strength = patch.strengths(settings, timesteps)
+        strength = runtime.strengths(settings, timesteps)
         if isinstance(strength, float) and strength == 0.0:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
@@ -151,17 +144,18 @@ class Wrapper:
                 stack.enter_context(own_graph(denoiser_of(model), (patch.variant, facts)))
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
-    def settings(self, model_sampling: Any) -> Settings:
+    def settings(self, model: Any, model_sampling: Any) -> Settings:
         """Converts the user's settings to the core's, by the model sampling in use.
 
         Args:
+            model: ComfyUI's `BaseModel`.
             model_sampling: ComfyUI's object of this name, which other nodes may have replaced.
 
         Raises:
             PatchError: the model's prediction type or its timesteps are not the patch's.
         """
         if self._known is None or self._known[0] is not model_sampling:
-            require_same_prediction(model_sampling, self.record)
+            require_fitting(model, model_sampling, self.record)
 
             def to_timestep(percent: float) -> float:
                 sigma = torch.tensor([model_sampling.percent_to_sigma(percent)])
@@ -178,7 +172,7 @@ class Wrapper:
             unload: False where another clone of the same model takes its place.
         """
         if unload:
-            self.record.loaded.patch.release()
+            self.record.loaded.runtime.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wrapper:
         return self
@@ -193,17 +187,11 @@ class Wrapper:
     ) -> Prepare:
         """Returns the function that makes the context of this call from its time embedding."""
         # The patch is copied to the device here, because compiled code cannot copy it.
-        patch = self.record.loaded.patch.on(x.device)
+        runtime = self.record.loaded.runtime.on(x.device)
         latent = latent_of(model, self._base, x, conds)
 
         def prepare(e: Tensor) -> Context:
-            return patch.prepare(
-                e,
-                latent.size,
-                settings,
-                timesteps=timesteps,
-                image_tokens=latent.image_tokens,
-            )
+            return runtime.prepare(e, latent, settings, timesteps=timesteps)
 
         return prepare
 
@@ -211,7 +199,7 @@ class Wrapper:
 def _for_compiled(context: Context) -> Context:
     """Prepares a context for a compiled graph, which would make numbers and cached fields fixed."""
     strength = torch.as_tensor(context.strength)
-    return dataclasses.replace(context, key=None, cache=None, strength=strength)
+    return dataclasses.replace(context, remembered=None, cache=None, key=None, strength=strength)
 
 
 def gate_embedding(
@@ -233,8 +221,8 @@ def gate_embedding(
         PatchError: the model is not of the patch's base, or it does not have this class.
     """
     patch, base_model = record.loaded.patch, model.model
-    require_supported(base_model, record)
     model_sampling = model.get_model_object("model_sampling")
+    require_fitting(base_model, model_sampling, record)
     sigmas = comfy.samplers.calculate_sigmas(model_sampling, scheduler, steps)
     timesteps = timesteps_of(model_sampling, patch.base, sigmas[sigmas > 0]).cpu()
     denoiser = denoiser_of(base_model)

@@ -35,6 +35,7 @@ def attach(
     schedule: ScheduleLike = None,
     temperature: float = 1.0,
     sites: SitesLike = None,
+    prediction: str | None = None,
 ) -> Attachment:
     """Attaches a patch to a model, until `remove()` or the end of the `with` block.
 
@@ -52,6 +53,8 @@ def attach(
         temperature: of the gate.
         sites: the sites that act, None for all of the patch's; or a strength for some of them by
             name, which multiplies `strength`, the others having 1.
+        prediction: what the model predicts, where the caller knows; None asks the pipeline's
+            scheduler, if there is one.
 
     Raises:
         PatchError: the patch is for another base, another time embedding or another prediction
@@ -77,9 +80,8 @@ def attach(
     settings.require_sites(tuple(patch.sites))
     denoiser = find_denoiser(model)
     scheduler = getattr(model, "scheduler", None)
-    naming = require_compatible(
-        denoiser, patch.variant, prediction=prediction_of_scheduler(scheduler)
-    )
+    prediction = prediction or prediction_of_scheduler(scheduler)
+    naming = require_compatible(denoiser, patch.variant, prediction=prediction)
     require_timesteps_of_scheduler(scheduler, patch.variant, settings)
     hooks = CallHooks(denoiser, runtime_of(patch), naming, settings)
     return Attachment(hooks, scheduler)

@@ -47,23 +47,22 @@ def require_compatible(
     problems = []
     if variant.mix == "prepend" and found != "diffusers":
         problems.append(
-            "this patch prepends its prompts, which only the trainer can do: use a patch that "
-            "adds them"
+            "expected a patch that adds its prompts, found one that prepends them, which only the "
+            "trainer can do: use a patch that adds them (mix = add)"
         )
     shift = frequency_shift(denoiser, variant.base_spec, found)
     if shift != variant.frequency_shift:
         problems.append(
-            f"the patch was trained with a time embedding of frequency shift "
-            f"{variant.frequency_shift:g}, and the model has {shift:g}: load the model from the "
-            "original weights (shift 0), or with the library it was trained with, or use a patch "
-            "trained on it"
+            f"expected a time embedding of frequency shift {variant.frequency_shift:g}, found "
+            f"{shift:g} in this model: load the model from the original weights (shift 0), or with "
+            "the library it was trained with, or use a patch that was trained on it"
         )
     if prediction is not None and prediction != variant.prediction:
         problems.append(
-            f"the patch was trained on a model with prediction type {variant.prediction}, and "
-            f"this model has {prediction}: load the model the patch was trained for, or a patch "
-            "for this one; where the model is the same, set its prediction type (in ComfyUI with a "
-            "ModelSampling node, in diffusers in the scheduler's configuration)"
+            f"expected a model with prediction type {variant.prediction}, found {prediction}: load "
+            "the model that the patch was trained for, or a patch for this one; if it is that "
+            "model, set its prediction type (in ComfyUI with a ModelSampling node, in diffusers in "
+            "the scheduler's configuration)"
         )
     elif noisiest is not None and not _NOISIEST[0] < noisiest <= _NOISIEST[1]:
         problems.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
 from dmp_common.bases.schedule import Schedule
 from dmp_common.errors import PatchError
@@ -23,6 +24,7 @@ class LoadedPatch:
 
     def __init__(self, patch: Patch, path: Path) -> None:
         self.patch = patch.eval().requires_grad_(False)
+        self.runtime = runtime_of(self.patch)
         self.path = path
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -61,22 +63,19 @@ def resize(field: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
     """
     steps, _, width = field.shape
     rows, columns = grid
+    matrix_of = _constant if is_compiling() else resize_matrix
     if rows != size[0]:
-        matrix = _MATRICES.get((rows, size[0], field.device)) if not is_compiling() else None
-        matrix = resize_matrix(rows, size[0], field.device) if matrix is None else matrix
-        field = matrix @ field.reshape(steps, rows, columns * width)
+        down = matrix_of(rows, size[0], field.device)  # (H, rows)
+        field = down @ field.reshape(steps, rows, columns * width)
     field = field.reshape(steps, size[0], columns, width)
     if columns != size[1]:
-        matrix = _MATRICES.get((columns, size[1], field.device)) if not is_compiling() else None
-        matrix = resize_matrix(columns, size[1], field.device) if matrix is None else matrix
-        field = matrix @ field
+        field = matrix_of(columns, size[1], field.device) @ field  # (T, H, W, D)
     return field
 
 
 _MATRICES: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the matrices of its sizes
 def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     """Returns the matrix (target, source), float32, that resizes one direction of a field.
 
@@ -94,3 +93,9 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
                 antialias=True,
             )[0, 0]
     return _MATRICES[key]
+
+
+# A compiled graph holds the matrices of its sizes: what is in the dictionary is no condition of it.
+_constant: Callable[[int, int, torch.device], Tensor] = torch.compiler.assume_constant_result(
+    resize_matrix
+)

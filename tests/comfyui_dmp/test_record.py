@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-from comfyui_dmp import slots
-from comfyui_dmp.checks import require_same_prediction, require_supported, require_usable
+from comfyui_dmp import checks, slots
+from comfyui_dmp.checks import require_fitting
 from comfyui_dmp.model import latent_of
 from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
 from dmp_common import Patch, PatchError, get_base
+from dmp_common.attach.compatibility import require_compatible
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 from dmp_common.bases.base import Latent
 from tests.tiny import FAMILIES
@@ -48,16 +49,16 @@ def test_loaded_patch_learns_nothing():
     loaded = LoadedPatch(patch, Path("p.safetensors"))
     assert not loaded.patch.training
     assert not any(p.requires_grad for p in loaded.patch.parameters())
-    assert loaded.patch.on(torch.device("cpu")) is loaded.patch
+    assert loaded.runtime.on(torch.device("cpu")) is loaded.runtime
 
 
 def test_copies_on_other_devices_are_made_once_and_released():
     loaded = record().loaded
-    there = loaded.patch.on(torch.device("meta"))
-    assert loaded.patch.on(torch.device("meta")) is there
-    assert there is not loaded.patch
-    loaded.patch.release()
-    assert loaded.patch.on(torch.device("meta")) is not there
+    there = loaded.runtime.on(torch.device("meta"))
+    assert loaded.runtime.on(torch.device("meta")) is there
+    assert there is not loaded.runtime
+    loaded.runtime.release()
+    assert loaded.runtime.on(torch.device("meta")) is not there
 
 
 def test_settings_by_progress():
@@ -231,25 +232,34 @@ def sampling(*bases: str, first: float = 999.0) -> Any:
     return model
 
 
-def test_prediction_types_and_timesteps_must_be_the_patchs():
-    eps = record()
-    require_same_prediction(sampling("EPS"), eps)
-    with pytest.raises(PatchError, match="type epsilon, found v_prediction"):
-        require_same_prediction(sampling("V_PREDICTION"), eps)
-    with pytest.raises(PatchError, match="type epsilon, found ModelSampling"):
-        require_same_prediction(sampling(), eps)
-    with pytest.raises(PatchError, match="starts at 1.2"):
-        require_same_prediction(sampling("EPS", first=1.2), eps)
+def refused(model: Any, model_sampling: Any, patch: Any, match: str) -> None:
+    with pytest.raises(PatchError, match=match):
+        require_fitting(model, model_sampling, record(patch))
+
+
+def test_the_model_must_be_the_patchs(monkeypatch):
+    """The denoisers have diffusers' names here, which ComfyUI's never have."""
+    monkeypatch.setattr(checks, "require_compatible", in_any_naming)
+    sd15, dit = FAMILIES["sd15"], FAMILIES["dit"]
+    model = SimpleNamespace(diffusion_model=sd15.model())
+    require_fitting(model, sampling("EPS"), record())
+    refused(model, sampling("V_PREDICTION"), sd15.patch(), "type epsilon, found v_prediction")
+    refused(model, sampling(), sd15.patch(), "type epsilon, found ModelSampling")
+    refused(model, sampling("EPS", first=1.2), sd15.patch(), "starts at 1.2")
+    refused(model, sampling("EPS"), dit.patch(), "^p.safetensors: the patch is for base tiny-dit")
+    refused(SimpleNamespace(), sampling("EPS"), sd15.patch(), "expected a diffusion model, found")
+    model = SimpleNamespace(diffusion_model=dit.model())
+    twice = "shift 0, found 1 in this model.*; and expected a model with prediction type epsilon"
+    refused(model, sampling("CONST"), dit.patch(frequency_shift=0.0), twice)
 
 
 def test_what_a_host_cannot_use_is_refused():
     model = SimpleNamespace(diffusion_model=nn.Identity())
-    with pytest.raises(PatchError, match=r"SimpleNamespace \(Identity\).*Supported are SD 1"):
-        require_supported(model, record())
-    with pytest.raises(PatchError, match="expected a diffusion model, found SimpleNamespace"):
-        require_supported(SimpleNamespace(), record())
-    dit = FAMILIES["dit"]
-    with pytest.raises(PatchError, match="expected a patch that adds its prompts"):
-        require_usable(model, record(dit.patch(mix="prepend")))
-    with pytest.raises(PatchError, match="frequency shift 1, found 0"):
-        require_usable(model, record(dit.patch()))
+    refused(model, sampling("EPS"), FAMILIES["sd15"].patch(), "Identity .*not supported")
+    model = SimpleNamespace(diffusion_model=FAMILIES["sd15"].model())  # not ComfyUI's names
+    refused(model, sampling("EPS"), FAMILIES["sd15"].patch(), "is for base tiny-sd15, and found")
+
+
+def in_any_naming(*args: Any, naming: str, **options: Any) -> Any:
+    assert naming == "ldm"
+    return require_compatible(*args, **options)

@@ -79,7 +79,7 @@ def test_wrong_frequency_shift(tiny):
     model = tiny.model()
     shape = structure(model)
     own = tiny.base.frequency_shift
-    with pytest.raises(PatchError, match=f"shift {1 - own:g}, and the model has {own:g}"):
+    with pytest.raises(PatchError, match=f"shift {1 - own:g}, found {own:g}"):
         attach(model, make(tiny, frequency_shift=1 - own))
     assert structure(model) == shape
     knowing = [m for m in model.modules() if hasattr(m, "downscale_freq_shift")]
@@ -104,9 +104,9 @@ def test_pipeline_with_another_prediction_type():
     attach(pipe(epsilon), make(SD15))
     attach(pipe(v), make(SD15, prediction="v_prediction"))
     for scheduler, found in ((v, "v_prediction"), (flow, "flow")):
-        with pytest.raises(PatchError, match=f"type epsilon, and this model has {found}"):
+        with pytest.raises(PatchError, match=f"type epsilon, found {found}"):
             attach(pipe(scheduler), make(SD15))
-    with pytest.raises(PatchError, match="type v_prediction, and this model has epsilon"):
+    with pytest.raises(PatchError, match="type v_prediction, found epsilon"):
         attach(pipe(epsilon), make(SD15, prediction="v_prediction"))
     # A bare model does not know; the caller does.
     attach(pipe(v).unet, make(SD15))
@@ -120,7 +120,7 @@ def test_pipeline_with_another_prediction_type():
             prediction_type="flow_prediction", use_flow_sigmas=True
         )
         attach(transformer(solver), make(FLUX))
-    with pytest.raises(PatchError, match="type flow, and this model has epsilon"):
+    with pytest.raises(PatchError, match="type flow, found epsilon"):
         attach(transformer(epsilon), make(FLUX))
 
 
