@@ -205,6 +205,7 @@ class Attachment:
         for site in hooks.sites:
             remove(site)
         hooks.sites.clear()
+        hooks.unmark()
         for module in hooks.checkpointing:
             unwrap(module, "_gradient_checkpointing_func", hooks)
         hooks.checkpointing.clear()

@@ -73,6 +73,7 @@ class CallHooks:
         ]
         for site in self.sites:
             settle(site)
+        self.marked = self._mark()
 
     def use(self, settings: Settings, enabled: bool) -> None:
         """Sets how the patch is used from the next call on."""
@@ -142,6 +143,25 @@ class CallHooks:
                 known.clear()
             known[key] = found
         return found
+
+    def unmark(self) -> None:
+        """Takes the mark off the model, see `_mark`."""
+        if self.marked is not None:
+            vars(self.marked).pop("forward", None)
+        self.marked = None
+
+    def _mark(self) -> nn.Module | None:
+        """Marks the model, so that `torch.compile` does not give it a graph without this patch.
+
+        The compiler reuses the graph of another model of the class, and does not look at hooks;
+        but it does look whether a module has a `forward` of its own. Each patch marks another
+        module, with the `forward` that the module has anyway.
+        """
+        for module in (*self._time.modules(), *(site.module for site in self.sites)):
+            if "forward" not in vars(module):
+                module.forward = module.forward
+                return module
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallHooks:
         """Copies the hooks along with their model.

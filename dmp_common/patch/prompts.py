@@ -98,4 +98,4 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
 # A compiled graph holds the matrices of its sizes: what is in the dictionary is no condition of it.
 _constant: Callable[[int, int, torch.device], Tensor] = torch.compiler.assume_constant_result(
     resize_matrix
-)
+)  # type: ignore[no-untyped-call]
