@@ -206,8 +206,8 @@ class Attachment:
             remove(site)
         hooks.sites.clear()
         hooks.unmark()
-        for module in hooks.checkpointing:
-            unwrap(module, "_gradient_checkpointing_func", hooks)
+        for part in hooks.checkpointing:
+            unwrap(part(), "_gradient_checkpointing_func", hooks)
         hooks.checkpointing.clear()
         hooks.here.call = None
 

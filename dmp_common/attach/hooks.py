@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from operator import is_not
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ _TIMES_REMEMBERED = 1000  # time embeddings of DiT kept on the CPU, a few kiloby
 class CallHooks:
     """What the hooks of one attachment know. What belongs to one call is kept in `here`.
 
+    The model is not kept alive: hosts load another one while an attachment lives.
+
     Args:
         denoiser: the model.
         runtime: of the patch.
@@ -46,7 +49,8 @@ class CallHooks:
         self, denoiser: nn.Module, runtime: Runtime, naming: Naming, settings: Settings
     ) -> None:
         patch = runtime.patch
-        self.denoiser, self.runtime, self.naming = denoiser, runtime, naming
+        self.denoiser = weakref.ref(denoiser)
+        self.runtime, self.naming = runtime, naming
         self.here = threading.local()
         self.active = True
         self.calls = 0
@@ -57,7 +61,9 @@ class CallHooks:
         self._times: dict[tuple[Any, ...], Tensor] = {}
         self._times_of: list[Tensor] = []
         self.use(settings, True)
-        self.checkpointing = [m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")]
+        self.checkpointing = [
+            weakref.ref(m) for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")
+        ]
         self.handles: list[RemovableHandle] = [
             denoiser.register_forward_pre_hook(self.begin, with_kwargs=True),
             denoiser.register_forward_hook(self.end, always_call=True),
@@ -90,12 +96,12 @@ class CallHooks:
             return
         call.off = not self.enabled
         for site in self.sites:
-            own = vars(site.module)
+            own = vars(site.module())
             if (site.where != "hook" or COMPILED in own or REGISTRY in own) and moved(site):
                 settle(site)
         if torch.is_grad_enabled():
             for part in self.checkpointing:
-                bind(part, self)
+                bind(part(), self)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forgets the call, also after an error: a site called outside of it must not see it.
@@ -157,8 +163,8 @@ class CallHooks:
         but it does look whether a module has a `forward` of its own. Each patch marks another
         module, with the `forward` that the module has anyway.
         """
-        for module in (*self._time.modules(), *(site.module for site in self.sites)):
-            if "forward" not in vars(module):
+        for module in (*self._time.modules(), *(site.module() for site in self.sites)):
+            if module is not None and "forward" not in vars(module):
                 module.forward = module.forward
                 return module
         return None
@@ -169,14 +175,16 @@ class CallHooks:
         A copy of a part of the model (PEFT makes such) keeps these: it may take the place of the
         part, and then belongs to the same calls.
         """
-        if id(self.denoiser) not in memo:
+        denoiser = self.denoiser()
+        if id(denoiser) not in memo:
             return self
         other = object.__new__(type(self))
         memo[id(self)] = other
+        own = {"here": threading.local(), "_times": {}, "_times_of": []}
+        own["denoiser"] = weakref.ref(memo[id(denoiser)])
+        own["checkpointing"] = [_copied(part, memo) for part in self.checkpointing]
         for name, value in vars(self).items():
-            if name not in ("here", "_times", "_times_of"):
-                other.__dict__[name] = copy.deepcopy(value, memo)
-        other.here, other._times, other._times_of = threading.local(), {}, []
+            other.__dict__[name] = own[name] if name in own else copy.deepcopy(value, memo)
         return other
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -212,7 +220,7 @@ class Call:
             timesteps = hooks.source.timesteps(self.timesteps(e))
         if hooks.base.layout == "tokens":
             call = ModelCall(self.args, self.kwargs)
-            latent = hooks.base.latent[hooks.naming](hooks.base, call, hooks.denoiser)
+            latent = hooks.base.latent[hooks.naming](hooks.base, call, hooks.denoiser())
             e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 after them
         if not is_compiling():
             hooks.calls += 1
@@ -257,7 +265,7 @@ class SiteHook:
     """
 
     def __init__(self, hooks: CallHooks, site: Site, module: nn.Module) -> None:
-        self.hooks, self.module = hooks, module
+        self.hooks, self.module = hooks, weakref.ref(module)
         self.name = site.name
         self.argument = site.arguments[hooks.naming]
         self.prepends = hooks.runtime.patch.variant.mix == "prepend"
@@ -298,6 +306,18 @@ class SiteHook:
         stripped: Tensor = call.context.strip(self.name, output)
         return stripped
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteHook:
+        hooks = copy.deepcopy(self.hooks, memo)
+        if hooks is self.hooks:  # a part of the model alone was copied
+            return self
+        if id(self) not in memo:
+            other = memo[id(self)] = object.__new__(type(self))
+            for name, value in vars(self).items():
+                own = _copied(value, memo) if name == "module" else copy.deepcopy(value, memo)
+                other.__dict__[name] = own
+        copied: SiteHook = memo[id(self)]
+        return copied
+
     def _outside_of_a_call(self) -> PatchError:
         return PatchError(
             f"site {self.name} was called outside of a forward call of the model, so its timestep "
@@ -313,6 +333,11 @@ class SiteHook:
             f"{self.argument.name}=, found {found}: this model calls its blocks in a way that is "
             "not supported."
         )
+
+
+def _copied(reference: weakref.ref[nn.Module], memo: dict[int, Any]) -> weakref.ref[nn.Module]:
+    """Copies a weak reference to a module along with the module, for a deep copy."""
+    return weakref.ref(copy.deepcopy(reference(), memo))  # type: ignore[arg-type]
 
 
 def _module(denoiser: nn.Module, path: str) -> nn.Module:

@@ -35,11 +35,11 @@ class Around(Wrapping):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         site = self.owner
-        changed = site.before(site.module, args, kwargs)
+        changed = site.before(site.module(), args, kwargs)
         args, kwargs = (args, kwargs) if changed is None else changed
         output = self.inner(*args, **kwargs)
         if site.prepends:
-            stripped = site.after(site.module, args, output)
+            stripped = site.after(site.module(), args, output)
             output = output if stripped is None else stripped
         return output
 
@@ -62,9 +62,10 @@ def settle(site: SiteHook) -> None:
         holder, name = _holder(site)
         setattr(holder, name, Around(site, getattr(holder, name)))
         return
-    site.handles.append(site.module.register_forward_pre_hook(site.before, with_kwargs=True))
+    module = site.module()
+    site.handles.append(module.register_forward_pre_hook(site.before, with_kwargs=True))
     if site.prepends:
-        site.handles.append(site.module.register_forward_hook(site.after))
+        site.handles.append(module.register_forward_hook(site.after))
 
 
 def remove(site: SiteHook) -> None:
@@ -72,19 +73,22 @@ def remove(site: SiteHook) -> None:
     for handle in site.handles:
         handle.remove()
     site.handles.clear()
-    own = vars(site.module)
+    module = site.module()
+    if module is None:
+        return
+    own = vars(module)
     if COMPILED in own:
-        unwrap(site.module, COMPILED, site)
+        unwrap(module, COMPILED, site)
     for reference in own[REGISTRY]._fn_refs if REGISTRY in own else ():
         unwrap(reference, "original_forward", site)
         unwrap(reference, "forward", site)
     if "forward" in own:  # where diffusers gives it back
-        unwrap(site.module, "forward", site)
+        unwrap(module, "forward", site)
     site.where = None
 
 
 def _wanted(site: SiteHook) -> Any:
-    own = vars(site.module)
+    own = vars(site.module())
     if REGISTRY in own and own[REGISTRY]._fn_refs:
         return "inside"
     return "hook" if own.get(COMPILED) is None else "outside"
@@ -93,6 +97,6 @@ def _wanted(site: SiteHook) -> Any:
 def _holder(site: SiteHook) -> tuple[Any, str]:
     """Finds the callable that the prompts go around."""
     if site.where == "outside":
-        return site.module, COMPILED
-    innermost = vars(site.module)[REGISTRY]._fn_refs[0]
+        return site.module(), COMPILED
+    innermost = vars(site.module())[REGISTRY]._fn_refs[0]
     return innermost, "forward" if innermost.original_forward is None else "original_forward"

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common.bases.base import Base
+from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
 from dmp_common.patch.gate import Gate, kept_prompts
 from dmp_common.patch.prompts import PromptPool, resize
@@ -53,6 +54,7 @@ class Patch(nn.Module):
         self.learning_scale = 1.0
         self.conversions = 0
         self._depths = [float(self.base.depths[name]) for name in self.sites]
+        self._depths_on: dict[torch.device, Tensor] = {}
 
     @classmethod
     def create(cls, base: str | Base, **variant: Any) -> Self:
@@ -116,8 +118,17 @@ class Patch(nn.Module):
         return self.gate.logits(e, self.depths_on(e.device))
 
     def depths_on(self, device: torch.device) -> Tensor:
-        """Depth index i of each site of the patch (S,), float32."""
-        return torch.tensor(self._depths, dtype=torch.float32, device=device)
+        """Returns the depth index i of each site of the patch (S,), float32.
+
+        Kept for each device: a copy from the processor would make it wait for the GPU.
+        """
+        if is_compiling():
+            return torch.tensor(self._depths, dtype=torch.float32, device=device)
+        if device not in self._depths_on:
+            with torch.inference_mode(False):
+                depths = torch.tensor(self._depths, dtype=torch.float32, device=device)
+            self._depths_on[device] = depths
+        return self._depths_on[device]
 
     def pool(self, site: str) -> PromptPool:
         """Returns the prompt pool of a site."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -63,7 +61,7 @@ def resize(field: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
     """
     steps, _, width = field.shape
     rows, columns = grid
-    matrix_of = _constant if is_compiling() else resize_matrix
+    matrix_of = triangle_matrix if is_compiling() else resize_matrix
     if rows != size[0]:
         down = matrix_of(rows, size[0], field.device)  # (H, rows)
         field = down @ field.reshape(steps, rows, columns * width)
@@ -95,7 +93,15 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     return _MATRICES[key]
 
 
-# A compiled graph holds the matrices of its sizes: what is in the dictionary is no condition of it.
-_constant: Callable[[int, int, torch.device], Tensor] = torch.compiler.assume_constant_result(
-    resize_matrix
-)  # type: ignore[no-untyped-call]
+def triangle_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    """Computes the same matrix as `resize_matrix`, with operations that a compiler fuses.
+
+    Compiled graphs take this one: what `resize_matrix` keeps must be no condition of a graph.
+    """
+    scale = source / target
+    centres = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
+    places = torch.arange(source, device=device, dtype=torch.float32) + 0.5
+    # A triangle over each target cell, at least as wide as a source cell (antialiasing).
+    weights = 1 - (centres[:, None] - places).abs() / max(scale, 1.0)  # (target, source)
+    weights = weights.clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)

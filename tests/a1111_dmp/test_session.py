@@ -273,7 +273,7 @@ def v_model(host: Host) -> None:
             lambda: TINY.patch(),
             v_model,
             r"DMP: p.safetensors: expected a model with prediction type epsilon, found "
-            r"v_prediction in v.safetensors",
+            r"v_prediction: load the model",
         ),
     ],
 )

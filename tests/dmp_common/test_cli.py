@@ -79,7 +79,6 @@ def test_help_in_a_process_of_its_own():
         assert word in done.stdout
 
 
-@pytest.mark.xfail(strict=True, reason="`import dmp_common` still imports torch")
 def test_help_needs_no_torch():
     """As the installed command runs it; torch takes seconds to import."""
     code = (
