@@ -44,6 +44,8 @@ def printable(text: object, limit: int = _LONGEST) -> str:
     direction of writing) are shown as escapes, so that they cannot move a terminal's cursor or
     disguise a name. Text longer than the limit is cut and ends in "...".
 
+    What cannot be turned into text, such as a number of 5000 digits, is told by its type.
+
     The result is plain text. Where it becomes part of HTML or Markdown it must still be escaped.
 
     >>> printable("red\x1b[31m, then\na new line")
@@ -51,8 +53,11 @@ def printable(text: object, limit: int = _LONGEST) -> str:
     >>> printable("a long name", limit=9)
     'a long...'
     """
+    try:
+        whole = str(text)
+    except (ValueError, RecursionError):
+        whole = f"a {type(text).__name__} that is too large to show"
     shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in str(text)[: limit + 1]
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[: limit + 1]
     )
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -78,7 +77,7 @@ def _validated(chosen: dict[str, Any], base: str) -> TrainConfig:
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise ConfigError(_explain_name(name)) from error
-        raise ConfigError(f"--{name}: {first['msg']}, found {first['input']!r}") from error
+        raise ConfigError(f"--{name}: {first['msg']}, found {first['input']!r:.200}") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -87,24 +86,22 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, bad TOML, an unknown name, or one given twice.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    # Here, because `--help` does without torch.
+    from dmp_common.errors import PatchError, printable
+    from dmp_common.patch.serialize import opened
+    from training.parsing import parse_toml
+
     path = path if path.suffix == ".toml" else path.with_name(f"{path.name}.toml")
     try:
-        contents = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"--config_file: expected a TOML file at {path}, found {error.strerror}: check the path"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config_file: expected TOML in {path}, found {error}") from error
+        with opened(path, "a TOML file") as (file, _):
+            contents = parse_toml(file.read(), path)
+    except PatchError as error:
+        raise ConfigError(f"--config_file: {error}") from error
     flat: dict[str, Any] = {}
     for name, value in contents.items():
         for key, entry in value.items() if isinstance(value, dict) else ((name, value),):
             if key in flat:
-                raise ConfigError(f"{path}: {key} is given twice: give it once")
+                raise ConfigError(f"{path}: {printable(key)} is given twice: give it once")
             if key not in TrainConfig.model_fields:
                 raise ConfigError(f"{path}: {_explain_name(key)}")
             flat[key] = entry

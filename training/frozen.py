@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dmp_common import Base, PatchError, get_base
 from dmp_common.bases.base import Naming
 from dmp_common.bases.detect import require_base
 from dmp_common.bases.timesteps import frequency_shift
+from dmp_common.patch.serialize import parse_json, read_bounded
 from training.config import TrainConfig
 from training.data.kind import DataKind
 from training.families import dit
@@ -25,6 +25,7 @@ from training.loading import Loader, find_source
 from training.process import is_flow
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MAX_FACTS = 1024**2  # bytes; it has two numbers
 TEXT_FILE = "text_conditioning.json"  # in the folder of a text-conditional DiT
 TIME_FILE = "time_embedding.json"  # in the folder of a DiT that came from an original checkpoint
 
@@ -201,15 +202,23 @@ def find_base(config: TrainConfig) -> Base:
     return detect_source(find_source(config, None))
 
 
+def _facts(path: Path) -> dict[str, Any]:
+    """The entries of a small JSON file."""
+    facts = parse_json(read_bounded(path, _MAX_FACTS, "a small JSON file"))
+    if not isinstance(facts, dict):
+        raise ValueError("JSON that is no object")
+    return facts
+
+
 def _text_facts(folder: Path) -> dict[str, Any] | None:
     """What the folder of a text-conditional DiT says about its text."""
     path = folder / TEXT_FILE
     if not path.is_file():
         return None
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = _facts(path)
         return {"size": int(facts["size"]), "frequency_shift": float(facts["frequency_shift"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise PatchError(
             f"expected the size of the text embedding in {path}, found {error!r}: get the folder "
             "again."
@@ -222,8 +231,8 @@ def _set_time_embedding(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         return
     try:
-        shift = float(json.loads(path.read_text(encoding="utf-8"))["frequency_shift"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shift = float(_facts(path)["frequency_shift"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise PatchError(
             f"expected the frequency shift of the time embedding in {path}, found {error!r}: get "
             "the folder again."

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmp_common import PatchError
+from dmp_common.patch.serialize import parse_json
 from training.config import TrainConfig
 from training.data.batch import Position
 from training.methods import replace_folder
@@ -106,7 +107,7 @@ def load_state(folder: Path) -> State:
         PatchError: no state there, or a damaged one.
     """
     try:
-        info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+        info: Any = parse_json((folder / _INFO).read_text(encoding="utf-8"))
         if info["format"] != _FORMAT:
             raise ValueError(f"format {info['format']}")
         rest = torch.load(folder / _REST, map_location="cpu", weights_only=True)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
 
-from dmp_common.errors import file_error
+from dmp_common.errors import PatchError, file_error
 
 _LONGEST_NUMBER = 64  # characters; a 64-bit integer has 20, a double at most 25
 
@@ -50,9 +50,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-@contextmanager
-def opened(path: Path, expected: str = "a file") -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, open for reading, and its size in bytes.
+def open_regular(path: Path, expected: str = "a file") -> BinaryIO:
+    """A regular file, open for reading.
 
     Folders, pipes, sockets and devices are refused at once: reading a pipe without a writer would
     wait forever, and a device has no end.
@@ -67,13 +66,34 @@ def opened(path: Path, expected: str = "a file") -> Iterator[tuple[BinaryIO, int
     try:
         _require_regular(os.stat(path), path, expected)
         # Between the two calls a pipe may take the file's name; opening it must not wait either.
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            _require_regular(status, path, expected)
-            yield file, status.st_size
+        file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115
     except OSError as error:
-        found = error.strerror or type(error).__name__
-        raise file_error(path, expected, found, "check the path") from error
+        raise _unreadable(path, expected, error) from error
+    except ValueError as error:
+        if isinstance(error, PatchError):
+            raise
+        # A path with a NUL character is no OSError.
+        raise file_error(path, expected, error, "check the path") from error
+    try:
+        _require_regular(os.fstat(file.fileno()), path, expected)
+    except PatchError:
+        file.close()
+        raise
+    return file
+
+
+@contextmanager
+def opened(path: Path, expected: str = "a file") -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, open for reading, and its size in bytes; see `open_regular`.
+
+    Raises:
+        PatchError: also where reading fails while the file is open.
+    """
+    try:
+        with open_regular(path, expected) as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise _unreadable(path, expected, error) from error
 
 
 def read_bounded(path: Path, limit: int, expected: str = "a file") -> bytes:
@@ -117,6 +137,10 @@ def _short(number: str) -> str:
     if len(number) > _LONGEST_NUMBER:
         raise ValueError(f"a number of {len(number)} characters")
     return number
+
+
+def _unreadable(path: Path, expected: str, error: OSError) -> PatchError:
+    return file_error(path, expected, error.strerror or type(error).__name__, "check the path")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -64,7 +64,7 @@ def test_names_take_the_base() -> None:
         (["--min_snr_gamma", "5", "--p2_gamma", "1"], "exclude each other"),
         (["--max_token_length", "100"], "invalid choice: 100"),
         (["--min_timestep", "500", "--max_timestep", "400"], "must be below"),
-        (["--config_file", "nowhere.toml"], "expected a TOML file at nowhere.toml"),
+        (["--config_file", "nowhere.toml"], "nowhere.toml: expected a TOML file"),
     ],
 )
 def test_bad_command_lines(
@@ -122,7 +122,7 @@ def test_toml_is_between_command_line_and_recipe_and_preset(tmp_path: Path) -> N
     [
         ("learnin_rate = 1", "did you mean --learning_rate?"),
         ("[a]\nseed = 1\n[b]\nseed = 2", "seed is given twice"),
-        ("seed = ", "expected TOML in"),
+        ("seed = ", "expected TOML, found"),
         ("seed = -1", "--seed: Input should be greater than or equal to 0, found -1"),
         ("lowram = true", "lowram has no use here"),
     ],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmp_common import PatchError
+from dmp_common.errors import file_error, printable
+from dmp_common.patch.serialize import opened, parse_json
 from training.data.sizes import Size
 
 ENDINGS = (".txt", ".caption")
@@ -47,7 +48,8 @@ def read_text(path: Path) -> str:
         PatchError: it is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with opened(path, "a text file") as (file, _):
+            return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PatchError(
             f"expected UTF-8 text in {path}, found byte {error.start} that is not: save the file "
@@ -100,9 +102,11 @@ def kohya_json(file: Path, images: list[Path], folder: Path) -> dict[Path, About
     if not file.is_file():
         raise PatchError(f"expected kohya's metadata at {file}, found no such file.")
     try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise PatchError(f"expected JSON in {file}, found an error: {error}.") from error
+        content = parse_json(read_text(file))
+    except ValueError as error:
+        if isinstance(error, PatchError):
+            raise
+        raise file_error(file, "JSON", error, "correct the file") from error
     if not isinstance(content, dict):
         raise PatchError(
             f"expected {{image: {{caption, tags}}}} in {file}, found a {type(content).__name__}."
@@ -114,14 +118,14 @@ def kohya_json(file: Path, images: list[Path], folder: Path) -> dict[Path, About
             by_name[name.as_posix()] = image
     found: dict[Path, About] = {}
     for name, entry in content.items():
-        where = f"{file}, entry {name!r}"
+        where = f"{file}, entry {printable(repr(name))}"
         known = by_name.get(name.replace("\\", "/"))
         if known is None:
             raise PatchError(f"expected an image in {folder} for {where}, found none.")
         if isinstance(entry, str):
             entry = {"caption": entry}
         if not isinstance(entry, dict):
-            raise PatchError(f"expected {{caption, tags}} in {where}, found {entry!r}.")
+            raise PatchError(f"expected {{caption, tags}} in {where}, found {printable(entry)}.")
         found[known] = _about(entry, where)
     return found
 
@@ -137,16 +141,18 @@ def _about(entry: Mapping[str, Any], where: str) -> About:
     if bucket is None:
         return About(captions)
     if not (isinstance(bucket, list) and len(bucket) == 2 and all(type(n) is int for n in bucket)):
-        raise PatchError(f"expected train_resolution [width, height] in {where}, found {bucket!r}.")
+        raise PatchError(
+            f"expected train_resolution [width, height] in {where}, found {printable(bucket)}."
+        )
     return About(captions, (bucket[0], bucket[1]))
 
 
 def _caption_value(row: Mapping[str, Any], column: str | None, where: str) -> Any:
     if column is not None:
         if column not in row:
+            found = printable(sorted(map(str, row)))
             raise PatchError(
-                f"expected column {column} in {where}, found {sorted(row)}: change "
-                "--caption_column."
+                f"expected column {column} in {where}, found {found}: change --caption_column."
             )
         return row[column]
     return next((row[name] for name in COLUMNS if name in row), None)
@@ -155,27 +161,27 @@ def _caption_value(row: Mapping[str, Any], column: str | None, where: str) -> An
 def _captions(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(entry, str) for entry in values):
-        raise PatchError(f"expected text as caption in {where}, found {value!r}.")
+        raise PatchError(f"expected text as caption in {where}, found {printable(value)}.")
     return tuple(entry.strip() for entry in values if entry.strip())
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = read_text(file)
     if file.suffix == ".csv":
-        for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
-            yield number, row
+        try:
+            yield from enumerate(csv.DictReader(text.splitlines()), 2)
+        except csv.Error as error:
+            raise file_error(file, "a table (CSV)", error, "correct the file") from error
         return
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PatchError(
-                f"expected JSON in {file}, line {number}, found an error: {error}."
-            ) from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise file_error(file, f"JSON in line {number}", error, "correct the line") from error
         if not isinstance(row, dict):
-            raise PatchError(f"expected {{...}} in {file}, line {number}, found {row!r}.")
+            raise file_error(file, f"{{...}} in line {number}", row, "correct the line")
         yield number, row
 
 

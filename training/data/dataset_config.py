@@ -7,7 +7,6 @@ line. Paths are relative to the working folder, as with kohya, or else to the fi
 from __future__ import annotations
 
 import difflib
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dmp_common import PatchError
-from training.data.caption_files import CaptionSource, read_text
+from dmp_common.errors import printable
+from dmp_common.patch.serialize import opened
+from training.data.caption_files import CaptionSource
 from training.data.folders import CACHE, samples_of
 from training.data.indexed import Found
 from training.data.kind import DataKind
@@ -25,6 +26,7 @@ from training.data.options import DataOptions
 from training.data.rules import CAPTION_RULES, SIZE_RULES, make_subset, values_of
 from training.data.samples import FileStore, Sample
 from training.data.scan import list_images
+from training.parsing import parse_toml
 
 _AUGMENTATIONS = {"flip_aug", "random_crop", "color_aug"}
 _OF_SUBSETS = {*CAPTION_RULES, *_AUGMENTATIONS, "caption_extension", "num_repeats"}
@@ -147,16 +149,10 @@ def _check_batch_size(tables: Sequence[SubsetTable], given: int) -> None:
 
 
 def _parse(file: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     if not file.is_file():
         raise PatchError(f"expected a dataset file at {file}, found none: check --dataset_config.")
-    try:
-        return dict(tomllib.loads(read_text(file)))
-    except tomllib.TOMLDecodeError as error:
-        raise PatchError(f"expected TOML in {file}, found an error: {error}.") from error
+    with opened(file, "a dataset file") as (content, _):
+        return parse_toml(content.read(), file)
 
 
 def _tables(content: Mapping[str, Any], name: str, where: str) -> list[Mapping[str, Any]]:
@@ -168,11 +164,13 @@ def _tables(content: Mapping[str, Any], name: str, where: str) -> list[Mapping[s
 
 def _checked(table: Any, known: set[str], where: str) -> dict[str, Any]:
     if not isinstance(table, dict):
-        raise PatchError(f"expected a table {where}, found {table!r}.")
+        raise PatchError(f"expected a table {where}, found {printable(repr(table))}.")
     _check_names(table, known | set(_REFUSED) | _WITHOUT_EFFECT, where)
     for name, why in _REFUSED.items():
         if table.get(name):
-            raise PatchError(f"expected no {name} in {where}, found {table[name]!r}: {why}.")
+            raise PatchError(
+                f"expected no {name} in {where}, found {printable(repr(table[name]))}: {why}."
+            )
     return {name: _value(name, value, where) for name, value in table.items() if name in known}
 
 
@@ -185,7 +183,9 @@ def _value(name: str, value: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"]
-        raise PatchError(f"{name} in {where}: {message}, found {value!r}.") from error
+        raise PatchError(
+            f"{name} in {where}: {message}, found {printable(repr(value))}."
+        ) from error
 
 
 def _check_names(table: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmp_common import PatchError
+from dmp_common.errors import printable
 from training.data.caption_files import (
     About,
     CaptionSource,
@@ -23,6 +24,7 @@ from training.data.samples import FileStore, Sample, Subset
 from training.data.scan import list_images, sizes_of
 
 CACHE = ".dmp_cache"  # hidden, so that it is never searched for images
+_MOST_CLASSES = 1_000_000  # each id below the highest gets a name
 _REPEATS = re.compile(r"(\d+)_(.*)")
 
 
@@ -252,6 +254,11 @@ def class_ids(
         ids = {name: known.index(name) for name in names}
     elif all(name.isdecimal() for name in names):
         ids = {name: int(name) for name in names}
+        if max(ids.values(), default=0) >= _MOST_CLASSES:
+            raise PatchError(
+                f"expected class ids below {_MOST_CLASSES:,} as names in {where}, found "
+                f"{printable(max(names, key=len))}: rename the classes, or give --class_list."
+            )
         known = [str(n) for n in range(max(ids.values(), default=-1) + 1)]
     elif count is not None and len(names) < count:
         raise PatchError(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dmp_common import PatchError
+from dmp_common.errors import file_error
+from dmp_common.patch.serialize import open_regular
 
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
 _TIMEOUT = 60.0
@@ -30,10 +32,7 @@ def open_place(place: str) -> BinaryIO:
         PatchError: no such file, or no connection after several tries.
     """
     if not is_url(place):
-        try:
-            return Path(place).open("rb")
-        except OSError as error:
-            raise _unreadable(place, error) from error
+        return open_regular(Path(place))
     if place.startswith(("http://", "https://")):
         return cast(BinaryIO, io.BufferedReader(_HttpFile(place), 1 << 18))
     return _open_fsspec(place)
@@ -126,6 +125,4 @@ class _HttpFile(io.RawIOBase):
 
 def _unreadable(place: str, error: Exception) -> PatchError:
     found = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return PatchError(
-        f"expected to read {place}, found: {found}: check the path or URL and the connection."
-    )
+    return file_error(place, "a file", found, "check the path or URL and the connection")

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
+from dmp_common.patch.serialize import open_regular
 from training.data.captions import CaptionRules
 from training.data.sizes import Size, SizeRules
 
@@ -78,7 +79,7 @@ class FileStore:
 
     def open(self, place: str) -> BinaryIO:
         """The file."""
-        return Path(place).open("rb")
+        return open_regular(Path(place), "an image")
 
     def name(self, place: str) -> str:
         """The path."""
@@ -95,7 +96,7 @@ class FileStore:
         path = Path(place)
         size = path.stat().st_size
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        with path.open("rb") as file:
+        with open_regular(path, "an image") as file:
             if path.suffix.lower() in _UNCOMPRESSED:
                 digest.update(file.read())
                 return digest.hexdigest()

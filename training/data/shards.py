@@ -6,21 +6,27 @@ import glob
 import hashlib
 import itertools
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from dmp_common import PatchError
-from dmp_common.patch.serialize import write_atomically
+from dmp_common.errors import file_error, printable
+from dmp_common.patch.serialize import parse_json, write_atomically
 from training.data import remote
 from training.data.images import EXTENSIONS
 
+_META = r"__[^/]*__($|/)"  # webdataset's own files
+_MAX_STATS = 1024**2
+# What tarfile raises on damaged headers; a chain of long names is read by recursion.
+_BROKEN = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError)
 _ENDINGS = tuple(ending.removeprefix(".") for ending in sorted(EXTENSIONS))
 
 
@@ -92,20 +98,46 @@ def read_shard(place: str) -> Iterator[Raw]:
     Raises:
         PatchError: not a tar file, cut short, or unreachable.
     """
-    _, read_tar, group = _webdataset()
+    _, group = _webdataset()
     with closing(remote.open_place(place)) as file:
         try:
-            entries = ({**entry, "__url__": place} for entry in read_tar(file))
+            entries = _entries(file, place)
             for sample in group(entries):
                 ending = next((e for e in sample if e in _ENDINGS), None)
                 if ending is not None:
                     parts = {e: v for e, v in sample.items() if not e.startswith("__")}
                     yield Raw(sample["__key__"], parts.pop(ending), parts)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise PatchError(
-                f"expected a whole tar file at {place}, found: {error}: fetch it again, or leave "
-                "it out of --webdataset."
-            ) from error
+        except PatchError:
+            raise
+        except _BROKEN as error:
+            raise _no_tar(place, error) from error
+
+
+def _entries(file: BinaryIO, place: str) -> Iterator[dict[str, Any]]:
+    """The files in a shard with their contents, one at a time.
+
+    Only what is plainly in the shard is read: a compressed one, or a file with holes, can unpack
+    to a thousand times its length.
+    """
+    with tarfile.open(fileobj=file, mode="r|") as tar:  # "r|*" would unpack
+        for entry in tar:
+            tar.members = []  # would keep all headers  # type: ignore[attr-defined]
+            if not entry.isreg() or re.match(_META, entry.name):
+                continue
+            if entry.issparse():
+                raise tarfile.ReadError(f"a file with holes ({printable(entry.name)})")
+            content = tar.extractfile(entry)
+            assert content is not None, "it is a regular file"
+            yield {"fname": entry.name, "data": content.read(), "__url__": place}
+
+
+def _no_tar(place: str, error: Exception) -> PatchError:
+    return file_error(
+        place,
+        "a whole tar file that is not compressed",
+        f"{type(error).__name__}: {error}",
+        "fetch it again, unpack it if it is compressed, or leave it out of --webdataset",
+    )
 
 
 class Counts:
@@ -162,32 +194,39 @@ def _count_headers(place: str) -> int:
     """Reads a local shard's headers only. Groups as `read_shard` does, by runs of one name."""
     base_and_ending = _webdataset_keys()
     try:
-        with tarfile.open(place, "r:*") as tar:
+        with (
+            closing(remote.open_place(place)) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
             names = (base_and_ending(entry.name) for entry in tar if entry.isreg())
             groups = itertools.groupby((n for n in names if n[0] is not None), lambda n: n[0])
             return sum(any(e.lower() in _ENDINGS for _, e in group) for _, group in groups)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise PatchError(f"expected a tar file at {place}, found: {error}.") from error
+    except PatchError:
+        raise
+    except _BROKEN as error:
+        raise _no_tar(place, error) from error
 
 
 def _img2dataset_stats(place: str) -> int | None:
     try:
         with closing(remote.open_place(place.removesuffix(".tar") + "_stats.json")) as file:
-            return int(json.load(file)["successes"])
-    except (PatchError, KeyError, ValueError):
+            stats = parse_json(file.read(_MAX_STATS))
+    except ValueError:  # a PatchError is one
         return None  # not every shard is img2dataset's
+    count = stats.get("successes") if isinstance(stats, dict) else None
+    return count if type(count) is int and count >= 0 else None
 
 
-def _webdataset() -> tuple[Any, Any, Any]:
+def _webdataset() -> tuple[Any, Any]:
     try:
         from braceexpand import braceexpand
-        from webdataset.tariterators import group_by_keys, tar_file_iterator
+        from webdataset.tariterators import group_by_keys
     except ImportError as error:
         raise PatchError(
             "expected webdataset for --webdataset, found it is not installed: run pip install "
             "webdataset."
         ) from error
-    return braceexpand, tar_file_iterator, group_by_keys
+    return braceexpand, group_by_keys
 
 
 def _webdataset_keys() -> Any:

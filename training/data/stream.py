@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dmp_common import PatchError
+from dmp_common.errors import file_error
+from dmp_common.patch.serialize import parse_json
 from training.data import draws
 from training.data.caption_files import COLUMNS
 from training.data.images import upright_size
@@ -144,7 +145,7 @@ def describe(
         PatchError: what the base needs is not there, or not understood.
     """
     try:
-        about = json.loads(raw.parts["json"]) if "json" in raw.parts else {}
+        about = parse_json(raw.parts["json"]) if "json" in raw.parts else {}
         about = about if isinstance(about, dict) else {}
         if kind.conditioning == "label":
             value = raw.parts["cls"].decode() if "cls" in raw.parts else about.get("label")
@@ -157,10 +158,11 @@ def describe(
             return (), None
         text = next((raw.parts[e].decode("utf-8-sig") for e in ("txt", "caption", "text")
                      if e in raw.parts), None)  # fmt: skip
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         if isinstance(error, PatchError):
             raise
-        raise PatchError(f"expected text, JSON or a number with {name}, found: {error}.") from error
+        expected = "text, JSON or a number"
+        raise file_error(name, expected, error, "correct or remove this sample") from error
     if text is not None:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         captions = tuple(lines if subset.captions.enable_wildcard else lines[:1])
@@ -168,7 +170,8 @@ def describe(
         names = (options.caption_column,) if options.caption_column else COLUMNS
         value = next((about[n] for n in names if about.get(n) is not None), ())
         values = value if isinstance(value, list | tuple) else [value]
-        captions = tuple(str(entry).strip() for entry in values if str(entry).strip())
+        plain = (str(entry).strip() for entry in values if isinstance(entry, str | int | float))
+        captions = tuple(caption for caption in plain if caption)
     bare = not any(captions) and not subset.captions.class_tokens
     if bare and not options.allow_empty_captions:
         raise PatchError(

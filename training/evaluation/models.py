@@ -6,7 +6,6 @@ Each is a context manager around the frozen base, which is bit for bit itself ag
 from __future__ import annotations
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dmp_common import Patch, PatchError, attach
+from dmp_common.patch.serialize import parse_json
 from training.families.dit import DiT
 from training.frozen import TEXT_FILE, TIME_FILE, FrozenBase
 from training.lora import remove_lora
@@ -261,7 +261,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _json(text: str | None) -> dict[str, Any]:
     """An entry of a header; empty where it is none of ours."""
     try:
-        value = json.loads(text or "{}")
+        value = parse_json(text or "{}")
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -223,7 +223,7 @@ def test_metadata_files_of_hugging_face(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1, found an error"), ("3", r"expected \{...\}"), ("{}", "a file_name"),
+    [("{", "JSON in line 1, found Expecting"), ("3", r"expected \{...\}"), ("{}", "a file_name"),
      ('{"file_name": "x.png"}', "no such file")],
 )  # fmt: skip
 def test_bad_metadata(tmp_path: Path, line: str, message: str) -> None:
