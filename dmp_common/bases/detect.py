@@ -37,6 +37,7 @@ _PREDICTIONS = {
 # What checkpoints put before the names of the denoiser's tensors.
 PREFIXES = ("", "model.diffusion_model.")
 # Attributes a probe may ask for, as parts of the shape of the module's weight.
+_LONGEST_NAME = 300  # characters of a tensor's name
 _SHAPES = {
     "in_features": slice(1, 2),
     "out_features": slice(0, 1),
@@ -103,7 +104,8 @@ def detect_base(model: Any) -> Base:
 
 def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
     """The bases whose probes and sites fit a checkpoint, told from names and shapes alone."""
-    modules = {name.rpartition(".")[0] for name in shapes}
+    # A hostile name has a million parts, and below every one of them is listed.
+    modules = {name.rpartition(".")[0] for name in shapes if len(name) <= _LONGEST_NAME}
     paths = {path[:end] for path in modules for end in _ends(path)}
 
     def fits(prefix: str, probe: Probe) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_MAX_STEPS = 2_000_000  # a checkpoint with an optimizer's state of every weight has some 100,000
+_MAX_STEPS = 1_000_000  # a checkpoint with an optimizer's state of every weight has some 100,000
 _MAX_LINE = 4096  # of the text in a pickle, which is linear to read only while it is short
 _MAX_DIMENSIONS = 16
 _MAX_BITS = 64

@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 
 from dmp_common import PatchError
 from dmp_common.errors import file_error, printable
-from dmp_common.patch.serialize import parse_json, write_atomically
+from dmp_common.patch.serialize import opened, parse_json, write_atomically
 from training.data import remote
 from training.data.images import EXTENSIONS
 
@@ -195,7 +195,7 @@ def _count_headers(place: str) -> int:
     base_and_ending = _webdataset_keys()
     try:
         with (
-            closing(remote.open_place(place)) as file,
+            opened(Path(place), "a shard") as (file, _),
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             names = (base_and_ending(entry.name) for entry in tar if entry.isreg())
