@@ -13,6 +13,7 @@ from modules.ui_extra_networks import quote_js
 from a1111_dmp import host
 from a1111_dmp.choice import from_prompt
 from dmp_common import PatchError
+from dmp_common.errors import printable, unmarked
 from dmp_common.tools.inspect import as_text, inspect_file
 
 _NAME = "dmp"
@@ -75,11 +76,12 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
             record = inspect_file(path)
             base, digest = record["base"], record["hash"]
             summary = as_text({**record, "file": path.name})
-            metadata = {"base": base, **record["metadata"], "summary": summary}
+            told = {printable(name): printable(v, 1000) for name, v in record["metadata"].items()}
+            metadata = {**told, "base": base, "summary": summary}
             described = self.find_description(stem) or f"for {base}"
         except PatchError as error:
             base, digest, metadata = "", "", {"error": str(error)}
-            described = f"unusable: {str(error).removeprefix(f'{path}: ')}"
+            described = unmarked(f"unusable: {str(error).removeprefix(f'{path}: ')}")
         prompt = f"{quote_js(f'<{_NAME}:{name}:')} + opts.extra_networks_default_multiplier"
         return {
             "name": name,

@@ -113,6 +113,7 @@ class Folder:
         for folder, _, names in os.walk(self.root, followlinks=True):
             for name in names:
                 path = Path(folder) / name
-                if path.suffix == _SUFFIX and not name.startswith("."):
+                # A pipe or a link to nothing is no patch, whatever it is called.
+                if path.suffix == _SUFFIX and not name.startswith(".") and path.is_file():
                     found[path.relative_to(self.root).as_posix().removesuffix(_SUFFIX)] = path
         return found

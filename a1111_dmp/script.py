@@ -25,6 +25,7 @@ from a1111_dmp.choice import (
 )
 from a1111_dmp.files import NONE
 from dmp_common import PatchError
+from dmp_common.errors import unmarked
 
 _FACTOR = {"minimum": -10.0, "maximum": 10.0, "step": 0.01}
 _PERCENT = {"minimum": 0.0, "maximum": 1.0, "step": 0.001}
@@ -138,7 +139,7 @@ def draw(*values: Any) -> Any:
         slots = [Choice.of(values[n * size : (n + 1) * size]) for n in range(SLOTS)]
         return gr.update(value=host.heat_map(slots), visible=True)
     except PatchError as error:
-        raise gr.Error(f"DMP: {error}") from error
+        raise gr.Error(unmarked(f"DMP: {error}")) from error  # newer hosts show HTML there
 
 
 class Accordion(scripts.Script):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmp_common.errors import PatchError
+from dmp_common.errors import PatchError, printable, printable_path
 from dmp_common.version import __version__
 
 # This file has another name when it is run as a module.
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception) -> int:
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    text = " ".join(str(error).splitlines())
+    print("error:", printable(text, 4000), file=sys.stderr)
     return 1
 
 
@@ -215,7 +216,7 @@ def _validate(options: argparse.Namespace) -> int:
     for path in options.files:
         try:
             patch = Patch.load(path)
-            print(f"OK {file_hash(path)} {path} ({patch.base.name})")
+            print(f"OK {file_hash(path)} {printable_path(path)} ({patch.base.name})")
         except (PatchError, OSError) as error:
             code = _complain(error)
     return code
@@ -238,7 +239,7 @@ def _heatmap(options: argparse.Namespace) -> int:
         title += f", class {options.label}"
     drawn = {name: getattr(options, name) for name in ("sites", "scale", "log")}
     save_heatmap(options.out, patch, steps, e, title=title, **drawn)
-    print(f"Wrote {options.out}")
+    print(f"Wrote {printable_path(options.out)}")
     return 0
 
 
@@ -249,7 +250,7 @@ def _convert(options: argparse.Namespace) -> int:
     _require_free(options.out, options.force)
     patch = convert_official(options.source, options.out, base=options.base, mix=options.mix)
     print(
-        f"Wrote {options.out} ({file_hash(options.out)}): {patch.base.name}, "
+        f"Wrote {printable_path(options.out)} ({file_hash(options.out)}): {patch.base.name}, "
         f"{len(patch.sites)} sites, {patch.saved_parameters:,} parameters; prompts: "
         f"{'added' if patch.variant.mix == 'add' else 'prepended'}, gate: {patch.variant.gate}, "
         f"condition: {patch.variant.condition}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _LONGEST = 200  # characters of one piece of text from a file
+_LOOKALIKES = str.maketrans("<>&", "‹›＆")
 _LONGEST_PATH = 1000
 _LONGEST_MESSAGE = 4000  # a net: the pieces in a message are cut before
 
@@ -17,6 +18,17 @@ class PatchError(ValueError):
     def __init__(self, message: str = "") -> None:
         lines = message[:_LONGEST_MESSAGE].split("\n")
         super().__init__("\n".join(printable(line, _LONGEST_MESSAGE) for line in lines))
+
+
+def unmarked(text: object) -> str:
+    """Text for a place that may or may not read it as HTML, where escapes might be shown.
+
+    The characters that begin markup are replaced by others that look like them.
+
+    >>> unmarked("found <img src=x>")
+    'found ‹img src=x›'
+    """
+    return printable(text, _LONGEST_MESSAGE).translate(_LOOKALIKES)
 
 
 def file_error(path: object, expected: str, found: object, remedy: str) -> PatchError:

@@ -9,6 +9,7 @@ import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 
+from dmp_common.errors import printable
 from dmp_common.patch.variant import Variant
 from dmp_common.version import LIBRARY
 
@@ -88,6 +89,7 @@ def _trained(metadata: Mapping[str, str]) -> dict[str, str]:
 def _usage(variant: Variant, repo_id: str, filename: str) -> str:
     if variant.mix == "prepend":
         return f"Prepended prompts work in the trainer of {LIBRARY} only; no host takes them."
+    shown = printable(filename).replace("`", "'")
     return f"""With diffusers and {LIBRARY} installed, `pipe` being a pipeline of the base:
 
 ```python
@@ -96,8 +98,8 @@ patch = dmp.Patch.load({json.dumps(repo_id)}, filename={json.dumps(filename)})
 with dmp.attach(pipe, patch): image = pipe(...).images[0]
 ```
 
-- ComfyUI: put `{filename}` into `models/dmp`, then **Load DMP Patch** and **Apply DMP**.
-- AUTOMATIC1111, Forge: put `{filename}` into `models/DMP` and choose it under **DMP**."""
+- ComfyUI: put `{shown}` into `models/dmp`, then **Load DMP Patch** and **Apply DMP**.
+- AUTOMATIC1111, Forge: put `{shown}` into `models/DMP` and choose it under **DMP**."""
 
 
 def _options(variant: Variant) -> dict[str, str]:
@@ -124,7 +126,10 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text from a file, as one line that means nothing in Markdown or HTML."""
-    line = " ".join(text.split())
-    line = line if len(line) <= _CELL else line[:_CELL] + " ..."
-    return re.sub(r"([\\`*_|\[\]()!~])", r"\\\1", html.escape(line, quote=False))
+    """Text from a file, as one line that means nothing in Markdown or HTML.
+
+    Also addresses: colons, at signs and "www." make links of plain text.
+    """
+    line = printable(" ".join(text.split()), _CELL)
+    escaped = re.sub(r"([\\`*_|\[\]()!~:@])", r"\\\1", html.escape(line, quote=False))
+    return re.sub(r"(?i)(www)\.", r"\1\\.", escaped)

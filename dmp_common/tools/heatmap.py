@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dmp_common.bases.schedule import EVERYWHERE, inside
-from dmp_common.errors import PatchError
+from dmp_common.errors import PatchError, printable
 from dmp_common.patch.patch import Patch
 from dmp_common.patch.serialize import write_atomically
 from dmp_common.tools import drawing
@@ -144,7 +144,10 @@ def gate_heatmap(
     names = choose_sites(patch, sites)
     columns = [list(patch.sites).index(name) for name in names]
     layout = Layout.of(patch.variant.grid, len(names), len(steps), maps)
-    heading, notes = title or f"Gate of a patch for {patch.base.name}", _subtitle(patch)
+    heading, notes = (
+        printable(title or "") or f"Gate of a patch for {patch.base.name}",
+        _subtitle(patch),
+    )
     width = max(drawing.text_width(heading, drawing.TITLE), drawing.text_width(notes))
     size = max(layout.size[0], drawing.LEFT + width + drawing.GAP), layout.size[1]
     image = Image.new("RGB", size, (255, 255, 255))

@@ -6,6 +6,7 @@ Each is a context manager around the frozen base, which is bit for bit itself ag
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -269,9 +270,10 @@ def _json(text: str | None) -> dict[str, Any]:
 
 def _number(value: object) -> float | None:
     try:
-        return float(str(value))
+        number = float(str(value))
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def base_parameters(model: nn.Module) -> int:
