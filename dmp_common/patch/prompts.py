@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmp_common.compat import is_compiling
-from dmp_common.patch.choices import Init
+from dmp_common.patch.variant import Init
 
 
 class PromptPool(nn.Module):

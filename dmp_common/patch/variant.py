@@ -20,9 +20,11 @@ from dmp_common.patch.choices import (
     GateInit,
     GateKind,
     GateUnit,
-    Init,
     Mix,
     Selection,
+)
+from dmp_common.patch.choices import (
+    Init as Init,
 )
 
 # Entries that files have had since the first ones; where one is missing, the file is older or means

@@ -144,10 +144,8 @@ def gate_heatmap(
     names = choose_sites(patch, sites)
     columns = [list(patch.sites).index(name) for name in names]
     layout = Layout.of(patch.variant.grid, len(names), len(steps), maps)
-    heading, notes = (
-        printable(title or "") or f"Gate of a patch for {patch.base.name}",
-        _subtitle(patch),
-    )
+    heading = printable(title or f"Gate of a patch for {patch.base.name}", 1000)
+    notes = _subtitle(patch)
     width = max(drawing.text_width(heading, drawing.TITLE), drawing.text_width(notes))
     size = max(layout.size[0], drawing.LEFT + width + drawing.GAP), layout.size[1]
     image = Image.new("RGB", size, (255, 255, 255))

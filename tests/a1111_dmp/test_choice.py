@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,19 @@ def test_a_name_alone_must_be_clear(folder):
         folder.find("oil")
     with pytest.raises(PatchError, match=r"choose one of those in it \(nothing\)"):
         Folder(folder.root / "nowhere").find("ink")
+
+
+def test_pipes_and_links_to_nothing_are_no_patches(tmp_path):
+    TINY.patch(1).save(tmp_path / "p.safetensors")
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nothing")
+    folder = Folder(tmp_path)
+    assert folder.names() == ["p"]
+    assert folder.by_hash("renamed", file_hash(tmp_path / "p.safetensors")) == "p"
+    with pytest.raises(PatchError, match="choose one of those"):
+        folder.load("pipe")
 
 
 def test_files_are_read_once_and_again_when_replaced(folder, tmp_path):

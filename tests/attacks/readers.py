@@ -69,9 +69,10 @@ def _options(path: str) -> None:
 
 
 def _dataset(path: str) -> None:
-    from training.data.dataset_config import subsets_of_file
+    from training.data.dataset_config import subset_tables
 
-    subsets_of_file(Path(path))
+    for _ in subset_tables(Path(path)):
+        pass
 
 
 def _shard(path: str) -> None:

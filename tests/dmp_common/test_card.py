@@ -57,6 +57,26 @@ def test_card_of_other_variants_and_metadata() -> None:
     assert "## Metadata" not in model_card(variant, {}, repo_id="me/x", filename="x.safetensors")
 
 
+def test_text_of_a_file_means_nothing_in_the_card() -> None:
+    patch = Patch.create(BASE, sites=1)
+    patch.metadata = {
+        "ss_html": "<script>x</script>",
+        "ss_link": "[x](javascript:alert(1)) https://evil.example www.evil.example me@evil.example",
+        "ss_hidden": "\u202etxt\u200b\x1b[31m",
+        "ss_`code`|": "# heading",
+    }
+    card = model_card(patch, repo_id="me/x", filename="a`b\n.safetensors")
+    table = card.partition("## Metadata")[2]
+    assert "<" not in table
+    assert "https:" not in table
+    assert "www." not in table
+    assert "me@" not in table
+    assert r"\[x\]\(javascript\:alert\(1\)\)" in table
+    assert table.replace("\n", "").isprintable()
+    assert table.strip().count("\n") == 5  # a head, a line below it, and four rows
+    assert "put `a'b\\n.safetensors` into" in card
+
+
 def test_card_of_a_base_without_repository() -> None:
     card = model_card(Variant.create("dit-b/2"), {}, repo_id="me/x", filename="x.safetensors")
     assert "base_model" not in ModelCard(card).data.to_dict()

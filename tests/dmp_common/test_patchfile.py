@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.patch.file import file_hash, read_header
+from dmp_common.patch.file import file_hash, read_header, read_patch_file, write_patch_file
 from tests.tiny import FAMILIES
 
 TINY = FAMILIES["dit"]
@@ -160,6 +160,54 @@ def test_saving_refuses_other_endings_and_metadata(tmp_path: Path) -> None:
         TINY.patch().save(tmp_path / "p.pt")
     with pytest.raises(PatchError, match="text"):
         TINY.patch().save(tmp_path / "p.safetensors", {"ss_seed": 3})  # type: ignore[dict-item]
+
+
+def test_files_are_variant_tensors_and_metadata(good: Path, tmp_path: Path) -> None:
+    contents = read_patch_file(good)
+    variant, tensors, metadata = contents
+    assert variant == TINY.patch().variant
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == variant.shapes()
+    assert list(tensors) == list(variant.shapes())
+    assert metadata["ss_num_train_images"] == "12"
+    again = tmp_path / "good.safetensors"
+    assert write_patch_file(again, *contents) == file_hash(good)
+    missing = {name: t for name, t in tensors.items() if name != "gate.bias"}
+    with pytest.raises(PatchError, match=r"gate\.bias missing"):
+        write_patch_file(again, variant, missing)
+    with pytest.raises(PatchError, match=r"gate\.bias \(3,\)"):
+        write_patch_file(again, variant, {**tensors, "gate.bias": torch.zeros(3)})
+    assert file_hash(again) == file_hash(good)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_half_precision_cannot_hold_are_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.safetensors"
+    patch = TINY.patch()
+    with torch.no_grad():
+        patch.pool("block.1").prompts[0, 2, 3] = -65504.0
+    if dtype != torch.bfloat16:  # which has 65536 instead
+        patch.save(path, dtype=dtype)
+        assert Patch.load(path).pool("block.1").prompts.min() == -65504.0
+    with torch.no_grad():
+        patch.pool("block.1").prompts[0, 2, 3] = -65600.0
+    with pytest.raises(PatchError, match=r"prompts\.block\.1.*nothing was written"):
+        patch.save(path, dtype=dtype)
+
+
+def test_sums_of_grids_that_half_precision_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """A softmax mixes grids; where weights are ones, they add."""
+    for options, refused in (({}, False), ({"gate": "none"}, True), ({"selection": "hard"}, True)):
+        patch = TINY.patch(grids=2, **options)
+        with torch.no_grad():
+            patch.pool("block.0").prompts[:, 0, 0] = torch.tensor([4e4, -4e4])
+        path = tmp_path / "p.safetensors"
+        if not refused:
+            patch.save(path)
+            continue
+        with pytest.raises(PatchError, match="8e\\+04 as the sum of the grids in prompts.block.0"):
+            patch.save(path)
 
 
 # What is wrong with the file, how it came to be, and what the message must say.

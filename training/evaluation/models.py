@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.patch.serialize import parse_json
+from dmp_common.patch.serialize import opened, parse_json
 from training.families.dit import DiT
 from training.frozen import TEXT_FILE, TIME_FILE, FrozenBase
 from training.lora import remove_lora
@@ -212,12 +212,12 @@ class FullModel(Compared):
         """A DiT's weights mean something in the time embedding they were trained with alone."""
         if not isinstance(frozen.family, DiT):
             return
-        own = DIFFUSERS_SHIFT
+        own: float | None = DIFFUSERS_SHIFT
         for name in (TEXT_FILE, TIME_FILE):
             path = Path(self.spec.path) / name
             if path.is_file():
                 told = _json(path.read_text(encoding="utf-8"))
-                own = float(told.get("frequency_shift", own))
+                own = _number(told.get("frequency_shift", own))
         wanted = frozen.facts["frequency_shift"]
         if own != wanted:
             raise PatchError(
@@ -251,9 +251,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        with opened(path, "a safetensors file"):
+            pass  # the library would wait for a pipe
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError) as error:
+    # A KeyError is a type of numbers that torch does not have.
+    except (OSError, SafetensorError, KeyError) as error:
         raise PatchError(
             f"expected a safetensors file at {path}, found {str(error)[:120]}: check the path."
         ) from error
