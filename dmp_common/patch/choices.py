@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dmp_common.bases.base import Prediction
 
@@ -28,3 +28,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gate_init": get_args(GateInit),
     "prediction": get_args(Prediction),
 }
+# Entries that files have had since the first ones; where one is missing, the file is older or means
+# the paper's choice, which is not written.
+LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
+# What a gate must be to begin with stages: a place in the schedule for each whole grid.
+STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}

@@ -14,6 +14,8 @@ from dmp_common.bases.table import get_base
 from dmp_common.errors import PatchError, printable
 from dmp_common.patch.choices import (
     CHOICES,
+    LATER,
+    STAGED,
     AcrossDepth,
     Condition,
     GateForm,
@@ -27,11 +29,6 @@ from dmp_common.patch.choices import (
     Init as Init,
 )
 
-# Entries that files have had since the first ones; where one is missing, the file is older or means
-# the paper's choice, which is not written.
-LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
-# What a gate must be to begin with stages: a place in the schedule for each whole grid.
-_STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}
 ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
 _LONGEST_NAME = 100  # characters of a base's name
@@ -120,7 +117,7 @@ class Variant:
             options.setdefault("prompts", options["grid"][0] * options["grid"][1])
         if options.get("gate_unit") == "grid" and options.get("gate") != "none":
             # Equal grids would stay equal.
-            fitting = all(options.get(n, getattr(cls, n)) == value for n, value in _STAGED.items())
+            fitting = all(options.get(n, getattr(cls, n)) == value for n, value in STAGED.items())
             options.setdefault("gate_init", "stages" if fitting else "random")
         if "timesteps" in options:
             options["timesteps"] = _pair(options["timesteps"], "timesteps as first and last")
@@ -154,8 +151,7 @@ class Variant:
                 f"{self.gate_form}, found gate {self.gate}, selection {self.selection}: leave the "
                 "unit and the form out."
             )
-
-        staged = all(getattr(self, name) == value for name, value in _STAGED.items())
+        staged = all(getattr(self, name) == value for name, value in STAGED.items())
         if self.gate_init == "stages" and not staged:
             raise PatchError(
                 "expected a linear residual gate of grids that sees the timestep alone for gate "

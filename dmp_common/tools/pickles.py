@@ -148,7 +148,7 @@ class _Machine:
         self.stack = []
 
     def discard(self, _: object) -> None:
-        # An instruction of its own undoes a mark; this one may too.
+        # On an empty stack this instruction removes the mark below, as in Python's machine.
         if self.stack:
             self.stack.pop()
         else:
@@ -182,7 +182,7 @@ class _Machine:
         self.stack.append({})
         _add_entries(self.stack[-1], items)
 
-    def make_set(self, _: object) -> None:
+    def make_opaque(self, _: object) -> None:
         self.pop_mark()
         self.stack.append(Opaque())
 
@@ -195,9 +195,6 @@ class _Machine:
         items = self.pop_mark()
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(items)
-
-    def add_to_set(self, _: object) -> None:
-        self.pop_mark()
 
     def set_entry(self, _: object) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -225,10 +222,6 @@ class _Machine:
         del self.stack[-3:]
         self.stack.append(Opaque())
 
-    def make_instance(self, _: object) -> None:
-        self.pop_mark()
-        self.stack.append(Opaque())
-
     def build(self, _: object) -> None:
         state, instance = self.stack.pop(), self.stack[-1]
         if isinstance(instance, Opaque) and isinstance(state, dict):
@@ -254,10 +247,10 @@ _INSTRUCTIONS: dict[str, Any] = {
     "TUPLE": _Machine.make_tuple,
     "LIST": _Machine.make_list,
     "DICT": _Machine.make_dict,
-    "FROZENSET": _Machine.make_set,
+    "FROZENSET": _Machine.make_opaque,
     "APPEND": _Machine.append,
     "APPENDS": _Machine.extend,
-    "ADDITEMS": _Machine.add_to_set,
+    "ADDITEMS": _Machine.discard_to_mark,
     "SETITEM": _Machine.set_entry,
     "SETITEMS": _Machine.set_entries,
     "GLOBAL": _Machine.name,
@@ -265,8 +258,8 @@ _INSTRUCTIONS: dict[str, Any] = {
     "REDUCE": _Machine.call,
     "NEWOBJ": _Machine.call,
     "NEWOBJ_EX": _Machine.call_with_options,
-    "INST": _Machine.make_instance,
-    "OBJ": _Machine.make_instance,
+    "INST": _Machine.make_opaque,
+    "OBJ": _Machine.make_opaque,
     "BUILD": _Machine.build,
     "BINPERSID": _Machine.reference,
 }

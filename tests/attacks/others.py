@@ -232,6 +232,20 @@ def metadata_of_terminal_codes(folder: Path) -> Path:
     return folder
 
 
+def metadata_of_a_long_path(folder: Path) -> Path:
+    """A file name longer than any system allows."""
+    path = folder / "metadata.jsonl"
+    path.write_text(json.dumps({"file_name": "x" * 100_000}), "utf-8")
+    return folder
+
+
+def metadata_of_too_many_fields(folder: Path) -> Path:
+    """A row with more fields than the table has names, and no image."""
+    path = folder / "metadata.csv"
+    path.write_text("text\na,b,c\n", "utf-8")
+    return folder
+
+
 METADATA: dict[str, Callable[[Path], Path]] = {
     attack.__name__: attack
     for attack in (
@@ -239,5 +253,7 @@ METADATA: dict[str, Callable[[Path], Path]] = {
         metadata_of_long_number,
         metadata_of_a_long_field,
         metadata_of_terminal_codes,
+        metadata_of_a_long_path,
+        metadata_of_too_many_fields,
     )
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmp_common import PatchError
-from dmp_common.errors import file_error, printable
+from dmp_common.errors import file_error, printable, printable_path
 from dmp_common.patch.serialize import opened, parse_json
 from training.data.sizes import Size
 
@@ -83,10 +84,13 @@ def folder_metadata(folder: Path, column: str | None) -> dict[Path, About] | Non
             where = f"{file}, line {number}"
             name = row.get("file_name")
             if not isinstance(name, str):
-                raise PatchError(f"expected a file_name in {where}, found {sorted(row)}: add it.")
+                found_keys = printable(sorted(map(str, row)))
+                raise PatchError(f"expected a file_name in {where}, found {found_keys}: add it.")
             image = folder / name.replace("\\", "/")
-            if not image.is_file():
-                raise PatchError(f"expected the image {image} of {where}, found no such file.")
+            if not os.path.isfile(image):  # unlike `Path`, also where a name is too long to be one
+                raise PatchError(
+                    f"expected the image {printable_path(image)} of {where}, found no such file."
+                )
             found[image] = About(_captions(_caption_value(row, column, where), where))
     return found
 

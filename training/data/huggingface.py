@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dmp_common import PatchError
+from dmp_common.errors import printable
+from dmp_common.patch.serialize import open_regular
 from training.data.caption_files import COLUMNS
 from training.data.folders import CACHE, class_ids
 from training.data.indexed import Found
@@ -34,9 +36,9 @@ class RowStore:
             raise PatchError(
                 f"expected an image in {self.name(place)}, found none: remove the row."
             )
-        return (
-            io.BytesIO(found["bytes"]) if found["bytes"] is not None else open(found["path"], "rb")
-        )
+        if found["bytes"] is not None:
+            return io.BytesIO(found["bytes"])
+        return open_regular(Path(found["path"]), "an image")
 
     def name(self, place: int) -> str:
         """How an error names it."""
@@ -156,7 +158,7 @@ def _label_columns(features: Any) -> list[str]:
 def _captions(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(entry, str) for entry in values):
-        raise PatchError(f"expected text as caption in {where}, found {value!r}.")
+        raise PatchError(f"expected text as caption in {where}, found {printable(value)}.")
     return tuple(entry.strip() for entry in values if entry.strip())
 
 

@@ -121,7 +121,7 @@ def _entries(file: BinaryIO, place: str) -> Iterator[dict[str, Any]]:
     """
     with tarfile.open(fileobj=file, mode="r|") as tar:  # "r|*" would unpack
         for entry in tar:
-            tar.members = []  # would keep all headers  # type: ignore[attr-defined]
+            tar.members = []  # where tarfile would keep every header
             if not entry.isreg() or re.match(_META, entry.name):
                 continue
             if entry.issparse():
