@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
+from collections.abc import Callable
 from operator import is_not
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class CallHooks:
         self, denoiser: nn.Module, runtime: Runtime, naming: Naming, settings: Settings
     ) -> None:
         patch = runtime.patch
-        self.denoiser = weakref.ref(denoiser)
+        self.denoiser: Callable[[], Any] = weakref.ref(denoiser)
         self.runtime, self.naming = runtime, naming
         self.here = threading.local()
         self.active = True
@@ -163,6 +164,7 @@ class CallHooks:
         but it does look whether a module has a `forward` of its own. Each patch marks another
         module, with the `forward` that the module has anyway.
         """
+        module: nn.Module | None
         for module in (*self._time.modules(), *(site.module() for site in self.sites)):
             if module is not None and "forward" not in vars(module):
                 module.forward = module.forward
@@ -265,7 +267,8 @@ class SiteHook:
     """
 
     def __init__(self, hooks: CallHooks, site: Site, module: nn.Module) -> None:
-        self.hooks, self.module = hooks, weakref.ref(module)
+        self.hooks = hooks
+        self.module: Callable[[], Any] = weakref.ref(module)
         self.name = site.name
         self.argument = site.arguments[hooks.naming]
         self.prepends = hooks.runtime.patch.variant.mix == "prepend"
@@ -335,9 +338,9 @@ class SiteHook:
         )
 
 
-def _copied(reference: weakref.ref[nn.Module], memo: dict[int, Any]) -> weakref.ref[nn.Module]:
+def _copied(reference: Callable[[], Any], memo: dict[int, Any]) -> weakref.ref[nn.Module]:
     """Copies a weak reference to a module along with the module, for a deep copy."""
-    return weakref.ref(copy.deepcopy(reference(), memo))  # type: ignore[arg-type]
+    return weakref.ref(copy.deepcopy(reference(), memo))
 
 
 def _module(denoiser: nn.Module, path: str) -> nn.Module:

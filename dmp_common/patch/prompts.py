@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from dmp_common.compat import is_compiling
-from dmp_common.patch.variant import Init
+from dmp_common.patch.choices import Init
 
 
 class PromptPool(nn.Module):
@@ -25,8 +27,8 @@ class PromptPool(nn.Module):
         super().__init__()
         self.prompts = nn.Parameter(torch.zeros(grids, prompts, width))
         if init == "random":
-            for grid in self.prompts.data:
-                nn.init.xavier_uniform_(grid)
+            bound = math.sqrt(6.0 / (prompts + width))  # Xavier's, for each grid (N, D)
+            self.prompts.data.uniform_(-bound, bound)
 
     def mix(self, weights: Tensor) -> Tensor:
         """The weighted prompts: the field sum_k w[t, k, n] * p[k, n].

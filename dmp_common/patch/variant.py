@@ -25,9 +25,6 @@ from dmp_common.patch.choices import (
     Mix,
     Selection,
 )
-from dmp_common.patch.choices import (
-    Init as Init,
-)
 
 ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)

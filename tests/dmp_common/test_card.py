@@ -58,14 +58,14 @@ def test_card_of_other_variants_and_metadata() -> None:
 
 
 def test_text_of_a_file_means_nothing_in_the_card() -> None:
-    patch = Patch.create(BASE, sites=1)
-    patch.metadata = {
+    metadata = {
         "ss_html": "<script>x</script>",
         "ss_link": "[x](javascript:alert(1)) https://evil.example www.evil.example me@evil.example",
         "ss_hidden": "\u202etxt\u200b\x1b[31m",
         "ss_`code`|": "# heading",
     }
-    card = model_card(patch, repo_id="me/x", filename="a`b\n.safetensors")
+    variant = Variant.create(BASE, sites=1)
+    card = model_card(variant, metadata, repo_id="me/x", filename="a`b\n.safetensors")
     table = card.partition("## Metadata")[2]
     assert "<" not in table
     assert "https:" not in table
