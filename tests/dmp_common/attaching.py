@@ -42,6 +42,13 @@ def make(tiny: Tiny, seed: int = 0, **options) -> Patch:
     return patch
 
 
+def site_shape(base: dmp.Base, site: dmp.Site, count: int) -> tuple[int, ...]:
+    """Shape of the first site's input for latents of 8 x 8."""
+    if base.layout == "map":
+        return (count, site.width, 8, 8)
+    return (count, (8 // site.stride) ** 2, site.width)
+
+
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     """Equal up to `tolerance` of the largest value."""
     scale = expected.abs().max().item()

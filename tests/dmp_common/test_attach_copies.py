@@ -12,7 +12,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach
-from tests.dmp_common.attaching import DIT, REPRESENTATIVES, add_in_place, alone, close, make, some
+from tests.dmp_common.attaching import (
+    DIT,
+    REPRESENTATIVES,
+    add_in_place,
+    alone,
+    close,
+    make,
+    site_shape,
+    some,
+)
 
 
 def _pickled(patch: Patch) -> Patch:
@@ -72,7 +81,7 @@ def test_patch_on_another_device_than_the_model(kind):
     """The meta device stands for another one: shapes are right, and changes are followed."""
     patch = make(kind)
     name, site = next(iter(patch.sites.items()))
-    shape = (2, site.width, 8, 8) if patch.base.layout == "map" else (2, 16, site.width)
+    shape = site_shape(patch.base, site, 2)
     e = torch.randn(2, kind.base.embedding, device="meta")
     x = torch.zeros(shape, device="meta")
     added = patch.prepare(e, (8, 8)).add(name, x)

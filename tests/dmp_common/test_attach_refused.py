@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmp_common import PatchError, Schedule, Settings, attach
 from dmp_common.bases.base import find_module
-from tests.dmp_common.attaching import DIT, FLUX, SD15, close, make, structure
+from tests.dmp_common.attaching import DIT, FLUX, SD15, close, make, site_shape, structure
 from tests.tiny import FAMILIES
 
 
@@ -168,10 +168,11 @@ def test_shapes_that_cannot_be_a_site(kind):
     if patch.base.layout == "map":
         good, wrong = (2, site.width, 8, 8), [(2, site.width - 1, 8, 8), (2, site.width, 8)]
     else:
-        good = (2, 16, site.width)
-        wrong = [(2, 15, site.width), (2, 16, site.width + 1), (2, 16, 4, 4)]
+        good = site_shape(patch.base, site, 2)
+        tokens = good[1]
+        wrong = [(2, tokens - 1, site.width), (2, tokens, site.width + 1), (2, tokens, 4, 4)]
         if not patch.base.shared:
-            wrong.append((2, 17, site.width))
+            wrong.append((2, tokens + 1, site.width))
     assert context.add(name, torch.zeros(good)).any()
     for shape in wrong:
         with pytest.raises(PatchError, match=f"site {name} expected an input of shape"):
@@ -196,7 +197,7 @@ def test_one_time_embedding_serves_a_whole_batch(kind):
     patch = make(kind)
     e = torch.randn(1, kind.base.embedding)
     name, site = next(iter(patch.sites.items()))
-    shape = (3, site.width, 8, 8) if patch.base.layout == "map" else (3, 16, site.width)
+    shape = site_shape(patch.base, site, 3)
     x = torch.randn(shape)
     one = patch.prepare(e, (8, 8)).add(name, x)
     assert close(one, patch.prepare(e.expand(3, -1), (8, 8)).add(name, x), 1e-6)
@@ -209,8 +210,9 @@ def test_context_changes_nothing_in_place(kind):
     with pytest.raises(dataclasses.FrozenInstanceError):
         context.strength = 2.0
     for name, site in patch.sites.items():
-        shape = (2, site.width + 3, 8, 8) if patch.base.layout == "map" else (2, 16, site.width)
-        x = torch.randn(shape)
+        x = torch.randn(site_shape(patch.base, site, 2))
+        if patch.base.layout == "map":
+            x = torch.randn(2, site.width + 3, 8, 8)  # with channels of a skip connection
         kept = x.clone()
         first = context.add(name, x)
         assert torch.equal(x, kept)

@@ -61,8 +61,9 @@ def test_schedule_factor_is_applied_item_by_item(kind, train):
             own = added[:, : patch.sites[name].width]
             field = plain_field(patch, name, e, tuple(own.shape[2:]))
         else:
-            own = split_tokens(kind, added, 16)[0]
-            field = plain_field(patch, name, e, (4, 4)).flatten(2).transpose(1, 2)
+            side = 8 // patch.sites[name].stride
+            own = split_tokens(kind, added, side * side)[0]
+            field = plain_field(patch, name, e, (side, side)).flatten(2).transpose(1, 2)
         for item, factor in enumerate(factors):
             assert (own[item] - 0.8 * factor * field[item]).abs().max() < 2e-5
     assert torch.equal(output[[0, 3]], base[[0, 3]])
