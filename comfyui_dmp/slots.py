@@ -21,7 +21,7 @@ Prepare = Callable[[Tensor], Context]  # from the time embedding (B, E)
 # What error messages say can be used; the entry of a new base goes here and below.
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
-    "PixArt, SD 3, SD 3.5, Flux.1, Qwen-Image, Z-Image, Lumina 2"
+    "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2"
 )
 # By the first part of the blocks' paths in the naming "ldm".
 _SLOTS: dict[str, Slot] = {

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from dmp_common import bases, register_base
+from dmp_common.bases.flux import Flux2
 from tests.tinymodel import Tiny, noise
 
 TEXT = 5  # tokens of a caption
@@ -23,6 +24,7 @@ def known() -> list[Tiny]:
         "QwenImageTransformer2DModel": qwen_image,
         "Lumina2Transformer2DModel": lumina2,
         "ZImageTransformer2DModel": z_image,
+        "Flux2Transformer2DModel": flux2,
     }
     return [make() for name, make in makers.items() if hasattr(diffusers, name)]
 
@@ -119,3 +121,35 @@ def z_image() -> Tiny:
         }
 
     return Tiny("z-image", base, build, inputs, text=(0,))
+
+
+def flux2() -> Tiny:
+    """A token for each cell of the latent."""
+    base = register_base(Flux2("tiny-flux2", double=2, single=2, width=32).base())
+
+    def build() -> nn.Module:
+        return diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+
+    def inputs(
+        t: torch.Tensor, size: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> dict[str, Any]:
+        grid = torch.cartesian_prod(*(torch.arange(side) for side in (1, *size, 1)))
+        text = torch.cartesian_prod(*(torch.arange(side) for side in (1, 1, 1, TEXT)))
+        return {
+            "hidden_states": noise(seed, dtype, len(t), len(grid), 16),
+            "encoder_hidden_states": noise(seed + 1, dtype, len(t), TEXT, 12),
+            "timestep": t / 1000,
+            "img_ids": grid,
+            "txt_ids": text,
+            "guidance": torch.full((len(t),), 4.0),
+        }
+
+    return Tiny("flux2", base, build, inputs)

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn as nn
 
-from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, TimeSource
+from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, Site, TimeSource
 from dmp_common.bases.transformer import block_sites, depth_probes, latent_with_references
-
-_HIDDEN, _IDS = Argument("hidden_states", 0), Argument("img_ids", 4)
 
 
 def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of diffusers' FLUX: one token for each square of `stride` x `stride` cells.
+    """The latents of diffusers' FLUX.1."""
+    return _packed_latent(base, call, Argument("img_ids", 4))
 
-    The position ids (L, 3) or (B, L, 3) begin with (picture, row, column). Tokens of reference
-    pictures follow the latent's own; the first id of the latent's own is 0.
+
+def packed_latent_2(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """The latents of diffusers' FLUX.2.
+
+    While it fills its cache of reference pictures, their tokens come before the latent's own.
     """
-    sample, ids = call.get(_HIDDEN), call.get(_IDS)
+    latent = _packed_latent(base, call, Argument("img_ids", 3))
+    if call.get(Argument("kv_cache_mode", 9)) == "extract":
+        return replace(latent, image_tokens=None)
+    return latent
+
+
+def _packed_latent(base: Base, call: ModelCall, argument: Argument) -> Latent:
+    """The latents of tokens (B, L, D): one for each square of `stride` x `stride` cells.
+
+    Args:
+        argument: the position ids (L, n) or (B, L, n), which begin with (picture, row, column).
+            The latent's own tokens have picture 0; those of reference pictures follow.
+    """
+    sample, ids = call.get(Argument("hidden_states", 0)), call.get(argument)
     ids = ids.reshape(-1, ids.shape[-1])
     own = ids[ids[:, 0] == 0]
     rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
@@ -46,25 +61,7 @@ class Flux:
         """The base of these numbers."""
         return Base(
             name=self.name,
-            sites=(
-                *block_sites(
-                    "double",
-                    self.double,
-                    self.width,
-                    2,
-                    diffusers="transformer_blocks",
-                    ldm="double_blocks",
-                    ldm_argument=Argument("img", 0),
-                ),
-                *block_sites(
-                    "single",
-                    self.single,
-                    self.width,
-                    2,
-                    diffusers="single_transformer_blocks",
-                    ldm="single_blocks",
-                ),
-            ),
+            sites=_sites(self.double, self.single, self.width, stride=2),
             layout="tokens",
             embedding=self.width,
             sinusoid=256,
@@ -88,6 +85,7 @@ class Flux:
                 "ldm": (
                     Probe("img_in", "out_features", self.width),
                     Probe("time_in", None, True),
+                    Probe("double_stream_modulation_img", None, False),
                     *depth_probes("double_blocks", self.double),
                     *depth_probes("single_blocks", self.single),
                 ),
@@ -103,3 +101,78 @@ class Flux:
 def flux(name: str, **facts: Any) -> Base:
     """The base of a row `Flux(name, ...)`, for models that are not in the table."""
     return Flux(name, **facts).base()
+
+
+@dataclass(frozen=True)
+class Flux2:
+    """A row of the table: FLUX.2 (dev, klein).
+
+    Its latent is the VAE's, packed 2 x 2 before the model sees it: a token is one cell. The two
+    layers of its time embedding have no biases.
+    """
+
+    name: str
+    double: int
+    single: int
+    width: int
+    hub_id: str | None = None
+
+    def base(self) -> Base:
+        """The base of these numbers."""
+        time = "time_guidance_embed.timestep_embedder"
+        return Base(
+            name=self.name,
+            sites=_sites(self.double, self.single, self.width, stride=1),
+            layout="tokens",
+            embedding=self.width,
+            sinusoid=256,
+            times={
+                "diffusers": TimeSource(
+                    time,
+                    Argument("timestep", 2),
+                    time,
+                    "time_guidance_embed.time_proj",
+                    scale=1000.0,
+                ),
+                "ldm": TimeSource("time_in", Argument("timestep", 1), "time_in", scale=1000.0),
+            },
+            probes={
+                "diffusers": (
+                    Probe("x_embedder", "out_features", self.width),
+                    Probe(time, None, True),
+                    *depth_probes("transformer_blocks", self.double),
+                    *depth_probes("single_transformer_blocks", self.single),
+                ),
+                "ldm": (
+                    Probe("img_in", "out_features", self.width),
+                    Probe("time_in", None, True),
+                    Probe("double_stream_modulation_img", None, True),
+                    *depth_probes("double_blocks", self.double),
+                    *depth_probes("single_blocks", self.single),
+                ),
+            },
+            prediction="flow",
+            latent={"diffusers": packed_latent_2, "ldm": host_latent},
+            shared=True,
+            time_bias=False,
+            architecture="flux-2",
+            hub_id=self.hub_id,
+        )
+
+
+def _sites(double: int, single: int, width: int, stride: int) -> tuple[Site, ...]:
+    """The inputs of the double blocks, then of the single blocks."""
+    blocks, singles = "transformer_blocks", "single_transformer_blocks"
+    image = Argument("img", 0)
+    return (
+        *block_sites(
+            "double",
+            double,
+            width,
+            stride,
+            diffusers=blocks,
+            ldm="double_blocks",
+            ldm_argument=image,
+        ),
+        *block_sites("single", single, width, stride, diffusers=singles, ldm="single_blocks"),
+    )

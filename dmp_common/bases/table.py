@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from dmp_common.bases.base import Base, Row
-from dmp_common.bases.flux import Flux
+from dmp_common.bases.flux import Flux, Flux2
 from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
 from dmp_common.bases.transformer import SD3, DiT, PixArt
 from dmp_common.bases.unet import Unet
@@ -106,6 +106,21 @@ TABLE: tuple[Row, ...] = (
         hub_id="stabilityai/stable-diffusion-3.5-large",
     ),
     Flux("flux", double=19, single=38, width=3072, hub_id="black-forest-labs/FLUX.1-dev"),
+    Flux2("flux2", double=8, single=48, width=6144, hub_id="black-forest-labs/FLUX.2-dev"),
+    Flux2(
+        "flux2-klein-4b",
+        double=5,
+        single=20,
+        width=3072,
+        hub_id="black-forest-labs/FLUX.2-klein-4B",
+    ),
+    Flux2(
+        "flux2-klein-9b",
+        double=8,
+        single=24,
+        width=4096,
+        hub_id="black-forest-labs/FLUX.2-klein-9B",
+    ),
     QwenImage("qwen-image", depth=60, width=3072, hub_id="Qwen/Qwen-Image"),
     ZImage("z-image", depth=30, width=3840, hub_id="Tongyi-MAI/Z-Image-Turbo"),
     Lumina2("lumina2", depth=26, width=2304, hub_id="Alpha-VLLM/Lumina-Image-2.0"),

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
+from dmp_common.bases.flux import Flux2
 from tests.comfyui_dmp.family import TEXT, Family, packed, unpacked
 
 
@@ -23,6 +24,7 @@ def known() -> list[Family]:
         "QwenImageTransformer2DModel": _qwen_image,
         "Lumina2Transformer2DModel": _lumina2,
         "ZImageTransformer2DModel": _z_image,
+        "Flux2Transformer2DModel": _flux2,
     }
     return [make() for kind, make in makers.items() if hasattr(diffusers, kind)]
 
@@ -198,4 +200,88 @@ def _z_image() -> Family:
         size=(16, 12),  # 48 tokens, filled up to 64
         unpack=lambda out, size: -out.squeeze(2),
         conds={"num_tokens": TEXT},
+    )
+
+
+def _flux2() -> Family:
+    unet = {
+        "image_model": "flux2",
+        "in_channels": 128,
+        "out_channels": 128,
+        "vec_in_dim": None,
+        "context_in_dim": 16,
+        "hidden_size": 64,
+        "mlp_ratio": 3.0,
+        "num_heads": 2,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [8, 8, 8, 8],
+        "theta": 2000,
+        "patch_size": 1,
+        "qkv_bias": False,
+        "guidance_embed": False,
+        "txt_ids_dims": [3],
+        "global_modulation": True,
+        "mlp_silu_act": True,
+        "ops_bias": False,
+        "default_ref_method": "index",
+        "ref_index_scale": 10.0,
+    }
+
+    def twin() -> nn.Module:
+        return diffusers.Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(8, 8, 8, 8),
+            guidance_embeds=False,
+        )
+
+    def keys() -> dict[str, Any]:
+        table = comfy.utils.flux_to_diffusers(
+            {"depth": 2, "depth_single_blocks": 2, "hidden_size": 64}
+        )
+        for n in range(2):
+            # ComfyUI's table is FLUX.1's here; the joined projections have other names.
+            for part, place in (("ff", "img_mlp"), ("ff_context", "txt_mlp")):
+                for layer, number in (("linear_in", 0), ("linear_out", 2)):
+                    key = f"transformer_blocks.{n}.{part}.{layer}.weight"
+                    table[key] = f"double_blocks.{n}.{place}.{number}.weight"
+            single = f"single_transformer_blocks.{n}.attn."
+            table[f"{single}to_qkv_mlp_proj.weight"] = f"single_blocks.{n}.linear1.weight"
+            table[f"{single}to_out.weight"] = f"single_blocks.{n}.linear2.weight"
+        for part in ("double_stream_modulation_img", "double_stream_modulation_txt"):
+            table[f"{part}.linear.weight"] = f"{part}.lin.weight"
+        table["single_stream_modulation.linear.weight"] = "single_stream_modulation.lin.weight"
+        time = "time_guidance_embed.timestep_embedder"
+        table[f"{time}.linear_1.weight"] = "time_in.in_layer.weight"
+        table[f"{time}.linear_2.weight"] = "time_in.out_layer.weight"
+        return table
+
+    def call(x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Any]:
+        sides = [torch.arange(side) for side in (1, *x.shape[-2:], 1)]
+        return {
+            "hidden_states": x.flatten(2).transpose(1, 2),
+            "encoder_hidden_states": text,
+            "timestep": t / 1000,
+            "img_ids": torch.cartesian_prod(*sides),
+            "txt_ids": torch.cartesian_prod(*map(torch.arange, (1, 1, 1, text.shape[1]))),
+        }
+
+    def unpack(out: Tensor, size: tuple[int, int]) -> Tensor:
+        return out.transpose(1, 2).unflatten(2, size[-2:])
+
+    return Family(
+        "flux2",
+        register_base(Flux2("comfy-flux2", double=2, single=2, width=64).base()),
+        "Flux2",
+        unet,
+        twin,
+        keys,
+        call,
+        channels=128,
+        unpack=unpack,
     )

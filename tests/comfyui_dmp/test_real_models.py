@@ -15,6 +15,7 @@ from dmp_common import PatchError, attach
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
+NAMES += ["flux2"]
 
 
 @pytest.fixture(params=NAMES)
@@ -170,7 +171,7 @@ def test_odd_size_uses_the_padded_grid(real, run, host):
     assert difference[7] > 1
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen-image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen-image"])
 def test_edits_patch_the_picture_and_not_the_reference(real, run, host, name):
     """FLUX Kontext and Qwen-Image-Edit append the tokens of reference pictures."""
     family = real.FAMILIES.get(name) or pytest.skip("this release of diffusers does not know it")
@@ -189,7 +190,7 @@ def test_edits_patch_the_picture_and_not_the_reference(real, run, host, name):
     )
     if "img_ids" in added:
         ids = added["img_ids"].clone()
-        ids[:, 0] = 1
+        ids[:, 0] = family.unet.get("ref_index_scale", 1)
         arguments["img_ids"] = torch.cat([arguments["img_ids"], ids])
     else:
         both = zip(arguments["img_shapes"], added["img_shapes"], strict=True)

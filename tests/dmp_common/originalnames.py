@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor
@@ -90,6 +91,8 @@ def original_names(name: str) -> dict[str, str]:
         return single_file.convert_ldm_unet_checkpoint(checkpoint, dict(model.config))
     if base.name in ("lumina2", "z-image"):
         return _next_names(base.name, state)
+    if base.name.startswith("flux2"):
+        return _flux2_names(state)
     depth = len(model.transformer_blocks)
     if base.name == "flux":
         singles = len(model.single_transformer_blocks)
@@ -162,6 +165,61 @@ def _next_names(name: str, state: dict[str, Tensor]) -> dict[str, str]:
             assert value.unique().tolist() == [float(own.index(key))], key
         else:
             assert value is checkpoint[names[key]], key
+    return names
+
+
+def _flux2_names(state: dict[str, Tensor]) -> dict[str, str]:
+    """What we think the original names of FLUX.2 are; the converter proves it."""
+    parts = {
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "modulation_img.linear": "modulation_img.lin",
+        "modulation_txt.linear": "modulation_txt.lin",
+        "stream_modulation.linear": "stream_modulation.lin",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+        "single_transformer_blocks": "single_blocks",
+        "transformer_blocks": "double_blocks",
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "attn.to_qkv_mlp_proj": "linear1",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_out": "linear2",
+        "attn.to_add_out": "txt_attn.proj",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+        "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2",
+        "ff_context.linear_in": "txt_mlp.0",
+        "ff_context.linear_out": "txt_mlp.2",
+        **dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.qkv"),
+        **{f"attn.add_{kind}_proj": "txt_attn.qkv" for kind in "qkv"},
+    }
+    names = {}
+    for key in state:
+        original = key
+        for part, other in parts.items():
+            original = original.replace(part, other)
+        norm = "norm." if original.startswith("single") else "img_attn.norm."
+        for part, other in (("q", "query"), ("k", "key")):
+            original = original.replace(f"attn.norm_{part}.weight", f"{norm}{other}_norm.scale")
+        names[key] = original
+    order = list(dict.fromkeys(names.values()))
+    checkpoint = {
+        original: torch.full((6 if ".qkv." in original else 2, 1), float(place))
+        for place, original in enumerate(order)
+    }
+    for original, tensor in checkpoint.items():
+        if ".qkv." in original:
+            tensor += torch.tensor([0.0, 0.0, 0.1, 0.1, 0.2, 0.2]).reshape(6, 1)
+    converted = single_file.convert_flux2_transformer_checkpoint_to_diffusers(checkpoint)
+    assert set(converted) == set(state)
+    for key, value in converted.items():
+        part = [f"to_{kind}." in key or f"add_{kind}_proj." in key for kind in "qkv"]
+        expected = order.index(names[key]) + (part.index(True) / 10 if True in part else 0)
+        assert value.flatten().tolist() == pytest.approx([expected, expected]), key
     return names
 
 

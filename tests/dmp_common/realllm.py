@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import torch
 import torch.nn as nn
@@ -17,8 +19,57 @@ def known() -> dict[str, Real]:
         "qwen-image": ("QwenImageTransformer2DModel", _qwen_image),
         "lumina2": ("Lumina2Transformer2DModel", _lumina2),
         "z-image": ("ZImageTransformer2DModel", _z_image),
+        "flux2": ("Flux2Transformer2DModel", _flux2_dev),
+        "flux2-klein-4b": ("Flux2Transformer2DModel", _flux2_klein_4b),
+        "flux2-klein-9b": ("Flux2Transformer2DModel", _flux2_klein_9b),
     }
     return {name: make() for name, (kind, make) in makers.items() if hasattr(diffusers, kind)}
+
+
+def _flux2(base: str, text: int, parameters: int, **config: Any) -> Real:
+    size = (64, 48)  # of the packed latent
+
+    def build() -> nn.Module:
+        return diffusers.Flux2Transformer2DModel(joint_attention_dim=text, **config)
+
+    def inputs() -> dict:
+        return {
+            "hidden_states": meta(2, 64 * 48, 128),
+            "encoder_hidden_states": meta(2, 512, text),
+            "timestep": meta(2),
+            "img_ids": meta(64 * 48, 4),
+            "txt_ids": meta(512, 4),
+            "guidance": meta(2),
+        }
+
+    return Real(base, build, inputs, size, parameters, text=512, unit_time=True, channels=128)
+
+
+def _flux2_dev() -> Real:
+    return _flux2("flux2", 15360, 32_223_281_152)
+
+
+def _flux2_klein_4b() -> Real:
+    return _flux2(
+        "flux2-klein-4b",
+        7680,
+        3_875_544_576,
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        guidance_embeds=False,
+    )
+
+
+def _flux2_klein_9b() -> Real:
+    return _flux2(
+        "flux2-klein-9b",
+        12288,
+        9_078_581_248,
+        num_single_layers=24,
+        num_attention_heads=32,
+        guidance_embeds=False,
+    )
 
 
 def _qwen_image() -> Real:

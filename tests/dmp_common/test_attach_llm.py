@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import diffusers
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dmp_common.bases.detect import naming_of
 from dmp_common.bases.timesteps import embed_timesteps
 from tests.dmp_common.attaching import check_fields, make, plain_field, watched
 from tests.tiny import FAMILIES, Tiny
+from tests.tinyllm import TEXT
 
 
 def family(name: str) -> Tiny:
@@ -42,6 +45,41 @@ def test_references_of_qwen_edit_are_left_alone(zero):
         expected = plain_field(patch, name, seen.e[0][:2], (4, 6)).flatten(2).transpose(1, 2)
         assert (added[:, :24] - expected).abs().max() < 2e-5
         assert not added[:, 24:].any()
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["after", "before, to fill a cache"])
+def test_references_of_flux2_are_left_alone(cached):
+    """Their tokens follow the latent's; while the model fills its cache of them, they precede."""
+    tiny = family("flux2")
+    model, patch = tiny.model(), make(tiny, sites="all")
+    if cached:
+        flux2 = importlib.import_module("diffusers.models.transformers.transformer_flux2")
+        for block in model.transformer_blocks:
+            block.attn.set_processor(flux2.Flux2KVAttnProcessor())
+        for block in model.single_transformer_blocks:
+            block.attn.set_processor(flux2.Flux2KVParallelSelfAttnProcessor())
+    inputs = tiny.inputs(torch.tensor([10.0, 900.0]), (4, 6), torch.float32, 1)
+    reference = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(4))
+    ids = torch.cartesian_prod(
+        torch.tensor([10]), torch.arange(4), torch.arange(4), torch.arange(1)
+    )
+    order = slice(None, None, -1 if cached else 1)
+    for name, part, dim in (("hidden_states", reference, 1), ("img_ids", ids, 0)):
+        inputs[name] = torch.cat([inputs[name], part][order], dim=dim)
+    if cached:
+        inputs |= {"kv_cache_mode": "extract", "num_ref_tokens": 16}
+    own = slice(16, None) if cached else slice(None, 24)
+    with watched(model, patch) as seen:
+        tiny.call(model, inputs)
+    for name in patch.sites:
+        added = seen.after[name] - seen.before[name]
+        expected = plain_field(patch, name, seen.e[0], (4, 6)).flatten(2).transpose(1, 2)
+        text = added.shape[1] - 24 - 16
+        assert text == (TEXT if name.startswith("single") else 0)
+        assert not added[:, :text].any()
+        assert (added[:, text:][:, own] - expected).abs().max() < 2e-5
+        added[:, text:][:, own] = 0.0
+        assert not added.any()
 
 
 def test_shapes_of_qwen_image_may_be_one_of_each_item():

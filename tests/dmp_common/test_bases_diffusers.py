@@ -125,5 +125,14 @@ def test_prediction_types():
     assert predictions["sd15"] == predictions["sdxl"] == predictions["pixart"] == "epsilon"
     assert predictions["dit-xl/2"] == predictions["digits"] == "epsilon"
     assert predictions["sd21"] == "v_prediction"
-    for name in ("sd3", "sd35-medium", "sd35-large", "flux", "qwen-image", "z-image", "lumina2"):
+    for name in (
+        "sd3",
+        "sd35-medium",
+        "sd35-large",
+        "flux",
+        "flux2",
+        "qwen-image",
+        "z-image",
+        "lumina2",
+    ):
         assert predictions[name] == "flow"

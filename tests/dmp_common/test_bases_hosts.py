@@ -97,6 +97,9 @@ COMFY_CLASSES = {
     "sd35-large": ("comfy.ldm.modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper"),
     "flux-dev": ("comfy.ldm.flux.model", "Flux"),
     "flux-schnell": ("comfy.ldm.flux.model", "Flux"),
+    "flux2": ("comfy.ldm.flux.model", "Flux"),
+    "flux2-klein-4b": ("comfy.ldm.flux.model", "Flux"),
+    "flux2-klein-9b": ("comfy.ldm.flux.model", "Flux"),
     "qwen-image": ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"),
     "lumina2": ("comfy.ldm.lumina.model", "NextDiT"),
     "z-image": ("comfy.ldm.lumina.model", "NextDiT"),
@@ -119,6 +122,8 @@ def test_comfyui(comfyui, name, monkeypatch):
     state = {f"model.diffusion_model.{key}": meta(*shape) for key, shape in shapes.items()}
     found = comfyui.model_config_from_unet(state, "model.diffusion_model.")
     config = {key: found.unet_config[key] for key in found.unet_config if key != "image_model"}
+    if "axes_dim" in config:  # ComfyUI 0.8 knows FLUX.2 dev's number of heads only
+        config["num_heads"] = config["hidden_size"] // sum(config["axes_dim"])
     operations = importlib.import_module("comfy.ops").disable_weight_init
     kind = getattr(importlib.import_module(module), class_name)
     config |= {"device": "meta", "dtype": torch.float32, "operations": operations}

@@ -29,6 +29,9 @@ def saved(base: str, **variant) -> int:
         ("sd15", 2_785_792, 0.32, 859.5e6),
         ("sdxl", 1_802_752, 0.07, 2567e6),
         # Not in the paper, but said of them in README.md.
+        ("flux2", 89_653_760, 0.28, 32.22e9),
+        ("flux2-klein-4b", 20_447_744, 0.53, 3.876e9),
+        ("flux2-klein-9b", 34_603_520, 0.38, 9.079e9),
         ("qwen-image", 47_972_864, 0.23, 20.43e9),
         ("z-image", 29_557_248, 0.48, 6.155e9),
         ("lumina2", 15_598_080, 0.60, 2.61e9),
@@ -97,6 +100,7 @@ def test_named_set_blocks_is_the_first_site_of_each_diffusers_block():
     [
         *(("digits", 6), ("dit-s/2", 12), ("dit-b/4", 12), ("dit-l/8", 24), ("dit-xl/2", 28)),
         *(("pixart", 28), ("sd3", 24), ("sd35-medium", 24), ("sd35-large", 38), ("flux", 57)),
+        *(("flux2", 56), ("flux2-klein-4b", 25), ("flux2-klein-9b", 32)),
         *(("qwen-image", 60), ("z-image", 30), ("lumina2", 26)),
     ],
 )
