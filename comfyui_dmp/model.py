@@ -1,4 +1,4 @@
-"""Facts about a ComfyUI model that adding a patch needs: its parts, timesteps and sizes."""
+"""Reads the facts about a ComfyUI model that a patch needs: its parts, timesteps and sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from comfyui_dmp.slots import SUPPORTED
+from comfyui_dmp.slots import SUPPORTED, module_at
 from dmp_common import Base, PatchError
 from dmp_common.bases.base import Latent, ModelCall
 from dmp_common.bases.timesteps import time_features
@@ -17,7 +17,7 @@ _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
 
 
 def denoiser_of(model: Any) -> nn.Module:
-    """The UNet or transformer of a `BaseModel`, also while a compiled one stands in for it."""
+    """Returns the UNet or transformer of a `BaseModel`, also while a compiled one replaces it."""
     denoiser = getattr(model, "diffusion_model", None)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     if not isinstance(denoiser, nn.Module):
@@ -29,7 +29,7 @@ def denoiser_of(model: Any) -> nn.Module:
 
 
 def time_embedding(model: Any, base: Base, timesteps: Tensor) -> Tensor:
-    """The pure time embedding of a ComfyUI model, in the precision it computes in.
+    """Returns the pure time embedding of a ComfyUI model, in the precision it computes in.
 
     The same as the model's own: in v0.8.0 SD3, Lumina 2 and Z-Image (`mmdit.py`, TimestepEmbedder),
     Flux (`flux/model.py`, `time_in`) and Qwen-Image (`qwen_image/model.py`) cast the same float32
@@ -43,25 +43,25 @@ def time_embedding(model: Any, base: Base, timesteps: Tensor) -> Tensor:
     Returns:
         e (T, E), on the device of the timesteps.
     """
-    mlp = denoiser_of(model).get_submodule(base.times["ldm"].mlp)
+    mlp = module_at(denoiser_of(model), base.times["ldm"].mlp)
     dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
     e: Tensor = mlp(time_features(timesteps, base).to(dtype))
     return e
 
 
 def is_compiled(model: Any, options: dict[str, Any]) -> bool:
-    """Whether (part of) a model runs compiled in a call with these options."""
+    """Tells whether a model, or a part of it, runs compiled in a call with these options."""
     wrappers = options.get("wrappers", {}).get(_APPLY_MODEL, {})
     return bool(wrappers.get(_COMPILE_KEY)) or hasattr(model.diffusion_model, "_orig_mod")
 
 
 def timesteps_of(model_sampling: Any, base: Base, sigmas: Tensor) -> Tensor:
-    """Timesteps (B,) on the scale 0..1000 of sigmas (B,)."""
+    """Returns the timesteps (B,) on the scale 0..1000 of sigmas (B,)."""
     return base.times["ldm"].timesteps(model_sampling.timestep(sigmas).float())
 
 
 def latent_of(model: Any, base: Base, x: Tensor, conds: dict[str, Any]) -> Latent:
-    """The latents of a call of a ComfyUI model, as its transformer will see them.
+    """Returns the latents of a call of a ComfyUI model, as its transformer will see them.
 
     Args:
         model: ComfyUI's `BaseModel`.

@@ -1,4 +1,4 @@
-"""Where ComfyUI's models take a patch in: four kinds of slots, filled for one call of a model.
+"""Fills the slots by which ComfyUI's models take a patch, of four kinds, for one call of a model.
 
 Nothing here outlives the call, so that nothing can leak into another branch of a workflow.
 """
@@ -43,10 +43,10 @@ _AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block
 
 
 def slot_of(base: Base) -> Slot:
-    """The kind of slot that ComfyUI has for the models of a base.
+    """Returns the kind of slot that ComfyUI has for the models of a base.
 
     Raises:
-        PatchError: ComfyUI has none that we know.
+        PatchError: no kind of slot is known for it.
     """
     blocks = base.sites[0].paths["ldm"].split(".")[0]
     if blocks not in _SLOTS:
@@ -59,7 +59,7 @@ def slot_of(base: Base) -> Slot:
 
 
 def block_keys(base: Base) -> dict[tuple[str, int], str]:
-    """ComfyUI's name of the slot of each site: the block before it, or the block itself.
+    """Returns ComfyUI's name of the slot of each site: the block before it, or the block itself.
 
     A UNet's encoder patch runs after a block, so what it changes is the input of the next one;
     `transformer_options["block"]` then names the block before the site. The same with the blocks of
@@ -91,7 +91,7 @@ def block_keys(base: Base) -> dict[tuple[str, int], str]:
 def unet_options(
     options: Mapping[str, Any], sites: Mapping[tuple[str, int], str], prepare: Prepare
 ) -> dict[str, Any]:
-    """A copy of a call's options in which a patch acts on a UNet.
+    """Returns a copy of a call's options in which a patch acts on a UNet.
 
     Our embedding patch comes first, so that it sees the pure time embedding; our block patches
     come last, after FreeU and deep shrink, whatever the order of the nodes.
@@ -132,7 +132,7 @@ def unet_options(
 def dit_options(
     options: Mapping[str, Any], sites: Mapping[tuple[str, int], str], context: Context
 ) -> dict[str, Any]:
-    """A copy of a call's options in which a patch acts on a transformer's block inputs.
+    """Returns a copy of a call's options in which a patch acts on a transformer's block inputs.
 
     Replacements of others stay: ours goes between them and the block, so that a block which is
     skipped gets no prompts, and what others make of the input comes before.
@@ -151,7 +151,7 @@ def after_options(
     context: Context,
     refiners: int,
 ) -> dict[str, Any]:
-    """A copy of a call's options in which a patch acts after blocks, before the next ones.
+    """Returns a copy of a call's options in which a patch acts after blocks, before the next ones.
 
     Ours come last, after what others make of a block's output.
 
@@ -190,7 +190,7 @@ def _adding(
 def hooked(
     denoiser: nn.Module, sites: Mapping[str, Site], prepare: Prepare, labels: bool
 ) -> Iterator[None]:
-    """Torch hooks for one call, for models without a slot; always removed afterwards.
+    """Adds torch hooks for one call, to models without a slot, and always removes them again.
 
     Args:
         denoiser: the transformer itself.
@@ -218,19 +218,24 @@ def hooked(
 
         return before
 
-    embedders = [_module(denoiser, "t_embedder")]
-    embedders += [_module(denoiser, "y_embedder")] if labels else []
+    embedders = [module_at(denoiser, "t_embedder")]
+    embedders += [module_at(denoiser, "y_embedder")] if labels else []
     last = embedders[-1]
     with ExitStack() as stack:
         for module in embedders:
             stack.callback(module.register_forward_hook(embedded).remove)
         for name, site in sites.items():
-            block = _module(denoiser, site.paths["ldm"])
+            block = module_at(denoiser, site.paths["ldm"])
             stack.callback(block.register_forward_pre_hook(adding(name)).remove)
         yield
 
 
-def _module(denoiser: nn.Module, path: str) -> nn.Module:
+def module_at(denoiser: nn.Module, path: str) -> nn.Module:
+    """Returns the module at a path of a denoiser.
+
+    Raises:
+        PatchError: there is none.
+    """
     module = find_module(denoiser, path)
     if module is None:
         raise PatchError(

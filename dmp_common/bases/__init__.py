@@ -1,4 +1,4 @@
-"""What a model family is, as data: its sites, its time embedding, how it is recognised.
+"""Says what a model family is, as data: its sites, its time embedding, how it is recognised.
 
 A file for each kind of family (`unet`, `transformer`, `flux`, `llm`) has the rows that turn a few
 numbers into a `Base`, and the functions that this family alone needs; `table` lists the numbers.

@@ -1,4 +1,4 @@
-"""What a base is: where a model family's sites lie and where its time embedding comes from.
+"""Defines a base: where a model family's sites are and where its time embedding comes from.
 
 A base is data. `table.py` lists the few numbers of each base, and a family's file turns them into
 a `Base`. CONTRIBUTING.md says how to add one.
@@ -52,7 +52,7 @@ LatentOf = Callable[["Base", ModelCall, nn.Module], Latent]
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model family.
+    """Describes a frozen model family.
 
     Args:
         name: what users type and what the patch file records.
@@ -127,11 +127,11 @@ class Base:
 
     @property
     def depths(self) -> dict[str, int]:
-        """Site name to its position i in the full list (eq. 3)."""
+        """Maps each site's name to its position i in the full list (eq. 3)."""
         return {site.name: depth for depth, site in enumerate(self.sites)}
 
     def select(self, choice: str | int | Sequence[str]) -> tuple[Site, ...]:
-        """The sites of a choice, in order of depth.
+        """Returns the sites of a choice, in order of depth.
 
         Args:
             choice: "all", a named set, the number of first sites, or site names.
@@ -173,18 +173,18 @@ class Base:
 
 
 class Row(Protocol):
-    """A row of the table of bases: the few numbers of one base, and how they make a `Base`."""
+    """Defines what every row of the table has: the numbers of one base, which make a `Base`."""
 
     @property
     def name(self) -> str:
-        """The name of the base."""
+        """Returns the name of the base."""
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, or None where there is none."""
+    """Returns the submodule at a dotted path, or None where there is none."""
     module: nn.Module | None = model
     for part in path.split("."):
         module = getattr(module, "_modules", {}).get(part)
@@ -194,12 +194,15 @@ def find_module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def grid_cells(latent: int, stride: int) -> int:
-    """Cells of a site's grid along one side of the latent, as patchifying models count them."""
+    """Returns how many cells a site's grid has along one side of the latent, at least 1.
+
+    Models that cut the latent into tokens drop an incomplete one.
+    """
     return max(latent // stride, 1)
 
 
 def map_latent(base: Base, sample: Any) -> Latent:
-    """The latents of a call whose sample is a batch of maps (B, C, H, W) or (B, C, 1, H, W).
+    """Returns the latents of a call with a batch of maps (B, C, H, W) or (B, C, 1, H, W).
 
     Raises:
         PatchError: another sample.
@@ -215,10 +218,10 @@ def map_latent(base: Base, sample: Any) -> Latent:
 
 
 def hidden_states_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of diffusers' transformers that take maps."""
+    """Returns the latents of diffusers' transformers that take maps."""
     return map_latent(base, call.get(Argument("hidden_states", 0)))
 
 
 def x_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of the original and the hosts' transformers that take maps."""
+    """Returns the latents of the original and the hosts' transformers that take maps."""
     return map_latent(base, call.get(Argument("x", 0)))

@@ -1,4 +1,4 @@
-"""Which base is this model, and by which naming?"""
+"""Recognises models: which base a model is of, and by which naming."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SHAPES = {
 
 
 def find_denoiser(model: Any, compiled: bool = False) -> nn.Module:
-    """The UNet or transformer itself, from a pipeline, a host's model or itself.
+    """Returns the UNet or transformer of a pipeline or of a host's model, or the model itself.
 
     Args:
         compiled: whether it may be compiled already; hooks that come later are ignored then.
@@ -86,7 +86,7 @@ def find_denoiser(model: Any, compiled: bool = False) -> nn.Module:
 
 
 def detect_base(model: Any) -> Base:
-    """The base of a diffusers, LDM (A1111, Forge) or ComfyUI model, by its structure.
+    """Returns the base of a diffusers, LDM (A1111, Forge) or ComfyUI model, by its structure.
 
     Raises:
         PatchError: no base fits; the message says what was seen.
@@ -103,7 +103,7 @@ def detect_base(model: Any) -> Base:
 
 
 def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
-    """The bases whose probes and sites fit a checkpoint, told from names and shapes alone."""
+    """Returns the bases that a checkpoint fits, judged by names and shapes of its tensors."""
     # A hostile name has a million parts, and below every one of them is listed.
     modules = {name.rpartition(".")[0] for name in shapes if len(name) <= _LONGEST_NAME}
     paths = {path[:end] for path in modules for end in _ends(path)}
@@ -130,13 +130,13 @@ def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
 
 
 def attribute_of_shape(attribute: str, shape: tuple[int, ...]) -> object:
-    """What an attribute of a linear layer or convolution is, told from its weight's shape."""
+    """Returns an attribute of a linear layer or convolution, read from its weight's shape."""
     part = shape[_SHAPES[attribute]]
     return part[0] if len(part) == 1 else part
 
 
 def _ends(path: str) -> list[int]:
-    """Where each module that contains a module ends in its path, itself included."""
+    """Returns where the paths of a module and of the modules around it end in its path."""
     return [place for place, letter in enumerate(path) if letter == "."] + [len(path)]
 
 
@@ -165,9 +165,10 @@ def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) 
 
 
 def prediction_of(model_sampling: object) -> str:
-    """What a model predicts, by the classes of its `model_sampling` (ComfyUI, reForge).
+    """Returns what a model predicts, by the classes of its `model_sampling` (ComfyUI, reForge).
 
-    The first known one in the order of inheritance; the class's own name where none is known.
+    The first known class in the order of inheritance counts. Without one it is the name of the
+    class itself.
     """
     own = type(model_sampling)
     names = [kind.__name__ for kind in own.__mro__ if kind.__name__ in _PREDICTIONS]
@@ -175,9 +176,9 @@ def prediction_of(model_sampling: object) -> str:
 
 
 def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:
-    """The naming under which every probe and every site of the base is found, or None.
+    """Returns the naming in which a model has all probes and sites of a base, or None.
 
-    A model of a family that only resembles the base has none.
+    It is None for a model of a family that only resembles the base.
     """
     for naming in namings_of(base):
         if all(holds(denoiser, probe) for probe in base.probes[naming]) and all(
@@ -188,7 +189,7 @@ def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:
 
 
 def namings_of(base: Base) -> list[Naming]:
-    """The namings that a base has; users' own may have one only."""
+    """Returns the namings that a base has; users' own may have one only."""
     return [
         naming
         for naming in NAMINGS
@@ -197,7 +198,7 @@ def namings_of(base: Base) -> list[Naming]:
 
 
 def describe(denoiser: nn.Module) -> str:
-    """Family, class and telling facts of a model that is of no base, for error messages."""
+    """Describes a model of no base for error messages: its family, its class, some facts."""
     stranger = stranger_of(denoiser)
     if stranger is not None:
         return f"{stranger.name} ({type(denoiser).__name__})"

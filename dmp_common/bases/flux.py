@@ -1,4 +1,4 @@
-"""FLUX: double blocks, where text has a stream of its own, then single blocks after the text."""
+"""FLUX: text has a stream of its own in the double blocks, and comes first in the single ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dmp_common.bases.transformer import block_sites, depth_probes, latent_with_
 
 
 def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of diffusers' FLUX.1."""
+    """Returns the latents of diffusers' FLUX.1."""
     return _packed_latent(base, call, Argument("img_ids", 4))
 
 
 def packed_latent_2(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of diffusers' FLUX.2.
+    """Returns the latents of diffusers' FLUX.2.
 
     While it fills its cache of reference pictures, their tokens come before the latent's own.
     """
@@ -28,7 +28,7 @@ def packed_latent_2(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
 
 def _packed_latent(base: Base, call: ModelCall, argument: Argument) -> Latent:
-    """The latents of tokens (B, L, D): one for each square of `stride` x `stride` cells.
+    """Returns the latents of tokens (B, L, D): one for each square of `stride` x `stride` cells.
 
     Args:
         argument: the position ids (L, n) or (B, L, n), which begin with (picture, row, column).
@@ -43,13 +43,13 @@ def _packed_latent(base: Base, call: ModelCall, argument: Argument) -> Latent:
 
 
 def host_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of ComfyUI's and Forge's FLUX, which pad to whole tokens."""
+    """Returns the latents of ComfyUI's and Forge's FLUX, which pad to whole tokens."""
     return latent_with_references(base, call, Argument("ref_latents", 5))
 
 
 @dataclass(frozen=True)
 class Flux:
-    """A row of the table: FLUX.1 (dev, schnell). The latent is packed 2 x 2."""
+    """Describes FLUX.1 (dev, schnell), whose latent is packed 2 x 2, in a row of the table."""
 
     name: str
     double: int
@@ -58,7 +58,7 @@ class Flux:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         return Base(
             name=self.name,
             sites=_sites(self.double, self.single, self.width, stride=2),
@@ -99,13 +99,13 @@ class Flux:
 
 
 def flux(name: str, **facts: Any) -> Base:
-    """The base of a row `Flux(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `Flux(name, ...)`, for models that are not in the table."""
     return Flux(name, **facts).base()
 
 
 @dataclass(frozen=True)
 class Flux2:
-    """A row of the table: FLUX.2 (dev, klein).
+    """Describes FLUX.2 (dev, klein) in a row of the table.
 
     Its latent is the VAE's, packed 2 x 2 before the model sees it: a token is one cell. The two
     layers of its time embedding have no biases.
@@ -118,7 +118,7 @@ class Flux2:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         time = "time_guidance_embed.timestep_embedder"
         return Base(
             name=self.name,
@@ -161,7 +161,7 @@ class Flux2:
 
 
 def _sites(double: int, single: int, width: int, stride: int) -> tuple[Site, ...]:
-    """The inputs of the double blocks, then of the single blocks."""
+    """Returns the inputs of the double blocks, then those of the single blocks."""
     blocks, singles = "transformer_blocks", "single_transformer_blocks"
     image = Argument("img", 0)
     return (

@@ -38,7 +38,7 @@ def _next_probes(depth: int, width: int, embedding: int) -> tuple[Probe, ...]:
 
 
 def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of diffusers' Qwen-Image, packed 2 x 2.
+    """Returns the latents of diffusers' Qwen-Image, packed 2 x 2.
 
     `img_shapes` has (frames, rows, columns) of each item, or for each item a list of these, with
     those of reference pictures after the latent's own.
@@ -50,12 +50,12 @@ def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
 
 def qwen_host_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of ComfyUI's Qwen-Image, which pads to whole tokens."""
+    """Returns the latents of ComfyUI's Qwen-Image, which pads to whole tokens."""
     return latent_with_references(base, call, Argument("ref_latents", 4))
 
 
 def masked_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of diffusers' Lumina 2: each item's image tokens follow its own caption.
+    """Returns the latents of diffusers' Lumina 2: each item's image tokens follow its own caption.
 
     `encoder_attention_mask` (B, L) masks the captions; its sums are their lengths.
     """
@@ -67,7 +67,7 @@ def masked_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
 
 def listed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of diffusers' Z-Image: a list of (C, 1, H, W), whose tokens come first.
+    """Returns the latents of diffusers' Z-Image: a list of (C, 1, H, W), whose tokens come first.
 
     Raises:
         PatchError: latents of different sizes in one batch, or of several frames.
@@ -85,7 +85,7 @@ def listed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
 
 def next_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
-    """The latents of ComfyUI's Lumina 2 and Z-Image.
+    """Returns the latents of ComfyUI's Lumina 2 and Z-Image.
 
     Z-Image's `pad_tokens_multiple` fills the image tokens up to whole multiples; it is None for
     Lumina 2.
@@ -102,7 +102,7 @@ def next_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
 @dataclass(frozen=True)
 class QwenImage:
-    """A row of the table: Qwen-Image and Qwen-Image-Edit.
+    """Describes Qwen-Image and Qwen-Image-Edit in a row of the table.
 
     The latent is packed 2 x 2; text has a stream of its own. ComfyUI names the parts as diffusers
     does; how positions are embedded tells them apart. The layered sibling, which makes several
@@ -115,7 +115,7 @@ class QwenImage:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         time = "time_text_embed.timestep_embedder"
         probes = (
             Probe("img_in", "out_features", self.width),
@@ -156,13 +156,13 @@ class QwenImage:
 
 
 def qwen_image(name: str, **facts: Any) -> Base:
-    """The base of a row `QwenImage(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `QwenImage(name, ...)`, for models that are not in the table."""
     return QwenImage(name, **facts).base()
 
 
 @dataclass(frozen=True)
 class Lumina2:
-    """A row of the table: Lumina-Image 2.0 (Neta Lumina too).
+    """Describes Lumina-Image 2.0 (Neta Lumina too) in a row of the table.
 
     The naming "ldm" is the original code's. Its time runs from 0 (noise) to 1 (picture), and the
     sinusoid is of that. Text and image tokens share a sequence, text first.
@@ -174,7 +174,7 @@ class Lumina2:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         time, embedding = "time_caption_embed.timestep_embedder", min(self.width, 1024)
         return Base(
             name=self.name,
@@ -212,13 +212,13 @@ class Lumina2:
 
 
 def lumina2(name: str, **facts: Any) -> Base:
-    """The base of a row `Lumina2(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `Lumina2(name, ...)`, for models that are not in the table."""
     return Lumina2(name, **facts).base()
 
 
 @dataclass(frozen=True)
 class ZImage:
-    """A row of the table: Z-Image.
+    """Describes Z-Image in a row of the table.
 
     The naming "ldm" is ComfyUI's; diffusers kept the original code's names. Its time runs from
     noise to picture. Text and image tokens share a sequence, each filled up to multiples of 32:
@@ -231,7 +231,7 @@ class ZImage:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         embedding = min(self.width, 256)
         return Base(
             name=self.name,
@@ -272,5 +272,5 @@ class ZImage:
 
 
 def z_image(name: str, **facts: Any) -> Base:
-    """The base of a row `ZImage(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `ZImage(name, ...)`, for models that are not in the table."""
     return ZImage(name, **facts).base()

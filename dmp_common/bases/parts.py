@@ -18,9 +18,13 @@ NAMINGS: tuple[Naming, ...] = ("diffusers", "ldm")
 
 @dataclass(frozen=True)
 class Argument:
-    """Which argument of a module's forward call carries a value.
+    """Says which argument of a module's forward call carries a value.
 
-    Blocks and models are called by position in some hosts and by keyword in others.
+    Some hosts call blocks and models by position, others by keyword.
+
+    Args:
+        name: its keyword.
+        index: its position, `self` not counted.
     """
 
     name: str
@@ -31,7 +35,7 @@ V = TypeVar("V")
 
 
 class ByNaming(dict[Naming, V]):
-    """Facts for each naming. Asking for a naming that is not there raises a `PatchError`.
+    """Holds facts for each naming. Asking for a naming without one raises a `PatchError`.
 
     Args:
         facts: the fact for each naming.
@@ -55,7 +59,7 @@ class ByNaming(dict[Naming, V]):
 
 @dataclass(frozen=True)
 class ModelCall:
-    """The arguments of one forward call of a denoiser.
+    """Holds the arguments of one forward call of a denoiser.
 
     Args:
         args: positional arguments.
@@ -66,7 +70,7 @@ class ModelCall:
     kwargs: Mapping[str, Any]
 
     def get(self, argument: Argument | None) -> Any:
-        """The value of an argument. None where the call does not have it."""
+        """Returns the value of an argument, or None where the call does not have it."""
         if argument is None:
             return None
         if len(self.args) > argument.index:
@@ -76,7 +80,7 @@ class ModelCall:
 
 @dataclass(frozen=True)
 class Latent:
-    """The latents of one forward call.
+    """Describes the latents of one forward call.
 
     Args:
         batch: number of items B.
@@ -95,7 +99,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Site:
-    """One block input.
+    """Describes one block input.
 
     Args:
         name: permanent, host-neutral name; the key of the tensor in a patch file.
@@ -119,7 +123,7 @@ class Site:
 
 @dataclass(frozen=True)
 class TimeSource:
-    """Where the pure time embedding e (T, E) of a model comes from.
+    """Says where the pure time embedding e (T, E) of a model comes from.
 
     Args:
         path: the module whose output is e, before class, text, guidance or size embeddings.
@@ -127,10 +131,11 @@ class TimeSource:
         mlp: the module that maps the sinusoid of a timestep to e.
         projection: the module that knows the sinusoid's `downscale_freq_shift`, where there is
             one; elsewhere the shift is the base's own.
-        scale: the argument times this is the timestep on the scale 0..1000.
-        inverted: the argument rises from noise to picture: what it gives is 1000 - timestep.
-        inside: e is computed inside a block, after the block's input is needed, so we compute it
-            before the first site (diffusers' DiT). `path` then takes (timestep, labels).
+        scale: the timestep on the scale 0..1000 is the argument times this.
+        inverted: whether the argument rises from noise to picture, so that it is 1000 - timestep.
+        inside: whether the model computes e inside a block only, after the block's input is needed
+            (diffusers' DiT). We then compute it before the first site with the module at `path`,
+            which takes (timestep, labels).
         labels: the module that embeds class labels, where the base has them; its `embedding_table`
             is the table.
     """
@@ -145,17 +150,18 @@ class TimeSource:
     labels: str | None = None
 
     def timesteps(self, argument: Tensor) -> Tensor:
-        """Timesteps, 1000 (noise) to 0 (picture), of the model's argument; any shape."""
+        """Returns timesteps, 1000 (noise) to 0 (picture), for the model's argument of any shape."""
         scaled = argument * self.scale
-        # Near 1 a float32 knows a timestep to 6e-5 only; the ends of a schedule are to be met.
+        # Near 1 a float32 resolves a timestep to 6e-5 only; rounding meets a schedule's ends.
         return torch.round(LAST - scaled, decimals=3) if self.inverted else scaled
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fact by which a model is recognised: `attribute` of the module at `path` has `value`.
+    """States a fact that tells a model: `attribute` of the module at `path` has `value`.
 
-    With `attribute` None the module must be there (`value` True) or must not (`value` False).
+    Without an attribute (None) the module must be there (`value` True) or must not be there
+    (`value` False).
     """
 
     path: str

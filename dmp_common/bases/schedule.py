@@ -1,4 +1,4 @@
-"""Where along the timesteps a patch acts, and how strongly."""
+"""Says where along the timesteps a patch acts, and how strongly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LAST = 1000.0  # timesteps run from 1000 (noise) to 0 (picture) for every base
 
 
 def linear_percent(percent: float) -> float:
-    """The plain rule from progress (0 = noise, 1 = picture) to a timestep."""
+    """Returns the timestep of a progress (0 = noise, 1 = picture), by the plain rule."""
     return (1.0 - percent) * LAST
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A range of timesteps and a curve over it, independent of the number of steps.
+    """Limits a patch to a range of timesteps, with a curve over it, for any number of steps.
 
     Args:
         first: the timestep at which the patch begins to act (high, noisy).
@@ -59,7 +59,7 @@ class Schedule:
         curve: Sequence[tuple[float, float]] = (),
         to_timestep: Callable[[float], float] = linear_percent,
     ) -> Schedule:
-        """A schedule from progress, 0 at the noise and 1 at the picture.
+        """Makes a schedule from progress, 0 at the noise and 1 at the picture.
 
         Args:
             start, end: progress between which the patch acts. 0 and 1 mean from the very
@@ -84,11 +84,11 @@ class Schedule:
 
     @property
     def always(self) -> bool:
-        """Whether the patch acts everywhere with factor 1."""
+        """Tells whether the patch acts everywhere with factor 1."""
         return not self.curve and self.first == math.inf and self.last == -math.inf
 
     def factors(self, timesteps: Tensor) -> Tensor:
-        """What the strength is multiplied by, 0 outside the range.
+        """Returns the factors of the strength, which are 0 outside the range.
 
         Args:
             timesteps: any shape, on the scale 0..1000.
@@ -117,7 +117,7 @@ EVERYWHERE = (0, 1000)  # the timesteps of a patch that has no part of its own
 
 
 def inside(timesteps: Tensor, within: tuple[int, int]) -> Tensor:
-    """Which timesteps belong to a patch: from the first number to below the second.
+    """Returns which timesteps belong to a patch: from the first number to below the second.
 
     Args:
         timesteps: any shape, on the scale 0..1000.

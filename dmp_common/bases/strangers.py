@@ -1,4 +1,4 @@
-"""Models that resemble a base and are none: they are recognised, named and refused.
+"""Recognises models that resemble a base but are of another family, so that they are refused.
 
 Many families are built from the blocks of another one. Their sites have the names and widths of a
 base, and a patch would act on them without being made for them.
@@ -16,7 +16,7 @@ from dmp_common.bases.base import Probe, find_module
 
 @dataclass(frozen=True)
 class Stranger:
-    """A family that we do not support.
+    """Describes a family that we do not support.
 
     Args:
         name: the family's name, as users know it, with an article where it needs one.
@@ -113,7 +113,7 @@ STRANGERS: tuple[Stranger, ...] = (
 
 
 def find_stranger(holds: Callable[[Probe], bool], kind: str = "") -> Stranger | None:
-    """The family without support that a model is of. None means that no known one fits.
+    """Returns the unsupported family that a model is of, or None where no known one fits.
 
     Args:
         holds: whether a probe holds for the model.
@@ -126,12 +126,12 @@ def find_stranger(holds: Callable[[Probe], bool], kind: str = "") -> Stranger | 
 
 
 def stranger_of(denoiser: nn.Module) -> Stranger | None:
-    """The family without support that a denoiser is of. None means that no known one fits."""
+    """Returns the unsupported family that a denoiser is of, or None where no known one fits."""
     return find_stranger(lambda probe: holds(denoiser, probe), type(denoiser).__name__)
 
 
 def holds(denoiser: nn.Module, probe: Probe) -> bool:
-    """Whether a probe holds for a denoiser."""
+    """Tells whether a probe holds for a denoiser."""
     module = find_module(denoiser, probe.path)
     if probe.attribute is None:
         return (module is not None) == probe.value

@@ -147,7 +147,7 @@ def register_base(base: Base) -> Base:
 
 
 def get_base(name: str) -> Base:
-    """The base of a name.
+    """Returns the base of a name.
 
     Raises:
         PatchError: an unknown name; the message lists the known ones.
@@ -164,7 +164,7 @@ def get_base(name: str) -> Base:
 
 
 def known_bases() -> tuple[Base, ...]:
-    """All bases, in the order of the table; registered ones come last."""
+    """Returns all bases in the order of the table; registered ones come last."""
     return tuple(get_base(name) for name in _names())
 
 
@@ -178,5 +178,5 @@ def _find(name: str) -> Base | None:
 
 
 def _built(row: Row) -> Base:
-    """The base of a row, which is built when it is first asked for."""
+    """Returns the base of a row, which is built when it is first asked for."""
     return _cache.get(row.name) or _cache.setdefault(row.name, row.base())

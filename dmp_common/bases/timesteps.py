@@ -1,4 +1,4 @@
-"""From timesteps to the time embedding e, with the model's own frozen weights."""
+"""Computes the time embedding e of timesteps, with the model's own frozen weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmp_common.errors import PatchError
 
 
 def sinusoid(timesteps: Tensor, channels: int, shift: float = 0.0) -> Tensor:
-    """Sinusoidal features of timesteps, cosines first.
+    """Returns sinusoidal features of timesteps, cosines first.
 
     Args:
         timesteps: (T,), on the scale 0..1000; may be fractional.
@@ -31,7 +31,7 @@ def sinusoid(timesteps: Tensor, channels: int, shift: float = 0.0) -> Tensor:
 
 
 def time_features(timesteps: Tensor, base: Base, shift: float = 0.0) -> Tensor:
-    """What the time embedding of a base's models is computed from.
+    """Returns the sinusoid that the time embedding of a base's models is computed from.
 
     Args:
         timesteps: (T,), on the scale 0..1000.
@@ -47,7 +47,7 @@ def time_features(timesteps: Tensor, base: Base, shift: float = 0.0) -> Tensor:
 def embed_timesteps(
     model: nn.Module, base: Base, naming: Naming, timesteps: Tensor, labels: Tensor | None = None
 ) -> Tensor:
-    """The time embedding of a model for any timesteps, for heat maps and balancing losses.
+    """Returns the time embedding of a model for any timesteps, for heat maps and losses.
 
     Args:
         model: the denoiser itself (a UNet or transformer, not a pipeline).
@@ -78,7 +78,7 @@ def embed_timesteps(
 
 
 def frequency_shift(model: nn.Module, base: Base, naming: Naming) -> float:
-    """`downscale_freq_shift` the model really uses."""
+    """Returns the `downscale_freq_shift` that the model really uses."""
     path = base.times[naming].projection
     module = find_module(model, path) if path else None
     # In the original namings the sinusoid is a function of the class, with shift 0.

@@ -31,7 +31,7 @@ def block_sites(
     diffusers_argument: Argument = _HIDDEN,
     ldm_argument: Argument = _X,
 ) -> tuple[Site, ...]:
-    """The sites of a list of equal blocks: the input of each block.
+    """Returns the sites of a list of equal blocks: the input of each block.
 
     Args:
         prefix: names of the sites are `prefix.0`, `prefix.1` and so on.
@@ -51,13 +51,19 @@ def block_sites(
     )
 
 
+def _plain_sites(depth: int, width: int, stride: int) -> tuple[Site, ...]:
+    """Returns the sites of DiT and PixArt, whose lists of blocks have the same names."""
+    blocks = "transformer_blocks"
+    return block_sites("block", depth, width, stride, diffusers=blocks, ldm="blocks")
+
+
 def depth_probes(path: str, count: int) -> tuple[Probe, Probe]:
-    """Probes for exactly `count` blocks in the list at a path."""
+    """Returns probes for exactly `count` blocks in the list at a path."""
     return Probe(f"{path}.{count - 1}", None, True), Probe(f"{path}.{count}", None, False)
 
 
 def latent_with_references(base: Base, call: ModelCall, references: Argument) -> Latent:
-    """The latents of a host's call whose model pads maps to whole tokens.
+    """Returns the latents of a host's call whose model pads maps to whole tokens.
 
     Args:
         references: the argument with a list of reference pictures (B, C, H, W), whose tokens
@@ -77,7 +83,7 @@ def latent_with_references(base: Base, call: ModelCall, references: Argument) ->
 
 @dataclass(frozen=True)
 class DiT:
-    """A row of the table: a class-conditional DiT (Peebles and Xie 2023).
+    """Describes a class-conditional DiT (Peebles and Xie 2023) in a row of the table.
 
     The naming "ldm" is the original code's. The original time embedding has frequency shift 0;
     diffusers builds its DiT with 1.
@@ -94,18 +100,11 @@ class DiT:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
-        emb = "transformer_blocks.0.norm1.emb"
+        """Returns the base of these numbers."""
+        emb, kernel = "transformer_blocks.0.norm1.emb", (self.patch_size, self.patch_size)
         return Base(
             name=self.name,
-            sites=block_sites(
-                "block",
-                self.depth,
-                self.width,
-                self.patch_size,
-                diffusers="transformer_blocks",
-                ldm="blocks",
-            ),
+            sites=_plain_sites(self.depth, self.width, self.patch_size),
             layout="tokens",
             embedding=self.width,
             sinusoid=256,
@@ -126,14 +125,14 @@ class DiT:
                 "diffusers": (
                     Probe("pos_embed.proj", "out_channels", self.width),
                     Probe("pos_embed.proj", "in_channels", self.in_channels),
-                    Probe("pos_embed.proj", "kernel_size", (self.patch_size, self.patch_size)),
+                    Probe("pos_embed.proj", "kernel_size", kernel),
                     Probe(f"{emb}.class_embedder", None, True),
                     *depth_probes("transformer_blocks", self.depth),
                 ),
                 "ldm": (
                     Probe("x_embedder.proj", "out_channels", self.width),
                     Probe("x_embedder.proj", "in_channels", self.in_channels),
-                    Probe("x_embedder.proj", "kernel_size", (self.patch_size, self.patch_size)),
+                    Probe("x_embedder.proj", "kernel_size", kernel),
                     Probe("y_embedder.embedding_table", None, True),
                     *depth_probes("blocks", self.depth),
                 ),
@@ -147,13 +146,13 @@ class DiT:
 
 
 def dit(name: str, **facts: Any) -> Base:
-    """The base of a row `DiT(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `DiT(name, ...)`, for models that are not in the table."""
     return DiT(name, **facts).base()
 
 
 @dataclass(frozen=True)
 class PixArt:
-    """A row of the table: PixArt-alpha and PixArt-Sigma, which have the same blocks."""
+    """Describes PixArt-alpha and PixArt-Sigma, of the same blocks, in a row of the table."""
 
     name: str
     depth: int
@@ -162,17 +161,10 @@ class PixArt:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         return Base(
             name=self.name,
-            sites=block_sites(
-                "block",
-                self.depth,
-                self.width,
-                self.patch_size,
-                diffusers="transformer_blocks",
-                ldm="blocks",
-            ),
+            sites=_plain_sites(self.depth, self.width, self.patch_size),
             layout="tokens",
             embedding=self.width,
             sinusoid=256,
@@ -207,13 +199,13 @@ class PixArt:
 
 
 def pixart(name: str, **facts: Any) -> Base:
-    """The base of a row `PixArt(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `PixArt(name, ...)`, for models that are not in the table."""
     return PixArt(name, **facts).base()
 
 
 @dataclass(frozen=True)
 class SD3:
-    """A row of the table: Stable Diffusion 3 or 3.5.
+    """Describes Stable Diffusion 3 or 3.5 in a row of the table.
 
     Args:
         dual: the first blocks attend twice, which only 3.5 medium's do.
@@ -227,7 +219,7 @@ class SD3:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         return Base(
             name=self.name,
             sites=block_sites(
@@ -271,5 +263,5 @@ class SD3:
 
 
 def sd3(name: str, **facts: Any) -> Base:
-    """The base of a row `SD3(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `SD3(name, ...)`, for models that are not in the table."""
     return SD3(name, **facts).base()

@@ -12,7 +12,7 @@ from dmp_common.bases.transformer import depth_probes
 
 @dataclass(frozen=True)
 class Unet:
-    """A row of the table: a Stable Diffusion UNet (1.x, 2.x, XL).
+    """Describes a Stable Diffusion UNet (1.x, 2.x, XL) in a row of the table.
 
     Sites are the inputs of the LDM blocks after the first convolution, with the block's own
     stream only: in the decoder the first D channels, before the skip connection's.
@@ -42,7 +42,7 @@ class Unet:
     hub_id: str | None = None
 
     def base(self) -> Base:
-        """The base of these numbers."""
+        """Returns the base of these numbers."""
         widths, layers = self.widths, self.layers
         sites = _encoder(widths, layers) + _middle(widths) + _decoder(widths, layers)
         return Base(
@@ -71,7 +71,7 @@ class Unet:
 
     @property
     def _attends(self) -> int:
-        """The first level that has attention blocks."""
+        """Returns the first level that has attention blocks."""
         return list(self.attention).index(True)
 
     def _diffusers_probes(self) -> tuple[Probe, ...]:
@@ -115,12 +115,12 @@ _TO_K = "transformer_blocks.0.attn2.to_k"
 
 
 def unet(name: str, **facts: Any) -> Base:
-    """The base of a row `Unet(name, ...)`, for models that are not in the table."""
+    """Returns the base of a row `Unet(name, ...)`, for models that are not in the table."""
     return Unet(name, **facts).base()
 
 
 def _is_first(site: Site) -> bool:
-    """Whether a site is the first of a diffusers block."""
+    """Tells whether a site is the first of a diffusers block."""
     return site.paths["diffusers"].endswith("resnets.0")
 
 
