@@ -22,6 +22,7 @@ from dmp_common.patch.choices import (
     GateInit,
     GateKind,
     GateUnit,
+    Init,
     Mix,
     Selection,
 )
