@@ -244,8 +244,8 @@ def _heatmap(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from dmp_common.api import convert_official
     from dmp_common.patch.file import file_hash
-    from dmp_common.tools.convert import convert_official
 
     _require_free(options.out, options.force)
     patch = convert_official(options.source, options.out, base=options.base, mix=options.mix)

@@ -23,7 +23,8 @@ from dmp_common.bases.table import get_base, known_bases, register_base
 from dmp_common.errors import PatchError
 from dmp_common.patch import patch as core
 from dmp_common.patch.balancing import importance_loss, load_loss
-from dmp_common.patch.file import modelspec, read_patch_file, write_patch_file
+from dmp_common.patch.choices import Mix
+from dmp_common.patch.file import PatchContents, modelspec, read_patch_file, write_patch_file
 from dmp_common.patch.variant import Variant
 
 if TYPE_CHECKING:
@@ -89,12 +90,16 @@ class Patch(core.Patch):
         """
         from dmp_common.tools.hub import resolve  # the hub client only where it is used
 
-        variant, tensors, metadata = read_patch_file(resolve(source, **hub_options))
+        return cls.of(read_patch_file(resolve(source, **hub_options)))
+
+    @classmethod
+    def of(cls, contents: PatchContents) -> Self:
+        """Makes a patch of what a patch file holds: float32, on the CPU, in evaluation mode."""
         with torch.device("meta"):
-            patch = cls(variant)
+            patch = cls(contents.variant)
         patch.to_empty(device="cpu")
-        patch.load_tensors(tensors)  # copies
-        patch.metadata = metadata
+        patch.load_tensors(contents.tensors)  # copies
+        patch.metadata = contents.metadata
         return patch.eval()
 
     def save(
@@ -151,6 +156,23 @@ class Patch(core.Patch):
             latent = Latent(len(e), latent_hw, image_tokens, text_tokens)
         return self.runtime.prepare(e, latent, settings or Settings(), timesteps=timesteps)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the patch with a model card to a repository "user/repo" of the hub.
+
+        Args:
+            repo_id: "user/repo"; made if it does not exist.
+            options: token, private, license and so on, see `dmp_common.tools.publish.push_to_hub`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            PatchError: no hub client, no connection, or no permission.
+        """
+        from dmp_common.tools.publish import push_to_hub  # the hub client only where it is used
+
+        return push_to_hub(self, repo_id, **options)
+
     @property
     def cache(self) -> FieldCache:
         """What is remembered between forward calls; its `limit` in bytes may be set."""
@@ -191,3 +213,28 @@ class Patch(core.Patch):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.runtime = Runtime(self)
         self.cache.limit = limit
+
+
+def convert_official(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    base: str | Base | None = None,
+    mix: Mix | None = None,
+) -> Patch:
+    """Imports a checkpoint of the official code, and saves the patch if a target is given.
+
+    Args:
+        source: the checkpoint.
+        target: name of the patch file to write.
+        base, mix: needed where the file does not tell, see `dmp_common.tools.convert`.
+
+    Raises:
+        PatchError: see `dmp_common.tools.convert.read_official`.
+    """
+    from dmp_common.tools.convert import read_official  # nothing else needs it
+
+    patch = Patch.of(read_official(source, base=base, mix=mix))
+    if target is not None:
+        patch.save(target)
+    return patch

@@ -10,21 +10,20 @@ from dmp_common.bases.base import Base
 from dmp_common.bases.table import get_base, known_bases
 from dmp_common.errors import PatchError, printable, printable_path
 from dmp_common.patch.choices import Mix
-from dmp_common.patch.file import file_hash, modelspec, write_patch_file
-from dmp_common.patch.patch import Patch
+from dmp_common.patch.file import PatchContents, file_hash
+from dmp_common.patch.variant import Variant
 from dmp_common.tools.official import Checkpoint, read_checkpoint
 
 _LATENTS = (32, 64)  # height of the latents the official code trains on: 256 and 512 pixels
 
 
-def convert_official(
+def read_official(
     source: str | os.PathLike[str],
-    target: str | os.PathLike[str] | None = None,
     *,
     base: str | Base | None = None,
     mix: Mix | None = None,
-) -> Patch:
-    """A patch from a checkpoint of the official code; saved as well if a target is given.
+) -> PatchContents:
+    """Reads what a patch file would hold from a checkpoint of the official code.
 
     Taken are the prompts (P, N, D) of the first P blocks and the gate (N, D+1), (N); never the
     DiT's own weights, the optimizer or `w_noise`, which only training needs. Prompts beyond the
@@ -38,12 +37,11 @@ def convert_official(
 
     Args:
         source: the checkpoint, {"model": state dict, ...}, or a bare state dict.
-        target: name of the patch file to write.
         base: needed where the file does not tell, for example without the DiT's weights.
         mix: "add" or "prepend"; needed where the file does not tell.
 
     Returns:
-        The patch, float32, on the CPU, in evaluation mode. Its metadata names the source.
+        Variant, tensors (float32, on the CPU), and metadata that names the source.
 
     Raises:
         PatchError: no such checkpoint, a damaged one, one that leaves the base or mix open, or
@@ -59,11 +57,7 @@ def convert_official(
     _require_same_base(official, spec)
     mix = _find_mix(official, spec, mix)
     _require_exact(official, spec, mix)
-    patch = _patch(official, spec, mix)
-    if target is not None:
-        made = {**patch.metadata, **modelspec(patch.variant, Path(target))}
-        write_patch_file(target, patch.variant, patch.tensors(), made)
-    return patch.eval()
+    return _contents(official, spec, mix)
 
 
 def _find_base(official: Checkpoint, base: str | Base | None) -> Base:
@@ -173,12 +167,12 @@ def _require_exact(official: Checkpoint, base: Base, mix: Mix) -> None:
         )
 
 
-def _patch(official: Checkpoint, base: Base, mix: Mix) -> Patch:
+def _contents(official: Checkpoint, base: Base, mix: Mix) -> PatchContents:
     sites = base.sites[: len(official.prompts)]
     count = official.prompts.shape[1]
     side = math.isqrt(count)
     try:
-        patch = Patch.create(
+        variant = Variant.create(
             base,
             sites=len(sites),
             grid=(side, side) if mix == "add" else None,
@@ -194,9 +188,8 @@ def _patch(official: Checkpoint, base: Base, mix: Mix) -> Patch:
     except PatchError as error:
         raise PatchError(f"{printable_path(official.path)}: {error}") from error
     prompts = {f"prompts.{site.name}": official.prompts[i : i + 1] for i, site in enumerate(sites)}
-    patch.load_tensors(prompts | official.gate)
-    patch.metadata = {
+    metadata = {
         "dmp.converted_from": printable(official.path.name),
         "dmp.converted_hash": file_hash(official.path),
     }
-    return patch
+    return PatchContents(variant, prompts | official.gate, metadata)

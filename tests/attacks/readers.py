@@ -28,7 +28,7 @@ def _command(*words: str) -> None:
 
 
 def _convert(path: str) -> None:
-    from dmp_common.tools.convert import convert_official
+    from dmp_common.api import convert_official
 
     convert_official(path, Path(path).with_name("out.safetensors"))
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dmp_common import Patch, PatchError
+from dmp_common.api import convert_official
 from dmp_common.patch.file import file_hash
-from dmp_common.tools.convert import convert_official
 from tests.official import (
     COUNT,
     DEPTH,

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmp_common import PatchError
+from dmp_common.api import convert_official
 from dmp_common.tools import pickles
-from dmp_common.tools.convert import convert_official
 from dmp_common.tools.unpickle import TorchFile
 from tests.official import checkpoint, learned, official, save
 
