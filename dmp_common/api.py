@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dmp_common.attach.attachment import Attachment, attach, attached, detach
-from dmp_common.attach.cache import FieldCache
 from dmp_common.attach.context import Context
+from dmp_common.attach.field import FieldCache
 from dmp_common.attach.runtime import Runtime
 from dmp_common.attach.settings import Settings
 from dmp_common.bases.base import Base

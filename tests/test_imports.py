@@ -1,4 +1,4 @@
-"""Imports point one way, and a host's start-up stays light."""
+"""Imports point one way, between packages and inside of the core; a host starts up light."""
 
 from __future__ import annotations
 
@@ -24,26 +24,64 @@ HOST_FILES = {
     *("a1111_dmp/script.py", "a1111_dmp/host.py"),
     *("a1111_dmp/cards.py", "a1111_dmp/axes.py"),
 }
+# The floors of the core, lowest first; a module imports its own floor and those below.
+FLOORS = ("", "bases", "patch", "attach", "tools")
+TOP = ("api", "__init__", "__main__")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+CORE = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in FILES
+    if path.relative_to(ROOT).parts[0] == "dmp_common"
+}
 
 
-def imported(tree: ast.AST) -> set[str]:
-    """Top-level names of all imports below a node, also those inside functions."""
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def names_of(tree: ast.AST) -> set[str]:
+    """Full names of all that is imported below a node, also inside functions.
+
+    `from a.b import c` gives both a.b and a.b.c: c may be a module.
+    """
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}"
-            names.add((node.module or "").split(".")[0])
+            names.add(str(node.module))
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Top-level names of all imports below a node."""
+    return {name.split(".")[0] for name in names_of(tree)}
+
+
+def without_types(tree: ast.Module) -> ast.Module:
+    """The module without what only type checkers see."""
+    kept = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
+    return ast.Module(kept, [])
+
+
+def floor_of(module: str) -> int:
+    parts = module.split(".")
+    if len(parts) == 1 or (len(parts) == 2 and parts[1] in TOP):
+        return len(FLOORS)
+    return FLOORS.index(parts[1] if parts[1] in FLOORS else "")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_point_one_way(path: Path) -> None:
     name = path.relative_to(ROOT).as_posix()
     package = name.split("/")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     found = imported(tree)
     allowed = {package} if package == "dmp_common" else {package, "dmp_common"}
     assert not found & set(PACKAGES) - allowed
@@ -57,13 +95,69 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not top & HEAVY
 
 
+@pytest.mark.parametrize("module", CORE)
+def test_the_floors_of_the_core(module: str) -> None:
+    """Imports inside functions count too: a floor must not need one above it to do its work."""
+    found = {name for name in names_of(without_types(tree_of(CORE[module]))) if name in CORE}
+    above = {name for name in found if floor_of(name) > floor_of(module)}
+    assert not above, f"{module} imports from above"
+
+
+def test_no_circles_in_the_core() -> None:
+    graph = {
+        module: {
+            name
+            for name in names_of(without_types(tree_of(path)))
+            if name in CORE and name != module
+        }
+        for module, path in CORE.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for name in sorted(graph[module]):
+                visit(name, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+    assert len(done) > 40
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_private_names_stay_in_their_module(path: Path) -> None:
+    tree = tree_of(path)
+    taken = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    modules = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES
+        for alias in node.names
+        if (ROOT / Path(*str(node.module).split(".")) / f"{alias.name}.py").exists()
+    }
+    taken += [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in modules
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+    ]
+    assert not taken
+
+
 def test_every_module_can_be_imported_first() -> None:
     """No circle of imports that only works from one end."""
-    modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (ROOT / "dmp_common").rglob("*.py")
-        if path.name not in ("__init__.py", "__main__.py")
-    ]
+    modules = [name for name in CORE if not name.endswith(("__init__", "__main__"))]
     code = (
         "import importlib, sys, torch, safetensors.torch\n"
         f"for name in {sorted(modules)!r}:\n"
@@ -71,16 +165,28 @@ def test_every_module_can_be_imported_first() -> None:
         "        del sys.modules[known]\n"
         "    importlib.import_module(name)\n"
     )
-    assert len(modules) > 20
+    assert len(modules) > 40
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_importing_the_core_loads_nothing_heavy() -> None:
     code = (
-        "import sys, dmp_common, dmp_common.tools.heatmap, dmp_common.tools.timefile; "
+        "import sys, dmp_common.api, dmp_common.tools.heatmap, dmp_common.tools.timefile; "
         f"print(sorted(set(sys.modules) & {HEAVY!r}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_attach_is_the_function_whatever_was_imported_before() -> None:
+    """The folder of the same name must not hide it."""
+    code = (
+        "import dmp_common.attach.settings, dmp_common, sys; "
+        "assert 'dmp_common.attach.attachment' not in sys.modules; "
+        "from dmp_common import attach, Patch; "
+        "assert attach is dmp_common.attach is sys.modules['dmp_common.attach.attachment'].attach; "
+        "assert 'attached' in dir(dmp_common)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

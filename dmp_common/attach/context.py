@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmp_common.attach.cache import FieldCache, Remembered
-from dmp_common.attach.field import Field
+from dmp_common.attach.field import Field, FieldCache, Remembered
 from dmp_common.bases.base import grid_cells
 from dmp_common.bases.parts import Latent, Site
 from dmp_common.compat import AUTOCAST

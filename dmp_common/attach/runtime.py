@@ -13,8 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dmp_common.attach.cache import FieldCache, Remembered
 from dmp_common.attach.context import Context
+from dmp_common.attach.field import FieldCache, Remembered
 from dmp_common.attach.settings import Dials, Settings
 from dmp_common.bases.parts import Latent
 from dmp_common.bases.schedule import EVERYWHERE
@@ -109,7 +109,7 @@ class Runtime:
         if not (transforming or patch.training or is_compiling() or e.is_meta):
             remembered, rows, key = self._recall(e, latent, settings.temperature)
         if remembered is None:
-            weights = patch.gate_weights(e, settings.temperature) * patch.learning_scale
+            weights = patch.gate(e, settings.temperature) * patch.learning_scale
         else:
             weights = remembered.weights
         return Context(
@@ -227,7 +227,7 @@ class Runtime:
                 self.cache.move_to_end(key)
         if remembered is None:
             with torch.inference_mode(False), torch.no_grad():
-                weights = self.patch.gate_weights(e.clone(), temperature)
+                weights = self.patch.gate(e.clone(), temperature)
                 remembered = Remembered(weights * self.patch.learning_scale)
             self.cache.put(key, remembered)
         return remembered, rows, key

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common.compat import AUTOCAST
+from dmp_common.compat import AUTOCAST, is_compiling
 from dmp_common.patch.variant import ATTENTION_WIDTH, Variant
 
 HARD_SHARE = 0.75  # of the prompts that a hard gate keeps (paper, Table 4)
@@ -34,6 +34,9 @@ class Gate(nn.Module):
     def __init__(self, variant: Variant, embedding: int) -> None:
         super().__init__()
         self.variant = variant
+        depths = variant.base_spec.depths
+        self._depths = [float(depths[name]) for name in variant.sites]
+        self._depths_on: dict[torch.device, Tensor] = {}
         count = variant.outputs
         inputs = embedding + (variant.gate_inputs == "e+i")
         if variant.gate == "linear":
@@ -51,20 +54,21 @@ class Gate(nn.Module):
             if variant.gate_init == "random":
                 nn.init.xavier_uniform_(self.key)
 
-    def logits(self, e: Tensor, depths: Tensor) -> Tensor:
+    def logits(self, e: Tensor) -> Tensor:
         """Gate logits before the softmax.
 
         Args:
             e: time embedding (T, E).
-            depths: depth index i of each site (S,).
 
         Returns:
             (T, S, K*N), or (T, S, K) with gate unit "grid"; float32.
         """
         if e.device.type in AUTOCAST and torch.is_autocast_enabled(e.device.type):
             with torch.autocast(e.device.type, enabled=False):
-                return self.logits(e, depths)
-        e, depths = e.float(), depths.float()
+                return self.logits(e)
+        e, depths = e.float(), self._depths_on.get(e.device)
+        if depths is None:
+            depths = self.depths(e.device)  # (S,)
         if self.variant.gate == "linear":
             return _affine(e, depths, self.weight.float()) + self.bias.float()
         if self.variant.gate == "attention":
@@ -72,12 +76,11 @@ class Gate(nn.Module):
             return query @ self.key.float().T / math.sqrt(ATTENTION_WIDTH)
         raise ValueError("a patch without gate has no logits")
 
-    def forward(self, e: Tensor, depths: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, e: Tensor, temperature: float = 1.0) -> Tensor:
         """Gate weights.
 
         Args:
             e: time embedding (T, E).
-            depths: depth index i of each site (S,).
             temperature: divides the logits; above 1 evens the weights out.
 
         Returns:
@@ -87,9 +90,9 @@ class Gate(nn.Module):
         """
         if self.variant.gate == "none":
             return e.new_ones(1, 1, 1, dtype=torch.float32).expand(
-                e.shape[0], depths.shape[0], self.variant.count
+                e.shape[0], len(self._depths), self.variant.count
             )
-        logits = self.logits(e, depths)
+        logits = self.logits(e)
         scaled = logits if temperature == 1.0 else logits / temperature
         if self.variant.gate_form == "residual":
             return self._spread(1.0 + scaled)
@@ -99,6 +102,17 @@ class Gate(nn.Module):
         kept = logits.topk(kept_prompts(self.variant.count), dim=-1).indices
         mask = torch.zeros_like(soft).scatter(-1, kept, 1.0)
         return mask + (soft - soft.detach())  # exactly the mask; the bracket is exactly 0
+
+    def depths(self, device: torch.device) -> Tensor:
+        """Returns the depth index i of each site of the patch (S,), float32.
+
+        Kept for each device: a copy from the processor would make it wait for the GPU.
+        """
+        with torch.inference_mode(False):
+            depths = torch.tensor(self._depths, dtype=torch.float32, device=device)
+        if not is_compiling():
+            self._depths_on[device] = depths
+        return depths
 
     @torch.no_grad()
     def begin_with_stages(self, e: Tensor) -> None:

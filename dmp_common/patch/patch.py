@@ -10,7 +10,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common.bases.base import Base
-from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
 from dmp_common.patch.gate import Gate, kept_prompts
 from dmp_common.patch.prompts import PromptPool, resize
@@ -53,8 +52,6 @@ class Patch(nn.Module):
         self.metadata: dict[str, str] = {}
         self.learning_scale = 1.0
         self.conversions = 0
-        self._depths = [float(self.base.depths[name]) for name in self.sites]
-        self._depths_on: dict[torch.device, Tensor] = {}
 
     @classmethod
     def create(cls, base: str | Base, **variant: Any) -> Self:
@@ -106,7 +103,7 @@ class Patch(nn.Module):
         Returns:
             w (T, S, K*N), float32; S are the patch's sites in order.
         """
-        weights: Tensor = self.gate(e, self.depths_on(e.device), temperature)
+        weights: Tensor = self.gate(e, temperature)
         return weights
 
     def gate_logits(self, e: Tensor) -> Tensor:
@@ -115,20 +112,7 @@ class Patch(nn.Module):
         Returns:
             (T, S, K*N), or (T, S, K) where a whole grid has one logit.
         """
-        return self.gate.logits(e, self.depths_on(e.device))
-
-    def depths_on(self, device: torch.device) -> Tensor:
-        """Returns the depth index i of each site of the patch (S,), float32.
-
-        Kept for each device: a copy from the processor would make it wait for the GPU.
-        """
-        if is_compiling():
-            return torch.tensor(self._depths, dtype=torch.float32, device=device)
-        if device not in self._depths_on:
-            with torch.inference_mode(False):
-                depths = torch.tensor(self._depths, dtype=torch.float32, device=device)
-            self._depths_on[device] = depths
-        return self._depths_on[device]
+        return self.gate.logits(e)
 
     def pool(self, site: str) -> PromptPool:
         """Returns the prompt pool of a site."""

@@ -63,13 +63,18 @@ def resize(field: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
     """
     steps, _, width = field.shape
     rows, columns = grid
-    matrix_of = triangle_matrix if is_compiling() else resize_matrix
+    device, kept = field.device, {} if is_compiling() else _MATRICES
     if rows != size[0]:
-        down = matrix_of(rows, size[0], field.device)  # (H, rows)
+        down = kept.get((rows, size[0], device))  # (H, rows)
+        if down is None:
+            down = resize_matrix(rows, size[0], device)
         field = down @ field.reshape(steps, rows, columns * width)
     field = field.reshape(steps, size[0], columns, width)
     if columns != size[1]:
-        field = matrix_of(columns, size[1], field.device) @ field  # (T, H, W, D)
+        across = kept.get((columns, size[1], device))  # (W, columns)
+        if across is None:
+            across = resize_matrix(columns, size[1], device)
+        field = across @ field  # (T, H, W, D)
     return field
 
 
@@ -79,27 +84,26 @@ _MATRICES: dict[tuple[int, int, torch.device], Tensor] = {}
 def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     """Returns the matrix (target, source), float32, that resizes one direction of a field.
 
-    Matrices are kept: there are as many as live sizes, a few kilobytes each.
+    Matrices are kept: there are as many as live sizes, a few kilobytes each. A compiled graph
+    computes its own: what is kept must be no condition of a graph.
     """
-    key = (source, target, device)
-    if key not in _MATRICES:
-        # Outside inference mode, or the matrix could not serve a later training step.
-        with torch.inference_mode(False), torch.no_grad():
-            _MATRICES[key] = F.interpolate(
-                torch.eye(source, device=device)[None, None],
-                size=(target, source),
-                mode="bilinear",
-                align_corners=False,
-                antialias=True,
-            )[0, 0]
-    return _MATRICES[key]
+    if is_compiling():
+        return triangle_matrix(source, target, device)
+    # Outside inference mode, or the matrix could not serve a later training step.
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = F.interpolate(
+            torch.eye(source, device=device)[None, None],
+            size=(target, source),
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )[0, 0]
+    _MATRICES[source, target, device] = matrix
+    return matrix
 
 
 def triangle_matrix(source: int, target: int, device: torch.device) -> Tensor:
-    """Computes the same matrix as `resize_matrix`, with operations that a compiler fuses.
-
-    Compiled graphs take this one: what `resize_matrix` keeps must be no condition of a graph.
-    """
+    """Computes the same matrix with operations that a compiler fuses."""
     scale = source / target
     centres = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
     places = torch.arange(source, device=device, dtype=torch.float32) + 0.5
