@@ -180,9 +180,7 @@ def test_unequal_timesteps_of_a_batch_equal_single_runs(tiny):
 def _rows_of_gate(patch: Patch, monkeypatch) -> list[int]:
     rows: list[int] = []
     logits = patch.gate.logits
-    monkeypatch.setattr(
-        patch.gate, "logits", lambda e: rows.append(len(e)) or logits(e)
-    )
+    monkeypatch.setattr(patch.gate, "logits", lambda e: rows.append(len(e)) or logits(e))
     return rows
 
 
