@@ -297,15 +297,6 @@ def test_wrong_models_are_refused_by_name(real, run, host):
         host.attach(other, run.record(sd15.patch()))
 
 
-def test_refiner_is_refused(real, run, host):
-    import comfy.model_base
-
-    patcher = real.FAMILIES["sd15"].comfy()
-    patcher.model.__class__ = type("SDXLRefiner", (comfy.model_base.BaseModel,), {})
-    with pytest.raises(PatchError, match="refiner has blocks of other sizes"):
-        host.attach(patcher, run.record(real.FAMILIES["sdxl"].patch()))
-
-
 def test_prepending_patches_are_refused(real, run, host):
     from dmp_common import Variant, bases, register_base
 

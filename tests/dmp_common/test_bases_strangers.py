@@ -187,77 +187,109 @@ def test_time_embeddings_are_not_read_from_a_family_without_support(tmp_path: Pa
         time_embedding_of(path, patch, timesteps)
 
 
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+}
+# As ComfyUI's detection configures its own classes: family, the base it looks like, configuration.
+COMFYUI = {
+    "svd": (
+        "Stable Video Diffusion",
+        "sd21",
+        UNET
+        | {
+            "in_channels": 8,
+            "num_res_blocks": [2] * 4,
+            "channel_mult": (1, 2, 4, 4),
+            "transformer_depth": [1] * 6 + [0] * 2,
+            "transformer_depth_output": [1] * 9 + [0] * 3,
+            "transformer_depth_middle": 1,
+            "context_dim": 1024,
+            "adm_in_channels": 768,
+            "use_temporal_attention": True,
+            "use_temporal_resblock": True,
+            "extra_ff_mix_layer": True,
+            "use_spatial_context": True,
+            "merge_strategy": "learned_with_images",
+            "merge_factor": 0.0,
+            "video_kernel_size": [3, 1, 1],
+        },
+    ),
+    "refiner": (
+        "the SDXL refiner",
+        "sdxl",
+        UNET
+        | {
+            "model_channels": 384,
+            "num_res_blocks": [2] * 4,
+            "channel_mult": (1, 2, 4, 4),
+            "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
+            "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
+            "transformer_depth_middle": 4,
+            "context_dim": 1280,
+            "adm_in_channels": 2560,
+        },
+    ),
+    "ssd-1b": (
+        "SSD-1B or Segmind Vega",
+        "sdxl",
+        UNET
+        | {
+            "num_res_blocks": [2] * 3,
+            "channel_mult": (1, 2, 4),
+            "transformer_depth": [0, 0, 2, 2, 4, 4],
+            "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
+            "transformer_depth_middle": -1,
+            "context_dim": 2048,
+            "adm_in_channels": 2816,
+        },
+    ),
+    "z-image-pixel": (
+        "Z-Image in pixel space",
+        "z-image",
+        {
+            "patch_size": 32,
+            "in_channels": 3,
+            "dim": 3840,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "cap_feat_dim": 2560,
+            "qk_norm": True,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+    ),
+}
+
+
 @pytest.mark.host
 @pytest.mark.filterwarnings("ignore")  # the host's own
-@pytest.mark.parametrize("name", ["z-image-pixel", "svd", "ssd-1b"])
+@pytest.mark.parametrize("name", COMFYUI)
 def test_comfyui_classes_without_support(comfyui, name: str):
-    """ComfyUI's own classes, which were taken for z-image, sd21 and sdxl."""
-    operations = importlib.import_module("comfy.ops").disable_weight_init
-    common = {"device": "meta", "dtype": torch.float32, "operations": operations}
+    """ComfyUI's own classes, in which a patch for the base would find all its sites."""
+    family, base, config = COMFYUI[name]
+    module, kind = "comfy.ldm.modules.diffusionmodules.openaimodel", "UNetModel"
     if name == "z-image-pixel":
-        lumina = importlib.import_module("comfy.ldm.lumina.model")
-        if not hasattr(lumina, "NextDiTPixelSpace"):
-            pytest.skip("this ComfyUI has no Z-Image in pixel space")
-        family, base = "Z-Image in pixel space", "z-image"
-        model = lumina.NextDiTPixelSpace(
-            patch_size=32,
-            in_channels=3,
-            dim=3840,
-            n_layers=30,
-            n_refiner_layers=2,
-            n_heads=30,
-            n_kv_heads=30,
-            axes_dims=[32, 48, 48],
-            axes_lens=[1536, 512, 512],
-            cap_feat_dim=2560,
-            qk_norm=True,
-            z_image_modulation=True,
-            time_scale=1000.0,
-            pad_tokens_multiple=32,
-            **common,
-        )
-    else:
-        detection = importlib.import_module("comfy.ldm.modules.diffusionmodules.openaimodel")
-        config = {
-            "image_size": 32,
-            "in_channels": 8 if name == "svd" else 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "num_head_channels": 64,
-            "use_spatial_transformer": True,
-            "use_linear_in_transformer": True,
-            "num_classes": "sequential",
-        }
-        if name == "svd":
-            family, base = "Stable Video Diffusion", "sd21"
-            config |= {
-                "num_res_blocks": [2] * 4,
-                "channel_mult": (1, 2, 4, 4),
-                "transformer_depth": [1] * 6 + [0] * 2,
-                "transformer_depth_output": [1] * 9 + [0] * 3,
-                "transformer_depth_middle": 1,
-                "context_dim": 1024,
-                "adm_in_channels": 768,
-                "use_temporal_attention": True,
-                "use_temporal_resblock": True,
-                "extra_ff_mix_layer": True,
-                "use_spatial_context": True,
-                "merge_strategy": "learned_with_images",
-                "merge_factor": 0.0,
-                "video_kernel_size": [3, 1, 1],
-            }
-        else:
-            family, base = "SSD-1B or Segmind Vega", "sdxl"
-            config |= {
-                "num_res_blocks": [2] * 3,
-                "channel_mult": (1, 2, 4),
-                "transformer_depth": [0, 0, 2, 2, 4, 4],
-                "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
-                "transformer_depth_middle": -1,
-                "context_dim": 2048,
-                "adm_in_channels": 2816,
-            }
-        model = detection.UNetModel(**config, **common)
+        module, kind = "comfy.ldm.lumina.model", "NextDiTPixelSpace"
+    if not hasattr(importlib.import_module(module), kind):
+        pytest.skip(f"this ComfyUI has no {kind}")
+    model = getattr(importlib.import_module(module), kind)(
+        **config,
+        device="meta",
+        dtype=torch.float32,
+        operations=importlib.import_module("comfy.ops").disable_weight_init,
+    )
     with pytest.raises(PatchError, match=f"{base}.*found {family}.*not supported"):
         require_base(model.to("meta"), get_base(base))
     assert [b.name for b in known_bases() if naming_of(model, b)] == []
