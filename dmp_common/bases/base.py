@@ -110,9 +110,9 @@ class Base:
             if value is not None:
                 raise PatchError(
                     f"base {self.name}: expected the field `latent`, found `{name}`, which is no "
-                    "longer a field: write a function of (base, call, denoiser) that returns "
-                    f"Latent(batch, size, image_tokens, text_tokens), read {value.name!r} in it "
-                    f"with call.get({value!r}), and give latent={{'diffusers': that_function}}."
+                    "longer a field: write a function of (base, call, denoiser) that returns a "
+                    f"dmp_common.bases.base.Latent, read {value.name!r} in it with "
+                    f"call.get({value!r}), and give latent={{'diffusers': that_function}}."
                 )
         latent = dict(self.latent)
         if self.layout == "tokens":

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from comfyui_dmp import checks, slots
 from comfyui_dmp.checks import require_fitting
-from comfyui_dmp.model import latent_of
+from comfyui_dmp.model import latent_of, time_embedding
 from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
 from dmp_common import Patch, PatchError, get_base
 from dmp_common.attach.compatibility import require_compatible
@@ -206,6 +206,12 @@ def test_a_base_without_a_slot_is_explained():
     diffusers_only = dataclasses.replace(base.sites[0], paths={"diffusers": "stages.0"})
     with pytest.raises(PatchError, match="a module of site block.0 in the naming 'ldm'"):
         slot_of(dataclasses.replace(base, sites=(diffusers_only,)))
+
+
+def test_a_time_embedding_at_another_place_is_explained():
+    model = SimpleNamespace(diffusion_model=Blocks(), manual_cast_dtype=torch.float32)
+    with pytest.raises(PatchError, match=r"expected a module t_embedder\.mlp in a Blocks"):
+        time_embedding(model, get_base("sd3"), torch.zeros(1))
 
 
 def test_sizes_are_padded_for_transformers_with_slots():
