@@ -97,10 +97,10 @@ class CallHooks:
             return
         call.off = not self.enabled
         for site in self.sites:
-            module = site.module()
-            if module is None:  # another one is in its place, with a copy of its hooks
+            place = site.module()
+            if place is None:  # another one is in its stead, with a copy of its hooks
                 continue
-            own = vars(module)
+            own = vars(place)
             if (site.where != "hook" or COMPILED in own or REGISTRY in own) and moved(site):
                 settle(site)
         if torch.is_grad_enabled():

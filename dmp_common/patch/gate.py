@@ -66,7 +66,9 @@ class Gate(nn.Module):
         if e.device.type in AUTOCAST and torch.is_autocast_enabled(e.device.type):
             with torch.autocast(e.device.type, enabled=False):
                 return self.logits(e)
-        e, depths = e.float(), self._depths_on.get(e.device)
+        e = e.float()
+        # What is kept must be no condition of a compiled graph.
+        depths = None if is_compiling() else self._depths_on.get(e.device)
         if depths is None:
             depths = self.depths(e.device)  # (S,)
         if self.variant.gate == "linear":
