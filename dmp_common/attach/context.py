@@ -129,13 +129,15 @@ class Context:
             length = None if x.shape[1] == spec.width else spec.width
         if x.device.type in AUTOCAST:
             with torch.autocast(x.device.type, enabled=False):
-                grid = resize(pool.mix(weights), self.grid, size).to(x.dtype)  # (T, H, W, D)
+                grid = resize(pool.mix(weights), self.grid, size)  # (T, H, W, D)
         else:
-            grid = resize(pool.mix(weights), self.grid, size).to(x.dtype)
+            grid = resize(pool.mix(weights), self.grid, size)
         values = grid.flatten(1, 2) if self.tokens else grid.permute(0, 3, 1, 2)
-        if self.remembered is not None and x.is_contiguous():
-            values = values.contiguous()  # worth it when it is used again
-        return Field(values, None, start, length)
+        if self.remembered is None or not x.is_contiguous():
+            return Field(values.to(x.dtype), None, start, length)
+        # Type and layout in one copy: both are worth it when the field is used again.
+        values = values.to(x.dtype, memory_format=torch.contiguous_format)
+        return Field(values.contiguous(), None, start, length)
 
     def _place(
         self, spec: Site, x: Tensor

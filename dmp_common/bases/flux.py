@@ -6,9 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn as nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, Site, TimeSource
 from dmp_common.bases.transformer import block_sites, depth_probes, latent_with_references
+from dmp_common.compat import is_compiling
+
+# Version, rows and columns of position ids. Reading them makes the processor wait for the GPU, and
+# pipelines give the same tensor at every step.
+_GRIDS = WeakTensorKeyDictionary()
 
 
 def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
@@ -35,9 +41,15 @@ def _packed_latent(base: Base, call: ModelCall, argument: Argument) -> Latent:
             The latent's own tokens have picture 0; those of reference pictures follow.
     """
     sample, ids = call.get(Argument("hidden_states", 0)), call.get(argument)
-    ids = ids.reshape(-1, ids.shape[-1])
-    own = ids[ids[:, 0] == 0]
-    rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
+    kept = not is_compiling() and ids.device.type != "cpu" and not ids.is_inference()
+    known = _GRIDS[ids] if kept and ids in _GRIDS else None
+    if known is None or known[0] != ids._version:
+        own = ids.detach().cpu().reshape(-1, ids.shape[-1])
+        own = own[own[:, 0] == 0]
+        known = 0, int(own[:, 1].max()) + 1, int(own[:, 2].max()) + 1
+        if kept:
+            known = _GRIDS[ids] = ids._version, *known[1:]
+    _, rows, columns = known
     stride = base.sites[0].stride
     return Latent(len(sample), (stride * rows, stride * columns), image_tokens=sample.shape[1])
 

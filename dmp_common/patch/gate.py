@@ -63,10 +63,12 @@ class Gate(nn.Module):
         Returns:
             (T, S, K*N), or (T, S, K) with gate unit "grid"; float32.
         """
-        if e.device.type in AUTOCAST and torch.is_autocast_enabled(e.device.type):
-            with torch.autocast(e.device.type, enabled=False):
-                return self.logits(e)
-        e = e.float()
+        if e.device.type not in AUTOCAST:
+            return self._logits(e.float())
+        with torch.autocast(e.device.type, enabled=False):
+            return self._logits(e.float())
+
+    def _logits(self, e: Tensor) -> Tensor:
         # What is kept must be no condition of a compiled graph.
         depths = None if is_compiling() else self._depths_on.get(e.device)
         if depths is None:
