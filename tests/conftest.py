@@ -11,6 +11,8 @@ THIRD_PARTY_WARNINGS = (
     # torch.compile's default backend imports a module of torch that uses what torch deprecates; the
     # category changes between releases.
     "ignore:`torch.jit.script_method` is deprecated",
+    # What that backend imports in torch 2.1.
+    "ignore:pkg_resources is deprecated as an API",
 )
 
 

@@ -107,6 +107,7 @@ class Flux(Family):
         pipeline = diffusers.FluxPipeline(scheduler=None, vae=None, transformer=None, **parts)
         prompt, pooled, _ = pipeline.encode_prompt(
             captions,
+            captions,  # older diffusers have no default
             device=parts["text_encoder"].device,
             max_sequence_length=config.t5_max_token_length or 512,
         )
