@@ -191,12 +191,12 @@ def test_every_kohya_flag_of_the_guide_is_known() -> None:
 
 def test_help_is_fast_and_needs_no_torch() -> None:
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time\n"
         "from training.command_line import parse_arguments\n"
         "try: parse_arguments(['--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules\n"
-        "print('SECONDS', time.perf_counter() - start)"
+        "print('SECONDS', time.process_time())"  # not the clock: other tests run beside this one
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
