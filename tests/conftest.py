@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ THIRD_PARTY_WARNINGS = (
     # What that backend imports in torch 2.1.
     "ignore:pkg_resources is deprecated as an API",
 )
+
+# The folder above has an __init__.py too, for ComfyUI, so pytest would import these modules a
+# second time, as <clone>.tests.<name>: bases would be registered twice, as different objects.
+collect_ignore = [
+    path.name for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("test_")
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
