@@ -115,7 +115,7 @@ def test_depth_of_a_site_does_not_depend_on_the_choice():
     with torch.device("meta"):
         patch = Patch.create("sd15", sites=["out.3", "mid"])
     assert list(patch.sites) == ["mid", "out.3"]
-    assert patch._depths == [11, 15]
+    assert patch.gate.depths(torch.device("cpu")).tolist() == [11.0, 15.0]
 
 
 @pytest.mark.parametrize(
