@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmp_common.bases.schedule import ALWAYS, EVERYWHERE, LAST, Schedule, inside
+from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
 
 _POINTS = 16  # of a curve in `Dials`; longer curves take multiples of it
@@ -79,6 +80,8 @@ class Settings:
         strengths = self.schedule.factors(timesteps) * self.strength  # (B,)
         if within != EVERYWHERE:
             strengths = torch.where(inside(timesteps, within), strengths, 0.0)
+        if is_compiling():  # Reading numbers would split the graph, or make them fixed in it.
+            return strengths
         values = strengths.tolist()
         _require_scale(timesteps)
         return float(values[0]) if len(set(values)) == 1 else strengths

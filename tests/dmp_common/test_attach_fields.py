@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from dmp_common import Patch, Schedule, attach
+from dmp_common.bases.base import find_module
 from tests.dmp_common.attaching import (
     DIT,
     UNETS,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dmp_common import PatchError, Schedule, Settings
+from tests.dmp_common.attaching import SD15, close, make
 
 
 def factors(schedule: Schedule, *timesteps: float) -> list[float]:
@@ -92,3 +93,24 @@ def test_strengths_of_a_batch() -> None:
     assert Settings().strengths(torch.tensor([1000.0]), (500, 1000)) == 1.0
     with pytest.raises(PatchError, match="a part of the timesteps, needs the timesteps"):
         Settings().strengths(None, (0, 500))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 4), reason="older compilers need several graphs")
+@pytest.mark.parametrize("within", [(0, 1000), (0, 500)])
+def test_a_context_made_in_compiled_code_follows_the_schedule(within: tuple[int, int]) -> None:
+    """ComfyUI's compiled UNets make it so. Two graphs instead of one, and the patch may be lost."""
+    patch = make(SD15, sites="all", timesteps=within)
+    site = patch.base.sites[0]
+    settings = Settings(strength=0.5, schedule=Schedule(last=100.0, curve=((0, 0.0), (1000, 1.0))))
+
+    def add(e: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return patch.prepare(e, None, settings, timesteps=timesteps).add(site.name, x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(add, backend="eager", fullgraph=True)
+    e, x = torch.randn(2, patch.base.embedding), torch.randn(2, site.width, 8, 8)
+    with torch.no_grad():
+        for pair in ([900.0, 300.0], [450.0, 450.0], [50.0, 50.0]):
+            timesteps = torch.tensor(pair)
+            assert close(compiled(e, x, timesteps), add(e, x, timesteps))
+    torch._dynamo.reset()
