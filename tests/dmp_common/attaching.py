@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import diffusers
 import pytest
 import torch
 import torch.nn as nn
@@ -53,6 +54,28 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     """Equal up to `tolerance` of the largest value."""
     scale = expected.abs().max().item()
     return (found - expected).abs().max().item() <= tolerance * max(scale, 1e-3)
+
+
+def small_unet() -> Tiny:
+    """Two levels, one layer: compiling takes seconds."""
+    widths, attention = (16, 32), (True, False)
+    base = dmp.register_base(
+        dmp.bases.unet("tiny-compile", widths=widths, context=12, attention=attention, layers=1)
+    )
+
+    def build() -> nn.Module:
+        return diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=widths,
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=12,
+            norm_num_groups=8,
+            attention_head_dim=4,
+        )
+
+    return dataclasses.replace(SD15, name="unet", base=base, build=build)
 
 
 def base_output(tiny: Tiny, model: nn.Module, dtype: torch.dtype) -> Tensor:

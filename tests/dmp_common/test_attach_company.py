@@ -13,7 +13,7 @@ import torch.distributed
 import torch.nn as nn
 
 from dmp_common import PatchError, attach, attached, detach
-from tests.dmp_common.attaching import DIT, FLUX, SD15, alone, close, make, some
+from tests.dmp_common.attaching import DIT, FLUX, SD15, alone, close, make, small_unet, some
 from tests.tiny import FAMILIES, Tiny
 
 SOME = (SD15, DIT, FAMILIES["sd3"], FLUX)
@@ -256,7 +256,7 @@ def test_repeated_blocks_have_the_graphs_of_the_plain_model(when: str, dynamo: N
 
 
 @pytest.mark.slow
-@some(SD15, DIT, FAMILIES["sd3"])
+@some(small_unet(), DIT, FAMILIES["sd3"])
 def test_a_compiled_model_is_not_recompiled_for_another_strength(tiny: Tiny, dynamo: None) -> None:
     if torch.__version__ < (2, 4):
         pytest.skip("older compilers do not know all that hooks do")
@@ -281,7 +281,7 @@ def test_a_compiled_model_is_not_recompiled_for_another_strength(tiny: Tiny, dyn
 
 
 @pytest.mark.slow
-@some(SD15, DIT)
+@some(small_unet(), DIT)
 def test_a_plain_graph_of_another_model_serves_no_patched_one(tiny: Tiny, dynamo: None) -> None:
     """The compiler shares graphs between models of a class, and does not look at hooks."""
     one, two = make(tiny, 1), make(tiny, 2)

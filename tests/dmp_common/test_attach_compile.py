@@ -17,12 +17,12 @@ from dmp_common import Patch, PatchError, Schedule, attach
 from tests.dmp_common.attaching import (
     DIT,
     FLUX,
-    SD15,
     alone,
     close,
     gradients,
     make,
     same_gradients,
+    small_unet,
     some,
 )
 from tests.tiny import FAMILIES, Tiny
@@ -35,31 +35,9 @@ def dynamo():
     torch._dynamo.reset()
 
 
-def _small_unet() -> Tiny:
-    """Two levels, one layer: compiling takes seconds."""
-    widths, attention = (16, 32), (True, False)
-    base = dmp.register_base(
-        dmp.bases.unet("tiny-compile", widths=widths, context=12, attention=attention, layers=1)
-    )
-
-    def build() -> nn.Module:
-        return diffusers.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=widths,
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=12,
-            norm_num_groups=8,
-            attention_head_dim=4,
-        )
-
-    return dataclasses.replace(SD15, name="unet", base=base, build=build)
-
-
 # Older compilers do not know all that hooks do; they fall back to several graphs.
 ONE_GRAPH = torch.__version__ >= (2, 4)
-COMPILED = [_small_unet(), *(FAMILIES[n] for n in ("dit", "sd3", "flux"))]
+COMPILED = [small_unet(), *(FAMILIES[n] for n in ("dit", "sd3", "flux"))]
 
 
 def check_compiled(tiny: Tiny, backend: str, fullgraph: bool, size: tuple[int, int]) -> None:
