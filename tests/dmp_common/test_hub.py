@@ -239,7 +239,7 @@ def test_push_makes_one_commit_that_can_be_loaded(hub: Hub, saved: Path, tmp_pat
     assert (data["license"], data["base_model"]) == ("mit", "someone/hub-dit")
     assert same(Patch.load("me/nice"), some_patch())
     # Into the same repository again, from an object: named after the repository.
-    push_to_hub(some_patch(gate="none"), "me/nice", **options)
+    some_patch(gate="none").push_to_hub("me/nice", **options)
     assert [commit["files"] for commit in hub.commits][1:] == [["README.md", "nice.safetensors"]]
     assert Patch.load("me/nice").variant.gate == "none"
 
