@@ -1,13 +1,13 @@
 """Balancing losses that keep a gate from always choosing the same prompts.
 
-Axes are (T, S, N) everywhere: timesteps, sites, prompts. The gate depends on the timestep only,
-so both losses belong on timesteps spread over the whole schedule (`stratified_timesteps`), not on
-those of a batch: from a batch of one, a perfectly balanced, specialised gate looks unbalanced.
+Axes are (T, S, N) everywhere: timesteps, sites, prompts. The gate depends on the timestep only, so
+both losses are computed at timesteps spread over the whole schedule (`stratified_timesteps`), not
+at those of a batch: in a batch of one, a perfectly balanced, specialised gate looks unbalanced.
 
 We follow the paper and Shazeer et al. (2017), where the sum over inputs comes before the squared
 coefficient of variation. The official DMP code sums over depth instead, which punishes gates that
-specialise by timestep and misses dead prompts; and its load term counts gates below zero, so it
-is always 0.
+specialise by timestep and misses dead prompts; its load term counts gates below zero and is
+therefore always 0.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def stratified_timesteps(
     *,
     first: float = 0.0,
 ) -> Tensor:
-    """One jittered timestep in each of `count` equal parts of [first, last]; (T,), float32, CPU."""
+    """Draws a timestep from each of `count` equal parts of [first, last]: (T,), float32, CPU."""
     jitter = torch.rand(count, generator=generator)
     return first + (torch.arange(count) + jitter) * ((last - first) / count)
 
 
 def importance_loss(weights: Tensor) -> Tensor:
-    """How unequally the prompts of a site are used over all timesteps.
+    """Measures how unequally the prompts of a site are used over all timesteps.
 
     I[s, j] = sum_t w[t, s, j]; the loss is the mean over s of CV^2 over j.
 
@@ -49,7 +49,7 @@ def importance_loss(weights: Tensor) -> Tensor:
 def load_loss(
     logits: Tensor, noise_std: Tensor, k: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """How unequally often the prompts are among a site's top k, in expectation over noise.
+    """Measures how unequally often the prompts are expected among a site's top k under noise.
 
     P[t, s, j] is the probability that j is among the top k when its own noise is drawn again and
     all other noise stays. Noise and k serve this estimate only: the forward pass is noiseless and
@@ -59,13 +59,13 @@ def load_loss(
         logits: gate logits (T, S, N).
         noise_std: standard deviation of the noise (T, 1, N), positive.
         k: how many prompts count as chosen, below N.
-        generator: for the noise.
+        generator: the random generator of the noise.
 
     Returns:
         A scalar: mean over s of CV^2 over j of sum_t P[t, s, j].
 
     Raises:
-        ValueError: k outside 1..N-1, where the load is constant.
+        ValueError: k is not from 1 to N-1, so that the load would be constant.
 
     Source: Shazeer et al. 2017, eqs. 8-11.
     """
@@ -85,11 +85,13 @@ def load_loss(
 
 
 class GateNoise(nn.Module):
-    """The noise of the load loss, softplus(e W_noise) + 1e-2. Training only, never saved.
+    """The size of the load loss's noise, softplus(e W_noise) + 1e-2. Only training needs it.
+
+    It is never saved in a patch file.
 
     Args:
-        embedding: E.
-        count: N (times K).
+        embedding: the size E of the time embedding.
+        count: the number of prompts of a site, N (times K).
 
     Source: Shazeer et al. 2017, eq. 4.
     """
@@ -99,11 +101,11 @@ class GateNoise(nn.Module):
         self.weight = nn.Parameter(torch.zeros(embedding, count))
 
     def forward(self, e: Tensor) -> Tensor:
-        """Standard deviation (T, 1, N) for a time embedding (T, E)."""
+        """Computes the standard deviation (T, 1, N) of the noise for a time embedding (T, E)."""
         return (F.softplus(e.float() @ self.weight.float()) + 1e-2).unsqueeze(1)
 
 
 def _squared_cv(totals: Tensor) -> Tensor:
-    """Squared coefficient of variation over the last axis, with the population variance."""
+    """Computes CV^2 over the last axis, with the population variance."""
     mean = totals.mean(-1)
     return totals.var(-1, unbiased=False) / (mean.square() + 1e-10)

@@ -1,7 +1,7 @@
 """The patch file: one host-neutral, self-describing `.safetensors` file.
 
 Tensors are `prompts.<site>` (K, N, D) and `gate.*`; the header holds `dmp.format_version` and
-`dmp.config`, besides `modelspec.*` and whatever `ss_*` keys a trainer adds. Everything is checked
+`dmp.config`, besides `modelspec.*` and the `ss_*` keys that a trainer adds. Everything is checked
 before a value is used, and values are copied out of the file.
 """
 
@@ -27,18 +27,19 @@ from dmp_common.patch.serialize import opened, serialize, write_atomically
 from dmp_common.patch.variant import Variant
 
 HASH_DIGITS = 10
-LARGEST = 65504.0  # of the values in a file: the largest number of float16
+LARGEST = 65504.0  # the largest value that a file may hold, and the largest float16 number
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class PatchContents(NamedTuple):
-    """What a patch file holds.
+    """The contents of a patch file.
 
     Args:
-        variant: what the patch is made of.
-        tensors: by name, in the order and of the shapes of `variant.shapes()`, as they are stored.
-        metadata: all header strings.
+        variant: the configuration of the patch.
+        tensors: the tensors by name, as they are stored, with the order and the shapes of
+            `variant.shapes()`.
+        metadata: all strings of the header.
     """
 
     variant: Variant
@@ -56,18 +57,18 @@ def write_patch_file(
     """Writes a patch atomically: a reader sees the old file or the new one, never a part.
 
     Args:
-        path: must end in `.safetensors`; its folder is made if missing.
-        variant: what the patch is made of.
-        tensors: by name, of the shapes of `variant.shapes()`.
+        path: the file, which must end in `.safetensors`; a missing folder is made.
+        variant: the configuration of the patch.
+        tensors: the tensors by name, with the shapes of `variant.shapes()`.
         metadata: header entries besides ours.
-        dtype: of the stored values: float32, float16 or bfloat16.
+        dtype: the type of the stored values: float32, float16 or bfloat16.
 
     Returns:
         The file's hash, as hosts show it.
 
     Raises:
-        PatchError: another ending, other tensors than the variant's, values that are not finite
-            in half precision, or metadata that is not text.
+        PatchError: the path has another ending, the tensors are not those of the variant, a value
+            is not finite in half precision, or metadata is not text.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -105,7 +106,7 @@ def read_patch_file(path: str | os.PathLike[str]) -> PatchContents:
 
     Raises:
         PatchError: the file is missing, damaged, not a patch, or of an unknown version or
-            variant; the message names the file, what was expected, what was found, what to do.
+            variant; the message says which file, what was expected, what was found and what to do.
     """
     path = Path(path)
     with opened(path, "a patch file") as (file, size):
@@ -117,7 +118,7 @@ def read_patch_file(path: str | os.PathLike[str]) -> PatchContents:
     except (SafetensorError, KeyError, ValueError) as error:
         raise bad(path, "a whole safetensors file", str(error)) from error
     for name, shape in header.variant.shapes().items():
-        # The library's reading of the header must be ours: JSON may hold a key twice.
+        # JSON may hold a key twice, of which safetensors may read another one than we checked.
         tensor = tensors.get(name)
         if tensor is None or (tuple(tensor.shape), tensor.dtype) != (
             shape,
@@ -132,10 +133,10 @@ def read_patch_file(path: str | os.PathLike[str]) -> PatchContents:
 
 
 def read_header(path: str | os.PathLike[str]) -> PatchFile:
-    """The checked header of a patch file, without reading its tensors.
+    """Reads and checks the header of a patch file, but not its tensors.
 
     Raises:
-        PatchError: as `read_patch_file`, except for what only the tensors' values show.
+        PatchError: as in `read_patch_file`, except for errors in the values of tensors.
     """
     path = Path(path)
     with opened(path, "a patch file") as (file, size):
@@ -143,10 +144,10 @@ def read_header(path: str | os.PathLike[str]) -> PatchFile:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """First 10 hex digits of the file's sha256, as hosts show it.
+    """Returns the first 10 hex digits of a file's sha256, which hosts show as its hash.
 
     Raises:
-        PatchError: no such file, or one that cannot be read.
+        PatchError: the file does not exist or cannot be read.
     """
     digest = hashlib.sha256()
     with opened(Path(path)) as (file, _):
@@ -156,7 +157,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def modelspec(variant: Variant, path: Path) -> dict[str, str]:
-    """ModelSpec 1.0.1 entries a patch can fill by itself; a trainer's own win."""
+    """Returns the ModelSpec 1.0.1 entries of a patch, before those that a trainer adds."""
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(variant.prediction)
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -182,11 +183,11 @@ _VALUES = f"finite values of at most {LARGEST:g}, which half precision can hold,
 
 
 def _wrong_value(variant: Variant, tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with the values; empty if nothing is.
+    """Describes what is wrong with the values, in a text that is empty if nothing is.
 
-    A host adds the field in the precision of its model, often float16. With gate weights of at
-    most 1 a field is at most the largest prompt where the weights are a softmax, and otherwise at
-    most the sum over the grids of the absolute prompts.
+    A host adds the field in the precision of its model, often float16. Where weights are a softmax,
+    a field is at most the largest prompt. Otherwise, with weights of at most 1, it is at most the
+    sum over the grids of the absolute prompts.
     """
     sums = variant.gate == "none" or variant.selection == "hard" or variant.gate_form == "residual"
     for name, tensor in tensors.items():

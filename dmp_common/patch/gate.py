@@ -1,4 +1,4 @@
-"""The gate: from the time embedding (T, E) and the depth of each site to weights (T, S, N)."""
+"""The gate, which computes weights (T, S, N) from the time embedding (T, E) and each site's depth."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor
 from dmp_common.compat import AUTOCAST, is_compiling
 from dmp_common.patch.variant import ATTENTION_WIDTH, Variant
 
-HARD_SHARE = 0.75  # of the prompts that a hard gate keeps (paper, Table 4)
+HARD_SHARE = 0.75  # the share of the prompts that a hard gate keeps (paper, Table 4)
 
 
 class Gate(nn.Module):
-    """Weights for the prompts of every site, computed for all sites at once, in float32.
+    """The gate of a patch. It computes the weights of all sites at once, in float32.
 
-    "linear" is eq. 3: softmax(G([e ; i])), G one linear layer shared by all sites. "attention"
-    takes a query W_q [e ; i] against one learned key a prompt. Both start at equal weights.
+    "linear" is eq. 3: softmax(G([e ; i])), where G is one linear layer that all sites share.
+    "attention" compares a query W_q [e ; i] with one learned key per prompt. Both start with equal
+    weights.
 
-    Where we depart from the paper (variants of our own, recorded in the file): with gate unit
-    "grid" one logit weights a whole grid of prompts; with gate form "residual" a weight is 1 + its
-    logit instead of a softmax.
+    Two variants are our own, not the paper's, and are recorded in the file: with gate unit "grid"
+    one logit weights a whole grid of prompts; with gate form "residual" a weight is 1 + its logit
+    instead of a softmax.
 
     Args:
-        variant: which gate.
-        embedding: E.
+        variant: the configuration of the patch.
+        embedding: the size E of the time embedding.
 
     Source: Ham et al. 2025, eq. 3 and Table 4.
     """
@@ -45,17 +46,18 @@ class Gate(nn.Module):
             if variant.gate_init == "random":
                 nn.init.xavier_uniform_(self.weight)
                 if variant.gate_form == "residual":
-                    # A softmax bears large logits; here the last depth would be all the patch is.
+                    # Depths are large inputs. A softmax bears the large logits that follow from
+                    # them; here they would be weights, and the last site's would dominate.
                     self.weight.data[:, embedding:] = 0.0
         elif variant.gate == "attention":
-            # With both factors zero neither would ever receive a gradient.
+            # If both factors were zero, neither would ever receive a gradient.
             self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(ATTENTION_WIDTH, inputs)))
             self.key = nn.Parameter(torch.zeros(count, ATTENTION_WIDTH))
             if variant.gate_init == "random":
                 nn.init.xavier_uniform_(self.key)
 
     def logits(self, e: Tensor) -> Tensor:
-        """Gate logits before the softmax.
+        """Computes the gate's logits before the softmax.
 
         Args:
             e: time embedding (T, E).
@@ -69,7 +71,7 @@ class Gate(nn.Module):
             return self._logits(e.float())
 
     def _logits(self, e: Tensor) -> Tensor:
-        # What is kept must be no condition of a compiled graph.
+        # A compiled graph must not depend on what is cached.
         depths = None if is_compiling() else self._depths_on.get(e.device)
         if depths is None:
             depths = self.depths(e.device)  # (S,)
@@ -81,16 +83,16 @@ class Gate(nn.Module):
         raise ValueError("a patch without gate has no logits")
 
     def forward(self, e: Tensor, temperature: float = 1.0) -> Tensor:
-        """Gate weights.
+        """Computes the gate's weights.
 
         Args:
             e: time embedding (T, E).
-            temperature: divides the logits; above 1 evens the weights out.
+            temperature: divides the logits; above 1 it makes the weights more equal.
 
         Returns:
-            w (T, S, K*N), float32; with gate unit "grid" equal within a grid. Soft weights sum to
-            1 over the prompts (or over the grids); hard weights are 0 or 1, with the gradient of
-            the softmax; residual weights are 1 + logit; without a gate all are 1.
+            w (T, S, K*N), float32; with gate unit "grid" the weights within a grid are equal. Soft
+            weights sum to 1 over the prompts (or over the grids); hard weights are 0 or 1, with
+            the gradient of the softmax; residual weights are 1 + logit; without a gate all are 1.
         """
         if self.variant.gate == "none":
             return e.new_ones(1, 1, 1, dtype=torch.float32).expand(
@@ -110,7 +112,7 @@ class Gate(nn.Module):
     def depths(self, device: torch.device) -> Tensor:
         """Returns the depth index i of each site of the patch (S,), float32.
 
-        Kept for each device: a copy from the processor would make it wait for the GPU.
+        They are cached for each device, because a copy makes the CPU wait for the GPU.
         """
         with torch.inference_mode(False):
             depths = torch.tensor(self._depths, dtype=torch.float32, device=device)
@@ -120,12 +122,12 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def begin_with_stages(self, e: Tensor) -> None:
-        """Gives each grid a part of the schedule: weights 1 at its own place, 0 at the others'.
+        """Fits the gate so that each grid has weight 1 at its own timestep and 0 at the others'.
 
-        K places are spread evenly over the patch's timesteps, first and last included, and the
-        weights are linear in between; the gate is fitted to them by least squares. Prompts are
-        zero then, so nothing changes yet, but from the first step on each grid learns from its own
-        noise levels.
+        The K timesteps are spread evenly over those of the patch, first and last included, and the
+        weights are linear in between; the gate is fitted to them by least squares. The prompts are
+        still zero, so the patch changes nothing yet, but from the first step on each grid learns
+        from its own noise levels.
 
         Args:
             e: time embedding (T, E) at timesteps spread evenly over the schedule, T >= E.
@@ -143,19 +145,19 @@ class Gate(nn.Module):
         self.bias.copy_(fitted[-1])
 
     def _spread(self, weights: Tensor) -> Tensor:
-        """Weights of grids (T, S, K) as those of their prompts (T, S, K*N)."""
+        """Returns the weights of all prompts (T, S, K*N); those of a grid (T, S, K) are repeated."""
         if self.variant.gate_unit == "prompt":
             return weights
         return weights.repeat_interleave(self.variant.prompts, dim=-1)
 
 
 def kept_prompts(count: int) -> int:
-    """How many of `count` prompts a hard gate and the load loss keep: 75 %, at least one."""
+    """Returns how many of `count` prompts a hard gate and the load loss keep: 75 %, at least 1."""
     return max(int(HARD_SHARE * count), 1)
 
 
 def _affine(e: Tensor, depths: Tensor, weight: Tensor) -> Tensor:
-    """weight [e ; i] for every pair of timestep and site, without building the pairs."""
+    """Computes weight [e ; i] for every pair of timestep and site, without building the pairs."""
     embedding = e.shape[-1]
     by_time = e @ weight[:, :embedding].T  # (T, out)
     if weight.shape[1] == embedding:

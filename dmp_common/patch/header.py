@@ -1,7 +1,7 @@
 """The header of a patch file, checked before any tensor is read.
 
-Everything here is computed from numbers and text: a file's tensors are compared with what its
-configuration promises, so nothing is allocated for a file that promises more than it holds.
+Names, shapes and sizes of the tensors are compared with those that the configuration promises, so
+that nothing is allocated for a file that promises more than it holds.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ FORMAT_VERSION = "1"
 EXPORT_AGAIN = "get the file again, or export it again"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
-_MAX_HEADER = 4 * 1024**2  # ours are a few kilobytes, with training metadata some hundred
+_MAX_HEADER = 4 * 1024**2  # ours have a few kilobytes, or some hundred with training metadata
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True)
 class PatchFile:
-    """The header of a patch file, checked.
+    """The checked header of a patch file.
 
     Args:
-        path: of the file.
-        variant: what the patch is made of.
-        metadata: all header strings.
-        size: of the file in bytes.
+        path: the file.
+        variant: the configuration of the patch.
+        metadata: all strings of the header.
+        size: the size of the file in bytes.
         dtypes: "F32", "F16" or "BF16" for each tensor.
     """
 
@@ -45,22 +45,23 @@ class PatchFile:
 
 
 def read_head(file: BinaryIO) -> bytes:
-    """The length of the header and the header, as far as it can be ours."""
+    """Reads the length of the header and the header, but not more than a patch can have."""
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     return start + file.read(min(length, _MAX_HEADER + 1))
 
 
 def check_header(path: Path, data: bytes, size: int) -> PatchFile:
-    """The header of a patch file, with the names, shapes and types of its tensors checked.
+    """Parses and checks the header of a patch file, with names, shapes and types of its tensors.
 
     Args:
-        path: of the file, for the messages.
-        data: at least what `read_head` gives.
-        size: of the file in bytes.
+        path: the file, for error messages.
+        data: the bytes that `read_head` returns, or more.
+        size: the size of the file in bytes.
 
     Raises:
-        PatchError: no patch, a damaged one, or tensors that are not those of its configuration.
+        PatchError: the file is not a patch or is damaged, or its tensors are not those of its
+            configuration.
     """
     entries, body = _parse_header(path, data, size)
     metadata = entries.pop("__metadata__", {})
@@ -72,18 +73,18 @@ def check_header(path: Path, data: bytes, size: int) -> PatchFile:
 
 
 def bad(path: Path, expected: str, found: str, remedy: str = EXPORT_AGAIN) -> PatchError:
-    """An error about a patch file."""
+    """Makes an error about a patch file."""
     return file_error(path, expected, found, remedy)
 
 
 def _parse_header(path: Path, data: bytes, size: int) -> tuple[dict[str, Any], int]:
-    """The entries of a safetensors header, and the number of bytes after it."""
+    """Returns the entries of a safetensors header, and the number of bytes after it."""
     wanted = "a safetensors file"
     if len(data) < 8:
         raise bad(path, wanted, f"{size} bytes in all")
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(_MAX_HEADER, size - 8):
-        # Only here: the length of a good header may begin with the same bytes.
+        # This is checked only now, because the length of a good header may begin so too.
         if data.startswith(_PICKLES):
             raise bad(path, wanted, "a pickle file with another ending", "convert it first")
         raise bad(
@@ -102,7 +103,7 @@ def _parse_header(path: Path, data: bytes, size: int) -> tuple[dict[str, Any], i
 
 
 def _check_config(path: Path, entries: Mapping[str, Any], metadata: Mapping[str, str]) -> Variant:
-    """The variant that the header describes."""
+    """Returns the variant that a header describes."""
     version = metadata.get("dmp.format_version")
     if version is None:
         raise bad(path, "a DMP patch", _other_file(entries, metadata), "choose a patch")
@@ -128,13 +129,13 @@ def _check_config(path: Path, entries: Mapping[str, Any], metadata: Mapping[str,
 def _check_entries(
     path: Path, expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, Any], body: int
 ) -> dict[str, str]:
-    """The types of the tensors, after their names, shapes, types and places were compared.
+    """Checks the names, shapes, types and places of the tensors, and returns their types.
 
     Args:
-        path: of the file, for the messages.
+        path: the file, for error messages.
         expected: the shape of each tensor that the configuration promises.
-        entries: of the header, one for each tensor.
-        body: bytes of the file after its header.
+        entries: the entries of the header, one for each tensor.
+        body: the number of bytes after the header.
     """
     for kind, names in (
         ("without", sorted(set(expected) - set(entries))),
@@ -176,7 +177,7 @@ def _whole_numbers(value: object) -> bool:
 
 
 def _other_file(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """What a safetensors file without our header probably is."""
+    """Describes what a safetensors file without our header probably is."""
     names = list(entries)
     if "ss_network_module" in metadata or any("lora" in name.lower() for name in names):
         return "a LoRA"

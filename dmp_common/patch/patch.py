@@ -23,14 +23,14 @@ class Patch(nn.Module):
     """Learnable prompts for the sites of a base, weighted by a gate that sees the timestep.
 
     This class holds parameters and the formula. What one forward call of a model needs (fields
-    remembered between calls, copies on other devices) is `dmp_common.attach.runtime`.
+    cached between calls, copies on other devices) is in `dmp_common.attach.runtime`.
 
     Args:
-        variant: what the patch is made of.
+        variant: the configuration of the patch.
 
     Attributes:
         conversions: how often the parameters were moved or converted as a whole (`to`, `half`).
-            Whoever remembers what was computed from them compares this number.
+            Caches of what was computed from them compare this number.
 
     Source: Ham et al. 2025, "Diffusion Model Patching via Mixture-of-Prompts".
     """
@@ -61,18 +61,21 @@ class Patch(nn.Module):
             base: a base or its name.
             variant: fields of `Variant` that differ from the base's defaults.
 
+        Raises:
+            PatchError: an option or the base is unknown, or a value is not possible.
+
         >>> Patch.create("sd15").saved_parameters
         2785792
         """
         return cls(Variant.create(base, **variant))
 
     def forward(self, x: Tensor, site: str, e: Tensor, strength: float = 1.0) -> Tensor:
-        """Adds the field of one site to the input of its block: eq. 3, whole.
+        """Adds the field of one site to the input of its block: the whole of eq. 3.
 
             x' = x + strength * resize(sum_k w_k(t) * p_k)        w(t) = softmax(G([e(t) ; i]))
 
-        Models call `Context.add` instead, which computes the same for all sites of a forward call
-        at once, remembers it between calls, and knows where image tokens lie among text.
+        Attached models call `Context.add` instead. It computes the same for all sites of a forward
+        call at once, caches it between calls, and finds the image tokens among those of text.
 
         Args:
             x: input of the block, a feature map (B, D, H, W).
@@ -98,10 +101,10 @@ class Patch(nn.Module):
 
         Args:
             e: time embedding (T, E), with the class embedding added for condition t+y.
-            temperature: divides the logits; above 1 evens the weights out.
+            temperature: divides the logits; above 1 it makes the weights more equal.
 
         Returns:
-            w (T, S, K*N), float32; S are the patch's sites in order.
+            w (T, S, K*N), float32; the axis S has the patch's sites in order of depth.
         """
         weights: Tensor = self.gate(e, temperature)
         return weights
@@ -122,15 +125,15 @@ class Patch(nn.Module):
 
     @property
     def saved_parameters(self) -> int:
-        """Number of values in the patch file."""
+        """The number of values in the patch file."""
         return sum(p.numel() for p in self.parameters())
 
     def scale_for_learning(self) -> None:
         """Stores p / N instead of the prompts p, so that a weight is 1 on average.
 
-        The softmax over N places divides every step by N; with this, one learning rate serves
-        prompt tuning, soft and hard gates of any N alike. The functions a patch can be, and its
-        file, are the same: saving folds the scale back into the prompts.
+        The softmax over N places divides every training step by N. With this scale one learning
+        rate suits prompt tuning, soft gates and hard gates of any N. Neither what a patch can
+        express nor its file changes: saving folds the scale back into the prompts.
         """
         count = self.variant.outputs
         if self.variant.gate == "none" or self.variant.gate_form == "residual":
@@ -145,7 +148,7 @@ class Patch(nn.Module):
         self.learning_scale = scale
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors of the patch file by name; prompts literally as in eq. 3."""
+        """Returns the tensors of the patch file by name; prompts are those of eq. 3, unscaled."""
         return {
             name: parameter.detach() * self._scale_of(name)
             for name, parameter in self.saved().items()
@@ -177,7 +180,7 @@ class Patch(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.conversions += 1  # values may have changed without any version telling
+        self.conversions += 1  # values may have changed although no tensor's version shows it
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -193,5 +196,5 @@ class Patch(nn.Module):
 
 
 def _key(site: str) -> str:
-    """Names a site's pool: module names cannot contain dots."""
+    """Returns the name of a site's pool: names of modules cannot contain dots."""
     return site.replace(".", "_")

@@ -1,4 +1,4 @@
-"""Prompt pools: the learned prompts of one site, and how a field of them fits the live grid."""
+"""The prompt pool of a site, and how a field of prompts is resized to the live grid."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ class PromptPool(nn.Module):
     """The prompts of one site: K grids of N prompts with D channels.
 
     Args:
-        grids: K.
-        prompts: N.
-        width: D.
-        init: "zero", or "random" (Xavier uniform, as the official code does).
+        grids: the number of grids K.
+        prompts: the number of prompts N of a grid.
+        width: the number of channels D.
+        init: "zero", or "random" (Xavier uniform, as in the official code).
     """
 
     def __init__(self, grids: int, prompts: int, width: int, init: Init = "zero") -> None:
         super().__init__()
         self.prompts = nn.Parameter(torch.zeros(grids, prompts, width))
         if init == "random":
-            bound = math.sqrt(6.0 / (prompts + width))  # Xavier's, for each grid (N, D)
+            bound = math.sqrt(6.0 / (prompts + width))  # Xavier's bound for one grid (N, D)
             self.prompts.data.uniform_(-bound, bound)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """The weighted prompts: the field sum_k w[t, k, n] * p[k, n].
+        """Computes the field of weighted prompts, sum_k w[t, k, n] * p[k, n].
 
         Args:
-            weights: (T, K*N), float32.
+            weights: gate weights (T, K*N), float32.
 
         Returns:
-            (T, N, D), float32.
+            The field (T, N, D), float32.
         """
         prompts = self.prompts.float()  # (K, N, D)
         if prompts.shape[0] == 1:
@@ -49,17 +49,17 @@ class PromptPool(nn.Module):
 def resize(field: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Resizes a field of prompts to a live grid: bilinear, antialiased when shrinking.
 
-    Equals `F.interpolate(..., mode="bilinear", align_corners=False, antialias=True)`, which is
-    what the file format means. Two small matrices do it, because they are faster and also work
-    where `F.interpolate` does not (half precision on CPU).
+    The result equals `F.interpolate(..., mode="bilinear", align_corners=False, antialias=True)`,
+    which the file format prescribes. Products with two small matrices compute it, because they are
+    faster and also work where `F.interpolate` does not (half precision on CPU).
 
     Args:
         field: (T, N, D) with N = grid[0] * grid[1].
         grid: rows and columns of the prompts.
-        size: rows and columns wanted.
+        size: rows and columns (H, W) of the live grid.
 
     Returns:
-        (T, H, W, D).
+        The resized field (T, H, W, D).
     """
     steps, _, width = field.shape
     rows, columns = grid
@@ -84,12 +84,12 @@ _MATRICES: dict[tuple[int, int, torch.device], Tensor] = {}
 def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     """Returns the matrix (target, source), float32, that resizes one direction of a field.
 
-    Matrices are kept: there are as many as live sizes, a few kilobytes each. A compiled graph
-    computes its own: what is kept must be no condition of a graph.
+    Matrices are cached, one of a few kilobytes for each live size. A compiled graph computes its
+    own, because it must not depend on what is cached.
     """
     if is_compiling():
         return triangle_matrix(source, target, device)
-    # Outside inference mode, or the matrix could not serve a later training step.
+    # A matrix that was made in inference mode could not be used in a later training step.
     with torch.inference_mode(False), torch.no_grad():
         matrix = F.interpolate(
             torch.eye(source, device=device)[None, None],
@@ -103,7 +103,7 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
 
 
 def triangle_matrix(source: int, target: int, device: torch.device) -> Tensor:
-    """Computes the same matrix with operations that a compiler fuses."""
+    """Computes the matrix of `resize_matrix` with operations that a compiler can fuse."""
     scale = source / target
     centres = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
     places = torch.arange(source, device=device, dtype=torch.float32) + 0.5

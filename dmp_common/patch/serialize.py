@@ -1,4 +1,4 @@
-"""Bytes in and out of files: whole files written, and no file trusted when it is read."""
+"""Writes files as a whole, and reads files that may be damaged or hostile."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _LONGEST_NUMBER = 64  # characters; a 64-bit integer has 20, a double at most 25
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file of these tensors; equal contents give equal bytes.
+    """Returns the bytes of a safetensors file; equal contents give equal bytes.
 
-    The library writes the metadata in an order that changes from process to process.
+    The metadata is sorted here, because the library writes it in an order that changes from process
+    to process.
     """
     data = serialize_safetensors(dict(tensors), metadata=dict(metadata))
     (length,) = struct.unpack("<Q", data[:8])
@@ -37,7 +38,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that it is never seen half-written, not even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are closed to other users, such as the account a host runs under.
+    # Files of `tempfile` could not be read by other users, such as the account of a host.
     name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with name.open("xb") as file:
@@ -51,17 +52,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def open_regular(path: Path, expected: str = "a file") -> BinaryIO:
-    """A regular file, open for reading.
+    """Opens a regular file for reading.
 
     Folders, pipes, sockets and devices are refused at once: reading a pipe without a writer would
     wait forever, and a device has no end.
 
     Args:
-        path: of the file.
-        expected: what the file should be, for the messages.
+        path: the file.
+        expected: what the file should be, for error messages.
 
     Raises:
-        PatchError: no such file, no regular file, or one that cannot be read.
+        PatchError: the file does not exist, is not a regular file, or cannot be read.
     """
     try:
         _require_regular(os.stat(path), path, expected)
@@ -72,7 +73,7 @@ def open_regular(path: Path, expected: str = "a file") -> BinaryIO:
     except ValueError as error:
         if isinstance(error, PatchError):
             raise
-        # A path with a NUL character is no OSError.
+        # A path with a NUL character does not raise an OSError.
         raise file_error(path, expected, error, "check the path") from error
     try:
         _require_regular(os.fstat(file.fileno()), path, expected)
@@ -84,10 +85,10 @@ def open_regular(path: Path, expected: str = "a file") -> BinaryIO:
 
 @contextmanager
 def opened(path: Path, expected: str = "a file") -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, open for reading, and its size in bytes; see `open_regular`.
+    """Opens a regular file for reading, and yields it with its size in bytes.
 
     Raises:
-        PatchError: also where reading fails while the file is open.
+        PatchError: as in `open_regular`, and if reading fails while the file is open.
     """
     try:
         with open_regular(path, expected) as file:
@@ -97,10 +98,10 @@ def opened(path: Path, expected: str = "a file") -> Iterator[tuple[BinaryIO, int
 
 
 def read_bounded(path: Path, limit: int, expected: str = "a file") -> bytes:
-    """The bytes of a regular file.
+    """Reads a regular file as a whole.
 
     Raises:
-        PatchError: no such file, no regular file, or one of more than `limit` bytes.
+        PatchError: as in `open_regular`, and if the file has more than `limit` bytes.
     """
     with opened(path, expected) as (file, _):
         data = file.read(limit + 1)
@@ -111,10 +112,10 @@ def read_bounded(path: Path, limit: int, expected: str = "a file") -> bytes:
 
 
 def parse_json(text: bytes | str) -> object:
-    """JSON from a file that may be damaged or hostile, in time linear in its length.
+    """Parses JSON from a file that may be damaged or hostile, in time linear in its length.
 
     Raises:
-        ValueError: no JSON, one nested too deeply, or a number longer than any we write.
+        ValueError: the text is not JSON, is nested too deeply, or has a very long number.
     """
     try:
         if isinstance(text, bytes):
@@ -133,7 +134,7 @@ def _real(text: str) -> float:
 
 
 def _short(number: str) -> str:
-    """Long numbers take quadratic time to read, and Python refuses to print them."""
+    """Refuses long numbers: reading them takes quadratic time, and Python does not print them."""
     if len(number) > _LONGEST_NUMBER:
         raise ValueError(f"a number of {len(number)} characters")
     return number

@@ -1,4 +1,4 @@
-"""What a patch is made of: its base, sites and the paper's choices (Table 4), as one record."""
+"""The configuration of a patch: its base, its sites and the paper's options (Table 4)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dmp_common.patch.choices import (
 ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
 _LONGEST_NAME = 100  # characters of a base's name
-_LIMIT = 1 << 16  # prompts of one site; far above any use, below any harm
+_LIMIT = 1 << 16  # prompts of one site; far more than any use needs, too few to exhaust memory
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Variant:
         base: name of the base.
         sites: names of the sites, in order of depth.
         grid: rows and columns of the prompt grid; None where prompts are prepended. By default the
-            base's, and with K grids of gate unit "grid" 1/sqrt(K) of it: as many prompts in all.
-        prompts: N, rows x columns, or the number of prepended prompts.
-        grids: K, prompt grids a site has; the paper has one.
-        gate: "linear" (eq. 3), "attention" (a query from [e ; i], one learned key a prompt), or
+            base's grid; with gate unit "grid" K grids have as many prompts in all as that one.
+        prompts: N, which is rows x columns, or the number of prepended prompts.
+        grids: K, the number of prompt grids of a site; 1 in the paper.
+        gate: "linear" (eq. 3), "attention" (a query from [e ; i], one learned key per prompt), or
             "none" (naive prompt tuning, eq. 2). The paper's literal attention, with one time
             token as the only key, gives constant weights, so we attend over prompts.
         selection: "soft" (softmax weights) or "hard" (the top 75 % with weight 1).
@@ -53,19 +53,18 @@ class Variant:
         condition: what the gate sees: "t", or "t+y" with the class embedding added, as the
             official code does.
         gate_unit: what has a weight of its own: each "prompt" (eq. 3), or each "grid" as a whole,
-            so that a site's field is a mixture of K grids. Ours, not in the paper.
-        gate_form: "softmax" (eq. 3), or "residual": the weight is 1 plus the gate's logit, so it
-            can be nothing, negative or large, at each noise level by itself. Ours.
-        prompt_init, gate_init: how training began. "stages", for a residual gate of grids: each
-            grid begins with a part of the timesteps, fading into its neighbours'. Ours.
-        timesteps: the patch acts at timesteps from the first number to below the second (1000: to
-            the last), and is off elsewhere: its gate's off switch. Trained with --min_timestep or
-            --max_timestep it knows no others. Ours.
-        frequency_shift: of the sinusoid behind e; a model with another one is refused.
+            so that a site's field is a mixture of K grids. The paper has no grids.
+        gate_form: "softmax" (eq. 3), or "residual": the weight is 1 plus the gate's logit, so that
+            it can be zero, negative or large at any noise level. The paper has no such form.
+        prompt_init, gate_init: how the values were initialised for training. "stages", which is
+            ours, starts each grid of a residual gate in its own part of the timesteps.
+        timesteps: the patch acts from the first timestep to below the second, and is off elsewhere;
+            1000 includes the last timestep. Options of training limit it. Not in the paper.
+        frequency_shift: of the sinusoid that e is computed from; a model with another is refused.
         prediction: what the base predicted when the patch was trained.
 
     Raises:
-        PatchError: a value or a combination that no patch can have.
+        PatchError: a value, or a combination of values, is not possible.
 
     Source: Ham et al. 2025, eqs. 2-3 and Table 4.
     """
@@ -90,7 +89,7 @@ class Variant:
 
     @classmethod
     def create(cls, base: str | Base, **options: Any) -> Variant:
-        """A variant from a base and the options that differ from its defaults.
+        """Makes a variant from a base and the options that differ from its defaults.
 
         Args:
             base: a base or its name.
@@ -114,7 +113,7 @@ class Variant:
             options["grid"] = (grid, grid) if isinstance(grid, int) else _pair(grid)
             options.setdefault("prompts", options["grid"][0] * options["grid"][1])
         if options.get("gate_unit") == "grid" and options.get("gate") != "none":
-            # Equal grids would stay equal.
+            # Grids that start equal would stay equal.
             fitting = all(options.get(n, getattr(cls, n)) == value for n, value in STAGED.items())
             options.setdefault("gate_init", "stages" if fitting else "random")
         if "timesteps" in options:
@@ -195,32 +194,32 @@ class Variant:
 
     @property
     def count(self) -> int:
-        """K * N, the prompts of one site."""
+        """The number of prompts of one site, K * N."""
         return self.grids * self.prompts
 
     @property
     def outputs(self) -> int:
-        """Logits of the gate at one site: one for each prompt, or for each grid."""
+        """The number of logits of the gate at one site: one per prompt, or one per grid."""
         return self.grids if self.gate_unit == "grid" else self.count
 
     @property
     def gate_inputs(self) -> Literal["e", "e+i"]:
-        """Whether the gate sees the depth besides the time embedding."""
+        """The gate's inputs: the time embedding alone ("e"), or also the depth ("e+i")."""
         return "e" if self.across_depth == "uniform" else "e+i"
 
     @property
     def base_spec(self) -> Base:
-        """The base as data."""
+        """The base that `base` names."""
         return get_base(self.base)
 
     def site_specs(self) -> tuple[Site, ...]:
-        """The chosen sites as data, in order of depth."""
+        """Returns the chosen sites as `Site` objects, in order of depth."""
         return self.base_spec.select(self.sites)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors of the patch file, in their order.
+        """Returns the names and shapes of the tensors of the patch file, in their order.
 
-        Nothing is allocated: a file is compared with this before any of its tensors is read.
+        This allocates nothing, so that a file can be checked before any of its tensors is read.
         """
         shapes: dict[str, tuple[int, ...]] = {
             f"prompts.{site.name}": (self.grids, self.prompts, site.width)
@@ -235,7 +234,7 @@ class Variant:
         return shapes
 
     def to_json(self) -> dict[str, Any]:
-        """The record as the patch file holds it; sites carry their depth index."""
+        """Returns the entries of the patch file; each site has its depth index."""
         record = dataclasses.asdict(self)
         depths = self.base_spec.depths
         record["sites"] = {name: depths[name] for name in self.sites}
@@ -247,12 +246,12 @@ class Variant:
         return record
 
     def described(self) -> dict[str, Any]:
-        """`to_json` with the entries that the file leaves out."""
+        """Returns the entries of `to_json`, and those that the file leaves out."""
         return {**LATER, **self.to_json()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Variant:
-        """The inverse of `to_json`; unknown, missing or mistyped entries are refused."""
+        """Makes the variant of a record of `to_json`; unknown or missing entries are refused."""
         record = {**LATER, **record}
         expected = {f.name for f in dataclasses.fields(cls)}
         if set(record) != expected:
@@ -287,7 +286,7 @@ class Variant:
 
 
 def _usual_grid(spec: Base, options: Mapping[str, Any]) -> tuple[int, int]:
-    """The base's grid; of a mixture each grid is coarser, so that all have as many prompts."""
+    """Returns the base's grid, or a coarser one for a mixture, which then has as many prompts."""
     grids = options.get("grids", 1)
     if options.get("gate_unit") != "grid" or type(grids) is not int or grids < 1:
         return spec.grid
