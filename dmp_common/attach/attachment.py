@@ -1,4 +1,4 @@
-"""Attaching a patch to a model, and removing it again."""
+"""Attaches a patch to a model, and removes it again."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ def attach(
 ) -> Attachment:
     """Attaches a patch to a model, until `remove()` or the end of the `with` block.
 
-    Several patches may be attached; their fields add. Attach before `torch.compile` of the whole
-    model; the compiled blocks of `compile_repeated_blocks` may come before or after. The model
-    itself is not changed: after `remove()` it is what it was.
+    Several patches may be attached; their fields are added up. Attach before `torch.compile` of the
+    whole model; `compile_repeated_blocks` may be called before or after. The weights of the model
+    are not changed: after `remove()` it is what it was.
 
     Args:
         model: a diffusers pipeline, its unet or transformer, or an LDM model of a host.
         patch: made for the base of this model.
-        settings: all that follows, as one object; then the rest must be left out.
+        settings: strength, schedule, temperature and sites as one object. If it is given, these
+            four arguments must be left out.
         strength: multiplies the added field; 0 is exactly the base.
         schedule: where along the timesteps the patch acts; or points (progress, factor), with
             progress 0 at the noise and 1 at the picture, and straight lines between them.
-        temperature: of the gate.
-        sites: the sites that act, None for all of the patch's; or a strength for some of them by
-            name, which multiplies `strength`, the others having 1.
-        prediction: what the model predicts, where the caller knows; None asks the pipeline's
-            scheduler, if there is one.
+        temperature: divides the gate's logits.
+        sites: names of the sites that act, None for all; or a mapping from names to factors of
+            `strength`, where sites that are not named have factor 1.
+        prediction: what the model predicts, if the caller knows it; None takes it from the
+            pipeline's scheduler, if there is one.
 
     Raises:
         PatchError: the patch is for another base, another time embedding or another prediction
@@ -88,7 +89,7 @@ def attach(
 
 
 def as_schedule(schedule: ScheduleLike) -> Schedule:
-    """Returns a schedule from one, from (progress, factor) points, or from None (always)."""
+    """Converts (progress, factor) points, or None (always), to a schedule; keeps a schedule."""
     if schedule is None:
         return ALWAYS
     return schedule if isinstance(schedule, Schedule) else Schedule.from_percent(curve=schedule)
@@ -112,7 +113,7 @@ def detach(model: Any) -> int:
         model: as for `attach`.
 
     Returns:
-        How many there were.
+        The number of patches that were removed.
     """
     found = attached(model)
     for attachment in found:
@@ -121,16 +122,16 @@ def detach(model: Any) -> int:
 
 
 class Attachment:
-    """A patch on a model. Made by `attach`; a context manager.
+    """A patch on a model, as `attach` returns it. It is a context manager.
 
     `strength`, `schedule`, `settings` and `enabled` may be set at any time; the next forward call
-    of the model follows them. What one call needs is kept for the thread that makes it, and ends
-    with it. A deep copy of the model is patched like the original, independently of it:
-    `attached(copy)` gives its attachment.
+    of the model uses them. The state of a call belongs to the thread that makes the call, and ends
+    with the call. A deep copy of the model is patched like the original, independently of it:
+    `attached(copy)` returns its attachment.
 
     Args:
-        hooks: those on the model.
-        scheduler: of the pipeline, if there is one; it says what the model predicts.
+        hooks: the hooks on the model.
+        scheduler: the pipeline's scheduler, if there is one; new settings are checked against it.
     """
 
     def __init__(self, hooks: CallHooks, scheduler: Any = None) -> None:
@@ -139,15 +140,15 @@ class Attachment:
 
     @property
     def patch(self) -> Patch:
-        """The patch."""
+        """The attached patch."""
         return self._hooks.runtime.patch
 
     @property
     def calls(self) -> int:
-        """Forward calls that embedded their timestep.
+        """The number of forward calls in which the model embedded its timestep.
 
-        Hosts warn when there are none, because a replaced model (TensorRT) calls the denoiser but
-        none of its parts.
+        Hosts warn if it is 0, because an engine that replaces the model (TensorRT) calls the
+        denoiser but none of its parts.
         """
         return self._hooks.calls
 
@@ -158,7 +159,7 @@ class Attachment:
 
     @property
     def settings(self) -> Settings:
-        """How the patch is used; may be set."""
+        """The settings, which say how the patch is used; may be set."""
         return self._hooks.settings
 
     @settings.setter
@@ -169,7 +170,7 @@ class Attachment:
 
     @property
     def strength(self) -> float:
-        """What the added field is multiplied by; may be set."""
+        """The factor of the added field; may be set."""
         return self.settings.strength
 
     @strength.setter
@@ -197,7 +198,7 @@ class Attachment:
     def remove(self) -> None:
         """Takes the patch off the model. Calling it again does nothing."""
         hooks = self._hooks
-        # Compiled graphs do not watch hooks, but they do watch this flag.
+        # Compiled graphs have no guards on hooks, but they have one on this flag.
         hooks.active = False
         for handle in hooks.handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: recomputation must meet the context of its own forward call."""
+"""Makes gradient checkpointing recompute blocks with the context of their own forward call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FUNCTION = "_gradient_checkpointing_func"
 
 
 class BoundCheckpoint(Wrapping):
-    """A gradient checkpointing function that recomputes with the context of its own forward.
+    """A gradient checkpointing function that recomputes with the context of its own forward call.
 
-    Without it, recomputation during backward would meet whatever call came last, and gradients
-    would be silently wrong when a second forward came in between.
+    Without it, recomputation in the backward pass would use the context of the latest call, and
+    gradients would be silently wrong if another forward call came in between.
     """
 
     owner: CallHooks
@@ -29,7 +29,7 @@ class BoundCheckpoint(Wrapping):
         if call is None or is_compiling():
             return self.inner(module, *args)
         if call.context is None and not call.off:
-            call.late("0", args[0])  # now, or it would be computed during recomputation
+            call.late("0", args[0])  # otherwise recomputation would make it
 
         def run(*inputs: Any) -> Any:
             if not hooks.active:
@@ -50,7 +50,7 @@ class BoundCheckpoint(Wrapping):
 
 
 def bind(module: Any, hooks: CallHooks) -> None:
-    """Binds the checkpointing function of a module, where it has one in use, once."""
+    """Wraps the checkpointing function of a module, if it uses one that is not wrapped yet."""
     function = getattr(module, _FUNCTION, None)
     if not module.gradient_checkpointing or function is None or is_wrapped(function, hooks):
         return

@@ -1,4 +1,4 @@
-"""What must hold before a patch may act on a model; one check for diffusers and for every host."""
+"""Checks that a patch fits a model, in one function for diffusers and for every host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from dmp_common.bases.timesteps import frequency_shift
 from dmp_common.errors import PatchError
 from dmp_common.patch.variant import Variant
 
-_NOISIEST = (500.0, 1001.0)  # between these a model that counts from 1000 (noise) to 0 begins
-# Schedulers of diffusers whose timesteps are something else: a function of sigma, or 1 to 0.
+_NOISIEST = (500.0, 1001.0)  # where timesteps run from 1000 (noise) to 0, the first is in between
+# How the names of diffusers' schedulers begin that have another scale: a function of sigma, or 1
+# to 0.
 _OTHER_TIMESTEPS = ("EDM", "IPNDM", "CMStochastic", "KarrasVe", "ScoreSde", "CosineDPM")
 
 
@@ -30,17 +31,17 @@ def require_compatible(
 
     Args:
         denoiser: the UNet or transformer itself.
-        variant: of the patch.
-        naming: the naming of the host's models; None where either will do.
-        prediction: what the model predicts, None where nobody says.
-        noisiest: the timestep at which the host begins with pure noise, None where nobody says.
+        variant: the configuration of the patch.
+        naming: the naming of the host's models; None accepts both.
+        prediction: what the model predicts; None if it is not known.
+        noisiest: the timestep at which the host begins with pure noise; None if it is not known.
 
     Returns:
         The naming of the model.
 
     Raises:
-        PatchError: another base; or everything else that does not fit, in one message: the
-            frequency shift of the time embedding, the prediction type, the scale of timesteps,
+        PatchError: the model is of another base. Otherwise one message names all that does not fit:
+            the frequency shift of the time embedding, the prediction type, the scale of timesteps,
             prompts that are prepended.
     """
     found = require_base(denoiser, variant.base_spec, naming)
@@ -75,30 +76,30 @@ def require_compatible(
 
 
 def prediction_of_scheduler(scheduler: Any) -> str | None:
-    """Returns what the model of a diffusers pipeline predicts, None where nobody says.
+    """Returns what the model of a diffusers pipeline predicts, or None if it is not known.
 
     Args:
-        scheduler: of the pipeline, or None.
+        scheduler: the pipeline's scheduler, or None.
     """
     config = getattr(scheduler, "config", None)
     if config is None:
         return None
     said: str | None = config.get("prediction_type")
     if said is None:
-        # Flow matching schedulers know one prediction only; others (IPNDM) just do not say.
+        # Flow matching schedulers have one prediction type only. Others (IPNDM) do not state it.
         return "flow" if type(scheduler).__name__.startswith("FlowMatch") else None
     return "flow" if said == "flow_prediction" else said
 
 
 def require_timesteps_of_scheduler(scheduler: Any, variant: Variant, settings: Settings) -> None:
-    """Refuses a part of the schedule where a pipeline does not count timesteps from 1000 to 0.
+    """Refuses a strength that depends on the timestep, if timesteps do not run from 1000 to 0.
 
     EDM schedulers (Playground 2.5) call the model with c_noise, a quarter of the logarithm of
-    sigma; a schedule would act somewhere else than it says.
+    sigma, so that a schedule would act at other timesteps than it says.
 
     Raises:
-        PatchError: the patch or its settings act at some timesteps only, and the scheduler counts
-            in another way.
+        PatchError: the patch or its settings act at some timesteps only, and the scheduler has
+            another scale.
     """
     name = type(scheduler).__name__
     if settings.needs_timesteps(variant.timesteps) and name.startswith(_OTHER_TIMESTEPS):

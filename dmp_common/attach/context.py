@@ -18,21 +18,21 @@ from dmp_common.patch.prompts import PromptPool, resize
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What one forward call adds, and where. Made by `Runtime.prepare`.
+    """What one forward call adds, and at which sites. `Runtime.prepare` makes it.
 
     Args:
         weights: gate weights of the distinct timesteps (T, S, K*N), float32.
-        columns: site name to its index in S; sites that do not act are missing.
-        sites, pools: the sites as data, and their prompts.
+        columns: for the name of each site that acts, its index in S.
+        sites, pools: the sites and their prompts, by name.
         grid: rows and columns of the prompts; None where they are prepended.
-        tokens: whether sites are token sequences, not feature maps.
+        tokens: whether sites are sequences of tokens (True) or feature maps (False).
         shared: whether text and image tokens may share a sequence.
-        strength: of all items, or of each (B,).
-        site_strengths: what the strength is multiplied by at single sites; others have 1.
+        strength: one strength for all items, or one for each (B,).
+        site_strengths: factors of the strength at single sites, by name; other sites have 1.
         rows: for each batch item its index in T (B,); None where T is 1 or B.
         latent: size of the latent and place of its tokens; None where sites are feature maps.
-        remembered, cache, key: where finished fields are kept; None with gradients, in compiled
-            code and under function transforms.
+        remembered, cache, key: where fields are cached; None with gradients, in compiled code and
+            under function transforms.
         in_place: see `Field.added`.
     """
 
@@ -55,8 +55,8 @@ class Context:
     def add(self, site: str, x: Tensor) -> Tensor:
         """Returns the block's input with the site's field added, x + strength * field (eq. 3).
 
-        Out of place and in the memory layout of x: hosts keep x as a skip connection, and another
-        layout would choose other kernels and change results by rounding.
+        The result is a new tensor with the memory layout of x: hosts keep x as a skip connection,
+        and another layout would choose other kernels and change results by rounding.
 
         Args:
             site: name of the site.
@@ -64,7 +64,7 @@ class Context:
                 with the image tokens among text where the base has them so.
 
         Returns:
-            The same shape; x itself for sites that do not act, or at strength 0.
+            A tensor of the same shape; x itself for sites that do not act, or at strength 0.
 
         Raises:
             PatchError: x cannot be the input of this site.
@@ -79,7 +79,7 @@ class Context:
         place = site, x.shape, x.dtype, x.device, x.is_contiguous()
         field = self.remembered.fields.get(place)
         if field is None:
-            # Outside inference mode, or the field could not serve a call that needs gradients.
+            # A field that was made in inference mode could not be used in a call with gradients.
             with torch.inference_mode(False), torch.no_grad():
                 field = self._field(site, x)
             assert self.cache is not None
@@ -89,7 +89,7 @@ class Context:
     def prepend(self, site: str, x: Tensor) -> Tensor:
         """Returns image tokens x (B, L, D) with the site's weighted prompts in front, (B, N+L, D).
 
-        After the block, `strip` takes them away again.
+        After the block, `strip` removes them again.
         """
         if site not in self.columns:
             return x
@@ -135,14 +135,14 @@ class Context:
         values = grid.flatten(1, 2) if self.tokens else grid.permute(0, 3, 1, 2)
         if self.remembered is None or not x.is_contiguous():
             return Field(values.to(x.dtype), None, start, length)
-        # Type and layout in one copy: both are worth it when the field is used again.
+        # One copy changes type and layout. It is worth its cost, as the field is used again.
         values = values.to(x.dtype, memory_format=torch.contiguous_format)
         return Field(values.contiguous(), None, start, length)
 
     def _place(
         self, spec: Site, x: Tensor
     ) -> tuple[tuple[int, int], int | tuple[int, ...], int | None]:
-        """Finds rows and columns of the live grid among tokens, and the part of axis 1 it is."""
+        """Returns the live grid's rows and columns, and its start and length along axis 1 of x."""
         if self.latent is None:
             raise PatchError("token sites need the size of the latent: pass `latent_hw`.")
         height, width = self.latent.size
@@ -154,7 +154,7 @@ class Context:
                 for pad in (0, spec.stride - 1)
             )
             own = image or x.shape[1]
-            # A sequence shared with text: diffusers packs even latents only, ComfyUI pads.
+            # Where text shares the sequence, diffusers takes even latents only, and ComfyUI pads.
             size = padded if self.shared or own == padded[0] * padded[1] else dropped
             length = size[0] * size[1]
             tokens = image or length

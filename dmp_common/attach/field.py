@@ -1,4 +1,4 @@
-"""A field: what one site's prompts add at some timesteps; and what is remembered of fields."""
+"""The field that one site's prompts add at some timesteps, and the cache of fields."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEFAULT_CACHE_BYTES = 512 * 1024**2  # 20 steps of SD 1.5 at 512 px in half prec
 
 
 class Field(NamedTuple):
-    """What is added, in the type, place and layout of a site's input.
+    """The field of one site, in the type, device and layout of the site's input.
 
     Args:
         values: the field (T, D, H, W) or (T, H*W, D); or, where `weights` are given, the prompts
-            (N, D) themselves, so that nothing need be built and remembered.
-        weights: None, or (T, N, 1).
-        start, length: the part of axis 1 of the input that the field belongs to, `start` for all
-            items or for each; length None for all of it.
+            (N, D) themselves, so that no field need be built and cached.
+        weights: None, or the gate weights (T, N, 1).
+        start, length: the part of axis 1 of the input that the field belongs to. `start` is one
+            number for all items, or one for each; `length` is None for the whole axis.
     """
 
     values: Tensor
@@ -33,7 +33,7 @@ class Field(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes this field alone keeps alive; prompts live in the patch."""
+        """The number of bytes that this field keeps in memory; prompts belong to the patch."""
         kept = self.values if self.weights is None else self.weights
         return kept.numel() * kept.element_size()
 
@@ -44,17 +44,20 @@ class Field(NamedTuple):
         rows: Tensor | None,
         in_place: bool = True,
     ) -> Tensor:
-        """Returns x + strength * field, out of place and in the memory layout of x.
+        """Returns x + strength * field as a new tensor in the memory layout of x.
 
         Another layout would choose other kernels and change results by rounding.
 
         Args:
             x: the site's input (B, ...).
-            strength: of all items, or of each (B,).
-            rows: for each item its index in T (B,); None where T divides B: videos have their
-                frames as items, all of one picture's after one another.
-            in_place: whether the copy of x may be written to. Function transforms (`vmap`) cannot
-                do that, where x is not yet mapped over and the field is.
+            strength: one strength for all items, or one for each (B,).
+            rows: for each item its index in T (B,); None where T divides B: the items of a video
+                are its frames, and those of one timestep follow one another.
+            in_place: whether the copy of x may be written to. `vmap` forbids it where it maps over
+                the field but not over x.
+
+        Raises:
+            PatchError: the number of items is not a multiple of the number of timesteps.
         """
         scaled = self.values if self.weights is None else self.weights
         if rows is not None:
@@ -83,7 +86,7 @@ class Field(NamedTuple):
             return self._joined(x, addend * strength)
         if torch.is_grad_enabled() or 0 in x.stride():
             out = x.clone()
-        else:  # a part of a larger tensor (Flux splits its sequence) keeps its strides too
+        else:  # also a part of a larger tensor (Flux splits its sequence) keeps its strides
             out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             out.copy_(x)
         if isinstance(self.start, tuple):
@@ -97,7 +100,7 @@ class Field(NamedTuple):
         return out
 
     def _joined(self, x: Tensor, addend: Tensor) -> Tensor:
-        """Adds to a part of x by joining the parts again."""
+        """Adds to a part of x without writing in place: it splits x and joins the parts again."""
         assert self.length is not None
         starts = self.start if isinstance(self.start, tuple) else (self.start,)
         items = torch.split(x, len(x) // len(starts))  # one item each, or all at once
@@ -118,14 +121,15 @@ class Field(NamedTuple):
 
 
 class Remembered:
-    """The gate's weights at some timesteps, and the fields that were made of them.
+    """Cached weights of the gate at some timesteps, and the fields that were made with them.
 
     Args:
-        weights: of the distinct timesteps, times the patch's learning scale (T, S, K*N), float32.
+        weights: gate weights of the distinct timesteps (T, S, K*N), float32, multiplied by the
+            patch's learning scale.
 
     Attributes:
-        fields: the fields by site, shape, type and place of the input they were made for.
-        nbytes: bytes that the weights and fields keep alive.
+        fields: the fields by their site and by shape, type, device and layout of its input.
+        nbytes: the number of bytes that the weights and fields keep in memory.
     """
 
     def __init__(self, weights: Tensor) -> None:
@@ -135,13 +139,13 @@ class Remembered:
 
 
 class FieldCache(OrderedDict[Hashable, Remembered]):
-    """`Remembered` weights and fields by what they depend on. A copy of a cache starts empty.
+    """A cache of `Remembered` weights and fields by what they depend on. A copy of it is empty.
 
-    Threads may use it at the same time: hold `lock` to look something up, the methods hold it
-    themselves. What one thread looked up stays valid when another thread's call evicts it.
+    Threads may use it at the same time: hold `lock` to look something up; the methods hold it
+    themselves. What one thread has looked up stays valid when another thread's call evicts it.
 
     Args:
-        limit: bytes; 0 remembers nothing.
+        limit: the largest size in bytes; 0 caches nothing.
     """
 
     def __init__(self, limit: int = DEFAULT_CACHE_BYTES) -> None:
@@ -151,7 +155,7 @@ class FieldCache(OrderedDict[Hashable, Remembered]):
         self.lock = threading.RLock()
 
     def put(self, key: Hashable, remembered: Remembered) -> None:
-        """Remembers weights, in the place of what the key held, and evicts down to the limit."""
+        """Stores weights in place of what the key held, and evicts the oldest over the limit."""
         with self.lock:
             replaced = self.pop(key, None)
             if replaced is not None:
@@ -162,12 +166,12 @@ class FieldCache(OrderedDict[Hashable, Remembered]):
                 self._evict()
 
     def add(self, key: Hashable, owner: Remembered, place: Hashable, field: Field) -> None:
-        """Remembers a field beside its weights, unless these have been evicted meanwhile."""
+        """Stores a field beside its weights, unless these have been evicted meanwhile."""
         with self.lock:
             if self.get(key) is not owner:
                 return
             replaced = owner.fields.get(place)
-            # Prompts live in the patch: where there are weights, they alone are kept alive.
+            # A field with weights has the patch's own prompts, which take no further memory.
             kept = field.values if field.weights is None else field.weights
             grown = kept.nbytes - (0 if replaced is None else replaced.nbytes)
             owner.fields[place] = field
@@ -177,7 +181,7 @@ class FieldCache(OrderedDict[Hashable, Remembered]):
                 self._evict()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes everything from the cache."""
         with self.lock:
             super().clear()
             self.bytes = 0

@@ -25,25 +25,26 @@ from dmp_common.bases.parts import ModelCall, Naming, Site
 from dmp_common.compat import function_transform, is_compiling, is_transforming
 from dmp_common.errors import PatchError
 
-_TIMES_REMEMBERED = 1000  # time embeddings of DiT kept on the CPU, a few kilobytes each
+_TIMES_REMEMBERED = 1000  # time embeddings of DiT that are cached on the CPU, of a few kilobytes
 
 
 class CallHooks:
-    """What the hooks of one attachment know. What belongs to one call is kept in `here`.
+    """The hooks of one attachment, and their state. The state of a call is kept in `here`.
 
-    The model is not kept alive: hosts load another one while an attachment lives.
+    References to the model are weak, because hosts may load another one while an attachment exists.
 
     Args:
         denoiser: the model.
-        runtime: of the patch.
-        naming: of the model.
+        runtime: the runtime of the patch.
+        naming: the naming of the model.
+        settings: how the patch is used at first.
 
     Attributes:
-        here: for each thread, `call`, the forward call it is making.
-        active: whether the patch is on the model; `remove` ends it.
-        settings, dials, enabled, timed: how the patch is used; whether its strength differs
-            between timesteps.
-        calls: forward calls that embedded their timestep.
+        here: its attribute `call` is, for each thread, the forward call that the thread makes.
+        active: whether the patch is on the model; `Attachment.remove` sets it to False.
+        settings, dials: how the patch is used, as numbers and as tensors.
+        enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
+        calls: the number of forward calls in which the model embedded its timestep.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class CallHooks:
         call.off = not self.enabled
         for site in self.sites:
             place = site.module()
-            if place is None:  # another one is in its stead, with a copy of its hooks
+            if place is None:  # another module has replaced it, with a copy of its hooks
                 continue
             own = vars(place)
             if (site.where != "hook" or COMPILED in own or REGISTRY in own) and moved(site):
@@ -108,22 +109,22 @@ class CallHooks:
                 bind(part(), self)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forgets the call, also after an error: a site called outside of it must not see it.
+        """Ends the call, also after an error, so that a site that is called later does not see it.
 
-        torch does not come here after an interrupt (a BaseException); the next call overwrites.
+        After an interrupt (a BaseException) torch does not call this; the next call replaces it.
         """
         self.here.call = None
 
     def embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Receives the time embedding that the model has computed, or that of its labels."""
+        """Receives the time embedding, or the embedding of labels, that the model has computed."""
         call = getattr(self.here, "call", None)
         if call is not None and self.active and not call.off:
             call.embedded(output)
 
     def embed(self, timesteps: Tensor, labels: Any, dtype: torch.dtype) -> Tensor:
-        """Computes e (B, E) where the model does it inside its blocks, with its own modules.
+        """Computes e (B, E) with the modules of a model that computes it only inside its blocks.
 
-        Remembered between calls on the CPU, where it would cost as much as adding at four sites.
+        On the CPU it is cached between calls, because it costs as much as adding at four sites.
         """
         time: Any = self._time
         if self.sums_labels:
@@ -140,7 +141,7 @@ class CallHooks:
             e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(dtype))
             return e
         if len(parameters) != len(self._times_of) or any(map(is_not, parameters, self._times_of)):
-            # Addresses do not tell: a new tensor may get that of one that was freed.
+            # Addresses are not enough: a new tensor may have the address of one that was freed.
             self._times_of, self._times = parameters, {}
         known = self._times
         versions = [value for p in parameters for value in (p.data_ptr(), p._version)]
@@ -155,7 +156,7 @@ class CallHooks:
         return found
 
     def unmark(self) -> None:
-        """Takes the mark off the model, see `_mark`."""
+        """Removes the mark that `_mark` has put on the model."""
         if self.marked is not None:
             vars(self.marked).pop("forward", None)
         self.marked = None
@@ -163,9 +164,9 @@ class CallHooks:
     def _mark(self) -> nn.Module | None:
         """Marks the model, so that `torch.compile` does not give it a graph without this patch.
 
-        The compiler reuses the graph of another model of the class, and does not look at hooks;
-        but it does look whether a module has a `forward` of its own. Each patch marks another
-        module, with the `forward` that the module has anyway.
+        The compiler reuses graphs among models of one class. It does not compare their hooks, but
+        it does compare whether a module has a `forward` of its own. So each patch sets the usual
+        `forward` of another module as the module's own.
         """
         module: nn.Module | None
         for module in (*self._time.modules(), *(site.module() for site in self.sites)):
@@ -177,8 +178,8 @@ class CallHooks:
     def __deepcopy__(self, memo: dict[int, Any]) -> CallHooks:
         """Copies the hooks along with their model.
 
-        A copy of a part of the model (PEFT makes such) keeps these: it may take the place of the
-        part, and then belongs to the same calls.
+        A copy of a part of the model, as PEFT makes it, keeps these hooks: it may replace the part
+        and then belongs to the same calls.
         """
         denoiser = self.denoiser()
         if id(denoiser) not in memo:
@@ -205,20 +206,20 @@ class Call:
     def __init__(self, hooks: CallHooks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.hooks = hooks
         self.args, self.kwargs = args, kwargs
-        self.off = False  # the attachment was disabled when the call began
+        self.off = False  # whether the attachment was disabled when the call began
         self.context: Context | None = None
-        # How many embeddings the gate sees the sum of, and the sum of those seen so far.
+        # The gate sees the sum of the embeddings: how many are missing yet, and the sum so far.
         self.missing = 2 if hooks.sums_labels and not hooks.source.inside else 1
         self.sum: Tensor | None = None
 
     def embedded(self, e: Tensor) -> None:
-        """Takes an embedding (B, E); the last one makes the context."""
+        """Adds up the embeddings (B, E) that the gate sees; makes the context after the last."""
         e = e if self.sum is None else self.sum + e
         self.sum, self.missing = e, self.missing - 1
         if self.missing:
             return
         hooks, timesteps, dials, latent = self.hooks, None, None, None
-        # `is_transforming`, in place: this function runs in every call.
+        # `is_transforming` is written out, because this function runs in every call.
         if is_compiling() or forward_ad._current_level >= 0 or function_transform() is not None:
             dials = hooks.dials
         if dials is not None or hooks.timed:
@@ -226,7 +227,7 @@ class Call:
         if hooks.base.layout == "tokens":
             call = ModelCall(self.args, self.kwargs)
             latent = hooks.base.latent[hooks.naming](hooks.base, call, hooks.denoiser())
-            e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 after them
+            e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 too, after the items
         if not is_compiling():
             hooks.calls += 1
         self.context = hooks.runtime.prepare(
@@ -234,10 +235,10 @@ class Call:
         )
 
     def late(self, site: str, x: Tensor) -> Context:
-        """Makes the context at the first site, where the model embeds the time in its first block.
+        """Makes the context at the first site, for models that embed the timestep in a block.
 
         Raises:
-            PatchError: the model embeds it before, and did not.
+            PatchError: the model should have embedded its timestep before, and did not.
         """
         hooks = self.hooks
         if not hooks.source.inside:
@@ -251,22 +252,22 @@ class Call:
         return self.context
 
     def timesteps(self, like: Tensor) -> Tensor:
-        """Returns the timesteps that the model was called with (B,), on the device of a tensor."""
+        """Returns the timesteps of the call (B,), on the device of `like`."""
         given = ModelCall(self.args, self.kwargs).get(self.hooks.source.argument)
         return torch.as_tensor(given, device=like.device).reshape(-1)
 
 
 class SiteHook:
-    """Adds the prompts of one site, wherever `places` puts it.
+    """The addition of prompts at one site, at the place that `places` chooses.
 
     Args:
-        hooks: of the attachment.
-        site: which.
+        hooks: the hooks of the attachment.
+        site: the site.
         module: the module whose input the site is.
 
     Attributes:
-        where: the place, see `places`; None before it has one.
-        handles: of torch hooks at the place "hook".
+        where: the place, see `places`; None while it has none.
+        handles: the handles of its torch hooks, at the place "hook".
     """
 
     def __init__(self, hooks: CallHooks, site: Site, module: nn.Module) -> None:
@@ -305,7 +306,7 @@ class SiteHook:
         return args, {**kwargs, name: x}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Takes prepended prompts out of the module's output."""
+        """Removes prepended prompts from the module's output."""
         call = getattr(self.hooks.here, "call", None)
         if not self.hooks.active or call is None or call.off:
             return None
@@ -342,7 +343,7 @@ class SiteHook:
 
 
 def _copied(reference: Callable[[], Any], memo: dict[int, Any]) -> weakref.ref[nn.Module]:
-    """Copies a weak reference to a module along with the module, for a deep copy."""
+    """Returns a weak reference to the deep copy of the module that a reference refers to."""
     return weakref.ref(copy.deepcopy(reference(), memo))
 
 

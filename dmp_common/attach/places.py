@@ -1,14 +1,14 @@
-"""Where in a module the prompts of a site are added: a hook, or inside or outside of others' work.
+"""Decides where the prompts of a site are added: in a torch hook, or in a wrapper of a callable.
 
-Mostly a torch hook before the module. Two things make another place necessary, and both may come
-before or after attaching:
+Usually a torch hook ("hook") adds them before the module runs. Two features need another place, and
+both may be enabled before or after the patch is attached:
 
 - The block caches of diffusers (`enable_cache`) replace the module's `forward` and may skip the
-  module. Then the prompts are added inside, around the innermost forward: a skipped block gets
-  none.
+  module. The prompts are then added "inside", around the innermost forward, so that a skipped
+  block gets none.
 - A module that is compiled by itself (`compile_repeated_blocks`) would have the hook in its graph,
-  and a graph for every site. Then the prompts are added outside, before the compiled code: all
-  blocks share the graphs of the plain model.
+  so that each site would need a graph of its own. The prompts are then added "outside", before the
+  compiled code, so that all blocks share the graphs of the plain model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dmp_common.attach.wrapping import Wrapping, is_wrapped, unwrap
 if TYPE_CHECKING:
     from dmp_common.attach.hooks import SiteHook
 
-REGISTRY = "_diffusers_hook"  # where diffusers keeps what replaces a module's forward
-COMPILED = "_compiled_call_impl"  # what `Module.compile` sets, and calls instead of the module
+REGISTRY = "_diffusers_hook"  # diffusers keeps here what replaces a module's forward
+COMPILED = "_compiled_call_impl"  # `Module.compile` sets it, and torch then calls it
 
 
 class Around(Wrapping):
-    """Adds a site's prompts to the arguments of a callable that takes the module's."""
+    """A wrapper that adds a site's prompts to the arguments of the module's callable."""
 
     owner: SiteHook
 
     def __init__(self, owner: SiteHook, inner: Any) -> None:
         super().__init__(owner, inner)
-        self.__wrapped__ = inner  # for `inspect.signature`, which diffusers asks
+        self.__wrapped__ = inner  # `inspect.signature` follows it, and diffusers calls that
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         site = self.owner
@@ -45,7 +45,7 @@ class Around(Wrapping):
 
 
 def moved(site: SiteHook) -> bool:
-    """Tells whether the prompts of a site must be added at another place than now."""
+    """Tells whether the prompts of a site must now be added at another place than before."""
     if site.where != _wanted(site):
         return True
     if site.where == "hook":
@@ -55,7 +55,7 @@ def moved(site: SiteHook) -> bool:
 
 
 def settle(site: SiteHook) -> None:
-    """Puts the prompts of a site where they belong now."""
+    """Installs the hook or the wrapper of a site at the place where it is needed now."""
     remove(site)
     site.where = _wanted(site)
     if site.where != "hook":
@@ -69,7 +69,7 @@ def settle(site: SiteHook) -> None:
 
 
 def remove(site: SiteHook) -> None:
-    """Takes the prompts of a site away, wherever they are."""
+    """Removes the hook or the wrapper of a site, wherever it is."""
     for handle in site.handles:
         handle.remove()
     site.handles.clear()
@@ -82,7 +82,7 @@ def remove(site: SiteHook) -> None:
     for reference in own[REGISTRY]._fn_refs if REGISTRY in own else ():
         unwrap(reference, "original_forward", site)
         unwrap(reference, "forward", site)
-    if "forward" in own:  # where diffusers gives it back
+    if "forward" in own:  # diffusers has put it back here after its cache was disabled
         unwrap(module, "forward", site)
     site.where = None
 
@@ -95,7 +95,7 @@ def _wanted(site: SiteHook) -> Any:
 
 
 def _holder(site: SiteHook) -> tuple[Any, str]:
-    """Finds the callable that the prompts go around."""
+    """Returns the object and the name of its attribute whose callable is to be wrapped."""
     if site.where == "outside":
         return site.module(), COMPILED
     innermost = vars(site.module())[REGISTRY]._fn_refs[0]

@@ -1,4 +1,4 @@
-"""What hosts keep of a patch that a user chose: where it comes from and how it is to be used."""
+"""What a host keeps of a patch that a user has chosen: the loaded file and the settings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from dmp_common.patch.patch import Patch
 
 
 class LoadedPatch:
-    """A patch from a file. Hosts copy what hangs on a model again and again; this is never copied.
+    """A patch that was loaded from a file.
+
+    A deep copy is the same object, because hosts deep-copy the options of a model again and again.
 
     Args:
-        patch: in evaluation mode, on the CPU.
-        path: of its file.
+        patch: the patch, on the CPU; it is set to evaluation mode.
+        path: its file.
     """
 
     def __init__(self, patch: Patch, path: Path) -> None:
@@ -29,7 +31,7 @@ class LoadedPatch:
 
     @property
     def name(self) -> str:
-        """The file's name, for messages."""
+        """The name of the file, for error messages."""
         return self.path.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadedPatch:
@@ -38,18 +40,18 @@ class LoadedPatch:
 
 @dataclass(frozen=True)
 class PatchRecord:
-    """A loaded patch and how it is to be used. Immutable; `dataclasses.replace` makes others.
+    """A loaded patch with its settings. It is immutable; `dataclasses.replace` makes changed ones.
 
     Args:
         loaded: the patch.
         strength: multiplies the added field; 0 is exactly the base.
-        start, end: progress between which the patch acts, 0 at the noise and 1 at the picture.
-        curve: what the strength is multiplied by at progress 0, 0.5 and 1, linear in between.
-        temperature: of the gate.
-        sites: names of the sites that act, None for all of the patch's.
+        start, end: the patch acts between these points of progress; 0 is noise, 1 the picture.
+        curve: factors of the strength at progress 0, 0.5 and 1, and linear in between.
+        temperature: divides the gate's logits.
+        sites: names of the sites that act; None for all sites of the patch.
 
     Raises:
-        PatchError: a value out of range.
+        PatchError: a value is out of range.
     """
 
     loaded: LoadedPatch
@@ -67,7 +69,7 @@ class PatchRecord:
             raise PatchError(f"{self.loaded.name}: {error}") from error
 
     def settings(self, to_timestep: Callable[[float], float]) -> Settings:
-        """The core's settings, with the host's own rule from progress to a timestep."""
+        """Converts to the core's settings, by the host's own rule from progress to a timestep."""
         early, middle, late = self.curve
         points = [(0.0, early), (0.5, middle), (1.0, late)]
         schedule = Schedule.from_percent(

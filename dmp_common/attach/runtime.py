@@ -1,4 +1,4 @@
-"""What a patch needs in forward calls: distinct timesteps, what is remembered, other devices."""
+"""What a patch needs in forward calls: distinct timesteps, the cache, copies on other devices."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _DEFAULT = Settings()
 class Runtime:
     """Makes the contexts of a patch's forward calls, in any thread, on any device.
 
-    One runtime serves all models a patch is attached to. Finished fields are remembered between
-    calls in evaluation mode (`Patch.load` gives a patch in it) and without gradients; a change of
-    a parameter in place is noticed. Writes through `.data` are not: call `cache.clear()` after
+    One runtime serves all models that a patch is attached to. Fields are cached between calls in
+    evaluation mode (`Patch.load` returns a patch in it) and without gradients. The cache notices
+    when a parameter is changed in place, but not writes through `.data`: call `cache.clear()` after
     them.
 
     Args:
-        patch: whose calls they are.
+        patch: the patch.
     """
 
     def __init__(self, patch: Patch) -> None:
@@ -42,7 +42,8 @@ class Runtime:
         self.cache = FieldCache()
         self._columns = {name: column for column, name in enumerate(patch.sites)}
         self._pools = {name: patch.pool(name) for name in patch.sites}
-        # Dictionaries of the parameters: `parameters()` recurses, and this runs in every call.
+        # The dictionaries that hold the parameters are read in every call, and `parameters()`
+        # would be slow, because it recurses.
         self._holders: list[dict[str, nn.Parameter | None]] = [
             module._parameters for module in (patch.gate, *self._pools.values())
         ]
@@ -66,15 +67,16 @@ class Runtime:
         Args:
             e: the model's time embedding of each batch item (B, E).
             latent: size of the latent and place of its tokens; None where sites are feature maps.
-            settings: strength, schedule and so on.
-            timesteps: (B,) on the scale 0..1000; needed where the strength differs between them.
+            settings: strength, schedule and other settings.
+            timesteps: (B,) on the scale 0..1000; needed where the strength depends on them.
             dials: the settings as tensors, for compiled code.
 
         Returns:
             An immutable context; call `context.add(site, x)` at each site.
 
         Raises:
-            PatchError: an embedding of another base, unknown sites, or missing timesteps.
+            PatchError: the embedding is of another base, a site is unknown, or the timesteps are
+                missing.
         """
         patch = self.patch
         if e.dim() != 2 or e.shape[1] != patch.base.embedding:
@@ -99,7 +101,7 @@ class Runtime:
                 columns = {}  # exactly the base
         else:
             strength, site_strengths = self._turned(dials, settings, timesteps)
-        # `is_transforming`, in place: this function runs in every call.
+        # `is_transforming` is written out, because this function runs in every call.
         transforming = not is_compiling() and (
             forward_ad._current_level >= 0 or function_transform() is not None
         )
@@ -172,7 +174,7 @@ class Runtime:
             return runtime
 
     def release(self) -> None:
-        """Gives back the memory of copies on other devices and of finished fields."""
+        """Frees the memory of copies on other devices and of cached fields."""
         with self._lock:
             self._replicas.clear()
         self.cache.clear()
@@ -201,7 +203,10 @@ class Runtime:
     def _recall(
         self, e: Tensor, latent: Latent | None, temperature: float
     ) -> tuple[Remembered | None, Tensor | None, Hashable]:
-        """Finds or computes the weights of the distinct timesteps, their rows, and their key."""
+        """Returns the weights of the distinct timesteps, the row of each item, and their key.
+
+        All three are None where nothing may be cached.
+        """
         if torch.is_grad_enabled() and (e.requires_grad or self._learns()):
             return None, None, None
         versions = self._versions()
@@ -209,7 +214,7 @@ class Runtime:
             return None, None, None
         if e.is_cuda and torch.cuda.is_current_stream_capturing():
             return None, None, None
-        # The embedding itself is the key: whatever made it, equal values give equal gates.
+        # The embedding itself is the key, because equal embeddings give equal weights.
         values = e.detach().to("cpu", torch.float32).numpy()
         items = [row.tobytes() for row in values]
         first = dict(zip(reversed(items), range(len(items) - 1, -1, -1), strict=True))
@@ -233,9 +238,9 @@ class Runtime:
         return remembered, rows, key
 
     def _versions(self) -> Hashable:
-        """Returns what changes whenever a parameter is changed in place or replaced.
+        """Returns a value that changes whenever a parameter is changed in place or replaced.
 
-        None where nothing may be remembered: tensors of inference mode do not count their changes.
+        It is None where nothing may be cached: inference tensors do not count their changes.
         """
         parameters: list[Any] = []
         for holder in self._holders:
@@ -246,7 +251,7 @@ class Runtime:
                 return None
             versions += parameter.data_ptr(), parameter._version
         if len(parameters) != len(self._seen) or any(map(is_not, parameters, self._seen)):
-            # Addresses do not tell: a new tensor may get that of one that was freed.
+            # Addresses are not enough: a new tensor may have the address of one that was freed.
             with self._lock:
                 self._seen, self._generation = parameters, self._generation + 1
         return self._generation, self.patch.conversions, self.patch.learning_scale, *versions
@@ -262,8 +267,7 @@ class Runtime:
 def runtime_of(patch: Patch) -> Runtime:
     """Returns the runtime of a patch: the one it carries (the public `Patch` does), or a new one.
 
-    A patch that is attached to several models has one runtime, so that they share what it
-    remembers.
+    A patch that is attached to several models has one runtime, so that they share its cache.
     """
     runtime = getattr(patch, "runtime", None)
     return runtime if isinstance(runtime, Runtime) else Runtime(patch)

@@ -12,25 +12,25 @@ from dmp_common.bases.schedule import ALWAYS, EVERYWHERE, LAST, Schedule, inside
 from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
 
-_POINTS = 16  # of a curve in `Dials`; longer curves take multiples of it
+_POINTS = 16  # curves in `Dials` are filled up to a multiple of this number of points
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a patch is used. Nothing here changes the patch, and nothing is recorded in its file.
+    """How a patch is used. The settings do not change the patch and are not saved in its file.
 
     Args:
         strength: multiplies the added field; 0 is exactly the base.
         schedule: where along the timesteps the patch acts, and how strongly.
-        temperature: divides the gate's logits; above 1 evens its weights out.
-        sites: names of the sites that act, None for all of the patch's.
-        site_strengths: multiplies the strength at single sites; sites that are not named have 1.
+        temperature: divides the gate's logits; above 1 it makes the weights more equal.
+        sites: names of the sites that act; None for all sites of the patch.
+        site_strengths: factors of the strength at single sites, by name; other sites have 1.
 
     Attributes:
         steady: whether the strength is the same at all timesteps.
 
     Raises:
-        PatchError: a strength or a temperature out of range.
+        PatchError: a strength or the temperature is out of range.
     """
 
     strength: float = 1.0
@@ -72,7 +72,7 @@ class Settings:
             within: the timesteps of the patch itself; its strength is 0 elsewhere.
 
         Raises:
-            PatchError: no timesteps, or some on another scale.
+            PatchError: the timesteps are missing, or they are on another scale.
         """
         if self.strength == 0.0 or not self.needs_timesteps(within):
             return self.strength
@@ -90,7 +90,7 @@ class Settings:
         """Refuses names that are not sites of a patch.
 
         Raises:
-            PatchError: a name that is not among `known`.
+            PatchError: a name is not among `known`.
         """
         asked = {*(self.sites or ()), *(name for name, _ in self.site_strengths)}
         if unknown := sorted(asked - set(known)):
@@ -101,13 +101,14 @@ class Settings:
 
 
 class Dials:
-    """The same settings as tensors, for compiled graphs and for derivatives by the timestep.
+    """Settings as tensors, for compiled graphs and for derivatives with respect to the timestep.
 
     A compiled graph takes tensors as inputs, so that another strength or schedule needs no new
     graph; Python numbers would become constants of it.
 
     Args:
-        settings: strength, schedule and strengths of sites are taken.
+        settings: the settings, of which the strength, the schedule and the strengths of single
+            sites become tensors.
         sites: names of the patch's sites, in order.
         on: whether the patch acts at all.
     """
@@ -140,10 +141,10 @@ class Dials:
 
 
 def required(timesteps: Tensor | None) -> Tensor:
-    """Returns the timesteps of a call whose patch acts at some of them only.
+    """Returns the timesteps of a call, which must be given if the strength depends on them.
 
     Raises:
-        PatchError: there are none.
+        PatchError: the timesteps are missing.
     """
     if timesteps is None:
         raise PatchError(
@@ -159,6 +160,6 @@ def _require_scale(timesteps: Tensor) -> None:
         if not -1.0 < timestep < LAST + 1.0:
             raise PatchError(
                 f"expected timesteps from 0 to 1000 for a schedule, or for a patch of a part of "
-                f"the timesteps, found {timestep:g}: use a scheduler that counts so (those with "
-                "EDM in their name do not), or no schedule."
+                f"the timesteps, found {timestep:g}: use a scheduler with this scale (those with "
+                "EDM in their name have another), or no schedule."
             )

@@ -1,4 +1,4 @@
-"""Callables put around those of a module, and taken away again in any order."""
+"""Wrappers around the callables of a module, which can be removed in any order."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class Wrapping:
-    """Stands in the place of a callable, which it calls; several may be around one another.
+    """A wrapper that replaces a callable and calls it. Wrappers may be around one another.
 
     Args:
-        owner: whose it is: an attachment.
-        inner: the callable in whose place it stands.
+        owner: the object that the wrapper belongs to, and is found by.
+        inner: the callable that it replaces.
     """
 
     def __init__(self, owner: Any, inner: Any) -> None:
@@ -19,7 +19,7 @@ class Wrapping:
 
 
 def is_wrapped(value: Any, owner: Any) -> bool:
-    """Tells whether a wrapping of an owner is around a callable."""
+    """Tells whether one of the wrappers around a callable belongs to an owner."""
     while isinstance(value, Wrapping):
         if value.owner is owner:
             return True
@@ -28,10 +28,10 @@ def is_wrapped(value: Any, owner: Any) -> bool:
 
 
 def unwrap(holder: Any, name: str, owner: Any) -> bool:
-    """Takes an owner's wrapping away from `holder.name`, also from under those of others.
+    """Removes an owner's wrapper from `holder.name`, also from below those of other owners.
 
     Returns:
-        Whether there was one.
+        Whether there was such a wrapper.
     """
     value = getattr(holder, name, None)
     while isinstance(value, Wrapping):

@@ -32,7 +32,7 @@ class Schedule:
             as timesteps rise.
 
     Raises:
-        PatchError: a range upside down, or points that are not finite numbers.
+        PatchError: the range ends before it starts, or a point is not finite.
     """
 
     first: float = math.inf
@@ -47,7 +47,7 @@ class Schedule:
             )
         if not all(math.isfinite(value) for point in self.curve for value in point):
             raise PatchError(f"expected finite points of a curve, found {self.curve}: correct it.")
-        # Stable: of two points at one timestep, the first is that of the lower side.
+        # The sort is stable: of two points at one timestep, the first applies below it.
         curve = sorted(self.curve, key=lambda point: point[0])
         object.__setattr__(self, "curve", tuple(curve))
 
@@ -62,10 +62,13 @@ class Schedule:
         """Makes a schedule from progress, 0 at the noise and 1 at the picture.
 
         Args:
-            start, end: progress between which the patch acts. 0 and 1 mean from the very
+            start, end: the patch acts between these points of progress. 0 and 1 mean from the very
                 beginning to the very end, whatever the rule gives.
             curve: (progress, factor) points.
             to_timestep: the host's own rule from progress to a timestep.
+
+        Raises:
+            PatchError: a progress is not from 0 to 1, or the schedule ends before it starts.
         """
         for percent in (start, end, *(point[0] for point in curve)):
             if not 0.0 <= percent <= 1.0:
@@ -74,7 +77,8 @@ class Schedule:
             raise PatchError(
                 f"expected start <= end of a schedule, found {start} and {end}: swap them."
             )
-        # From the picture's end, as timesteps rise; of two equal ones the last is the noisier side.
+        # Reversed, because timesteps rise as progress falls; of two points at one progress the
+        # second then applies on the noisier side.
         points = sorted(curve, key=lambda point: point[0])[::-1]
         return cls(
             first=math.inf if start <= 0.0 else to_timestep(start),
@@ -113,11 +117,11 @@ class Schedule:
 
 
 ALWAYS = Schedule()  # everywhere, with factor 1
-EVERYWHERE = (0, 1000)  # the timesteps of a patch that has no part of its own
+EVERYWHERE = (0, 1000)  # the timesteps of a patch that is not limited to a part of them
 
 
 def inside(timesteps: Tensor, within: tuple[int, int]) -> Tensor:
-    """Returns which timesteps belong to a patch: from the first number to below the second.
+    """Returns a mask of the timesteps that a patch acts at: from the first to below the second.
 
     Args:
         timesteps: any shape, on the scale 0..1000.

@@ -35,7 +35,7 @@ def time_features(timesteps: Tensor, base: Base, shift: float = 0.0) -> Tensor:
 
     Args:
         timesteps: (T,), on the scale 0..1000.
-        shift: of the frequencies, see `sinusoid`.
+        shift: the frequency shift, see `sinusoid`.
 
     Returns:
         (T, channels), float32.
@@ -56,6 +56,9 @@ def embed_timesteps(
 
     Returns:
         e (T, E), in the dtype of the model's time embedding.
+
+    Raises:
+        PatchError: the model has no such time embedding, or no class labels.
     """
     source = base.times[naming]
     mlp = find_module(model, source.mlp)

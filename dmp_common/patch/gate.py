@@ -1,4 +1,4 @@
-"""The gate, which computes weights (T, S, N) from the time embedding (T, E) and each site's depth."""
+"""The gate: it turns the time embedding (T, E) and each site's depth into weights (T, S, N)."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Gate(nn.Module):
         self.bias.copy_(fitted[-1])
 
     def _spread(self, weights: Tensor) -> Tensor:
-        """Returns the weights of all prompts (T, S, K*N); those of a grid (T, S, K) are repeated."""
+        """Returns weights of prompts (T, S, K*N); weights of grids (T, S, K) are repeated."""
         if self.variant.gate_unit == "prompt":
             return weights
         return weights.repeat_interleave(self.variant.prompts, dim=-1)

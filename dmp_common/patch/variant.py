@@ -50,8 +50,7 @@ class Variant:
         selection: "soft" (softmax weights) or "hard" (the top 75 % with weight 1).
         across_depth: "distinct" (the gate sees the site's depth) or "uniform" (it does not).
         mix: "add" to the block's input, or "prepend" tokens (DiT bases, trainer only).
-        condition: what the gate sees: "t", or "t+y" with the class embedding added, as the
-            official code does.
+        condition: what the gate sees: "t", or "t+y" (the class embedding too, as officially).
         gate_unit: what has a weight of its own: each "prompt" (eq. 3), or each "grid" as a whole,
             so that a site's field is a mixture of K grids. The paper has no grids.
         gate_form: "softmax" (eq. 3), or "residual": the weight is 1 plus the gate's logit, so that
