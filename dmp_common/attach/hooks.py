@@ -6,7 +6,6 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
-from operator import is_not
 from typing import Any, Literal
 
 import torch
@@ -17,15 +16,14 @@ from torch.utils.hooks import RemovableHandle
 
 from dmp_common.attach.checkpointing import bind
 from dmp_common.attach.context import Context
+from dmp_common.attach.innertime import InnerTime
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
 from dmp_common.attach.runtime import Runtime
 from dmp_common.attach.settings import Dials, Settings
 from dmp_common.bases.base import find_module
 from dmp_common.bases.parts import ModelCall, Naming, Site
-from dmp_common.compat import function_transform, is_compiling, is_transforming
+from dmp_common.compat import function_transform, is_compiling
 from dmp_common.errors import PatchError
-
-_TIMES_REMEMBERED = 1000  # time embeddings of DiT that are cached on the CPU, of a few kilobytes
 
 
 class CallHooks:
@@ -60,8 +58,7 @@ class CallHooks:
         self.source = patch.base.times[naming]
         self.sums_labels = patch.variant.condition == "t+y"
         self._time = _module(denoiser, self.source.path)
-        self._times: dict[tuple[Any, ...], Tensor] = {}
-        self._times_of: list[Tensor] = []
+        self.inner_time = InnerTime(self._time, self.sums_labels)
         self.use(settings, True)
         self.checkpointing = [
             weakref.ref(m) for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")
@@ -121,40 +118,6 @@ class CallHooks:
         if call is not None and self.active and not call.off:
             call.embedded(output)
 
-    def embed(self, timesteps: Tensor, labels: Any, dtype: torch.dtype) -> Tensor:
-        """Computes e (B, E) with the modules of a model that computes it only inside its blocks.
-
-        On the CPU it is cached between calls, because it costs as much as adding at four sites.
-        """
-        time: Any = self._time
-        if self.sums_labels:
-            conditioning: Tensor = time(timesteps, labels, hidden_dtype=dtype)
-            return conditioning
-        parameters: list[Tensor] = list(time.timestep_embedder.parameters())
-        if (
-            is_compiling()
-            or is_transforming()
-            or torch.is_grad_enabled()
-            or timesteps.device.type != "cpu"
-            or any(p.is_inference() for p in parameters)
-        ):
-            e: Tensor = time.timestep_embedder(time.time_proj(timesteps).to(dtype))
-            return e
-        if len(parameters) != len(self._times_of) or any(map(is_not, parameters, self._times_of)):
-            # Addresses are not enough: a new tensor may have the address of one that was freed.
-            self._times_of, self._times = parameters, {}
-        known = self._times
-        versions = [value for p in parameters for value in (p.data_ptr(), p._version)]
-        key = (*timesteps.tolist(), dtype, *versions)
-        found = known.get(key)
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                found = time.timestep_embedder(time.time_proj(timesteps.clone()).to(dtype))
-            if len(known) >= _TIMES_REMEMBERED:
-                known.clear()
-            known[key] = found
-        return found
-
     def unmark(self) -> None:
         """Removes the mark that `_mark` has put on the model."""
         if self.marked is not None:
@@ -186,7 +149,7 @@ class CallHooks:
             return self
         other = object.__new__(type(self))
         memo[id(self)] = other
-        own = {"here": threading.local(), "_times": {}, "_times_of": []}
+        own: dict[str, Any] = {"here": threading.local()}
         own["denoiser"] = weakref.ref(memo[id(denoiser)])
         own["checkpointing"] = [_copied(part, memo) for part in self.checkpointing]
         for name, value in vars(self).items():
@@ -247,7 +210,7 @@ class Call:
                 f"{hooks.base.name}, and it did not: is its forward replaced?"
             )
         labels = ModelCall(self.args, self.kwargs).get(hooks.base.labels)
-        self.embedded(hooks.embed(self.timesteps(x), labels, x.dtype))
+        self.embedded(hooks.inner_time(self.timesteps(x), labels, x.dtype))
         assert self.context is not None
         return self.context
 
