@@ -82,8 +82,9 @@ class Settings:
             strengths = torch.where(inside(timesteps, within), strengths, 0.0)
         if is_compiling():  # Reading numbers would split the graph, or make them fixed in it.
             return strengths
-        values = strengths.tolist()
-        _require_scale(timesteps)
+        # Read together: each reading makes the processor wait for the GPU.
+        values, times = torch.stack([strengths, timesteps.double()]).tolist()
+        _require_scale(times)
         return float(values[0]) if len(set(values)) == 1 else strengths
 
     def require_sites(self, known: Sequence[str]) -> None:
@@ -154,10 +155,10 @@ def required(timesteps: Tensor | None) -> Tensor:
     return timesteps
 
 
-def _require_scale(timesteps: Tensor) -> None:
+def _require_scale(timesteps: list[float]) -> None:
     """Refuses timesteps that are not on the scale 0 to 1000, such as c_noise of EDM schedulers."""
-    for timestep in timesteps.reshape(-1).tolist():
-        if not -1.0 < timestep < LAST + 1.0:
+    for timestep in timesteps:
+        if not -0.5 < timestep < LAST + 1.0:
             raise PatchError(
                 f"expected timesteps from 0 to 1000 for a schedule, or for a patch of a part of "
                 f"the timesteps, found {timestep:g}: use a scheduler with this scale (those with "
