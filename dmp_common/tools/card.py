@@ -27,20 +27,20 @@ def model_card(
     tags: Sequence[str] = (),
     pictures: Mapping[str, str] | None = None,
 ) -> str:
-    """The model card (README.md) of a patch: front matter for the hub, and how to use it.
+    """Writes the model card (README.md) of a patch: front matter for the hub, and how to use it.
 
     Args:
-        variant: what the patch is made of.
-        metadata: of the patch file; its entries `ss_*` and `modelspec.*` become a table.
-        repo_id: "user/repo", for the examples.
-        filename: of the patch in the repository.
-        base_model: repository of the frozen base; None takes the usual one of the patch's base.
-        license: an identifier the hub knows, such as "apache-2.0".
-        tags: besides ours.
-        pictures: caption to path in the repository.
+        variant: the configuration of the patch.
+        metadata: the strings of the patch file; entries `ss_*` and `modelspec.*` become a table.
+        repo_id: the repository "user/repo", for the examples.
+        filename: the file of the patch in the repository.
+        base_model: the repository of the base; None takes the usual one of the patch's base.
+        license: an identifier that the hub knows, such as "apache-2.0".
+        tags: tags besides ours.
+        pictures: for each caption, the path of its picture in the repository.
 
     Returns:
-        Markdown.
+        The card in Markdown.
     """
     base_model = base_model or variant.base_spec.hub_id
     front: dict[str, object] = {"library_name": LIBRARY}
@@ -77,7 +77,7 @@ def _summary(variant: Variant, base_model: str | None) -> str:
 
 
 def _trained(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What the file says about its making."""
+    """Returns what the file says about how it was made."""
     told = ("ss_", "modelspec.", "dmp.converted")
     return {
         key: value
@@ -126,9 +126,9 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text from a file, as one line that means nothing in Markdown or HTML.
+    """Returns text from a file as one line without markup of Markdown or HTML.
 
-    Also addresses: colons, at signs and "www." make links of plain text.
+    Addresses are escaped too: colons, at signs and "www." turn plain text into links.
     """
     line = printable(" ".join(text.split()), _CELL)
     escaped = re.sub(r"([\\`*_|\[\]()!~:@])", r"\\\1", html.escape(line, quote=False))

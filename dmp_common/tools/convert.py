@@ -1,4 +1,4 @@
-"""Import of checkpoints of the official DMP code."""
+"""Imports checkpoints of the official DMP code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmp_common.patch.file import PatchContents, file_hash
 from dmp_common.patch.variant import Variant
 from dmp_common.tools.official import Checkpoint, read_checkpoint
 
-_LATENTS = (32, 64)  # height of the latents the official code trains on: 256 and 512 pixels
+_LATENTS = (32, 64)  # heights of latents in the official training: 256 and 512 pixels
 
 
 def read_official(
@@ -25,29 +25,29 @@ def read_official(
 ) -> PatchContents:
     """Reads what a patch file would hold from a checkpoint of the official code.
 
-    Taken are the prompts (P, N, D) of the first P blocks and the gate (N, D+1), (N); never the
-    DiT's own weights, the optimizer or `w_noise`, which only training needs. Prompts beyond the
-    depth of the DiT are left out: the official code never reads them. The patch has prediction
-    epsilon and frequency shift 0. Its gate sees t+y, or t where prompts are prepended; without
-    gate it is prompt tuning.
+    The patch gets the prompts (P, N, D) of the first P blocks and the gate (N, D+1), (N). It never
+    gets the DiT's own weights, the optimizer or `w_noise`, which only training needs. Prompts
+    beyond the depth of the DiT are left out, because the official code never reads them. The patch
+    has prediction epsilon and frequency shift 0. Its gate sees t+y, or t where prompts are
+    prepended; a patch without gate is prompt tuning.
 
-    How the prompts were used is read from the configuration in the file. Where there is none, the
+    How the prompts were used is read from the configuration in the file. If there is none, the
     gate is assumed to have kept all prompts (`topk` 1.0, the official default), and `mix` must be
-    given where one prompt for each token may have been added or prepended.
+    given if the file fits both added and prepended prompts.
 
     Args:
         source: the checkpoint, {"model": state dict, ...}, or a bare state dict.
-        base: needed where the file does not tell, for example without the DiT's weights.
-        mix: "add" or "prepend"; needed where the file does not tell.
+        base: the base; needed if the file does not show it, for example without the DiT's weights.
+        mix: "add" or "prepend"; needed if the file does not show it.
 
     Returns:
         Variant, tensors (float32, on the CPU), and metadata that names the source.
 
     Raises:
-        PatchError: no such checkpoint, a damaged one, one that leaves the base or mix open, or
-            one that no patch is equal to: with a gate that kept a part of the prompts (`topk`
-            below 1), or with prompts prepended to the first blocks alone (the official code
-            carries their outputs on through the other blocks).
+        PatchError: the file is not such a checkpoint, is damaged, or does not show the base or mix;
+            or no patch equals it, because its gate kept a part of the prompts (`topk` below 1), or
+            prompts were prepended to the first blocks alone (the official code carries their
+            outputs on through the other blocks).
 
     Source: github.com/sangminwoo/DMP, train.py (the file), config/ (the names of the options) and
     models/DiT/models.py (the model).
@@ -80,7 +80,7 @@ def _find_base(official: Checkpoint, base: str | Base | None) -> Base:
         raise official.error("a checkpoint of a known DiT", str(official), remedy)
     if len(fitting) > 1:
         raise official.error(
-            "a checkpoint that tells its base", str(official), f"say base=..., one of {names}"
+            "a checkpoint that shows its base", str(official), f"give base=..., one of {names}"
         )
     return fitting[0]
 
@@ -96,7 +96,7 @@ def _require_same_base(official: Checkpoint, base: Base) -> None:
 
 
 def _find_mix(official: Checkpoint, base: Base, mix: Mix | None) -> Mix:
-    """How the prompts meet the tokens; adding takes one prompt for each token of a square."""
+    """Returns how prompts meet tokens; to be added, they must be one for each token of a square."""
     if mix not in (None, "add", "prepend"):
         raise PatchError(f'expected mix to be "add" or "prepend", found {mix!r}: choose one.')
     told = official.options.mix
@@ -110,19 +110,19 @@ def _find_mix(official: Checkpoint, base: Base, mix: Mix | None) -> Mix:
     chosen = mix or told or _only_mix(official, base, addable)
     if chosen == "add" and not addable:
         expected = f"one prompt for each of {tokens or 'a square of'} tokens, to add them"
-        raise official.error(expected, found, 'leave mix out, or say mix="prepend"')
+        raise official.error(expected, found, 'leave mix out, or give mix="prepend"')
     if chosen == "prepend" and not official.gate:
         # The official code has no such model: its prepending always calls the gate.
         raise official.error(
             "a gate, which prepended prompts always have",
             f"{found} and no gate",
-            'say mix="add" if they were added, or get the whole file',
+            'give mix="add" if they were added, or get the whole file',
         )
     return chosen
 
 
 def _only_mix(official: Checkpoint, base: Base, addable: bool) -> Mix:
-    """The mix that a checkpoint without configuration must have."""
+    """Returns the mix of a checkpoint without configuration, if only one is possible."""
     if not addable:
         return "prepend"
     count, tokens = official.prompts.shape[1], official.tokens
@@ -130,14 +130,14 @@ def _only_mix(official: Checkpoint, base: Base, addable: bool) -> Mix:
     if not official.gate and (tokens is not None or count in usual):
         return "add"
     raise official.error(
-        "a checkpoint that tells whether its prompts were added or prepended",
+        "a checkpoint that shows whether its prompts were added or prepended",
         f"{count} prompts a block and no training configuration",
-        'say mix="add" or mix="prepend" (on the command line --mix), as it was trained',
+        'give mix="add" or mix="prepend" (on the command line --mix), as it was trained',
     )
 
 
 def _require_exact(official: Checkpoint, base: Base, mix: Mix) -> None:
-    """Refuses what no patch of ours computes, and files that contradict themselves."""
+    """Refuses checkpoints that no patch can equal, and those that contradict themselves."""
     blocks, count, _ = official.prompts.shape
     options = official.options
     for told, held, what in (

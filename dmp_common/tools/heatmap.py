@@ -234,7 +234,7 @@ def _point_at(image: Image.Image, x: int, y: int) -> None:
 
 
 def _subtitle(patch: Patch) -> str:
-    """Returns the line below the title: what a reader must know about the gate."""
+    """Returns the line below the title, which says what a reader must know about the gate."""
     variant = patch.variant
     kind = f"{variant.gate.capitalize()} gate"
     if variant.gate == "none":

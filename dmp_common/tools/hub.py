@@ -1,8 +1,9 @@
-"""Files of the Hugging Face hub: their paths here, downloaded by need, and uploads in one commit.
+"""Downloads files of the Hugging Face hub, and uploads files in one commit.
 
-The client, `huggingface_hub`, is imported where it is used: hosts need not have it. Versions 0.24
-to 2 serve; they differ in their HTTP library and so in what they raise. Its environment variables
-hold: HF_ENDPOINT for another hub, HF_TOKEN, HF_HOME for the cache, HF_HUB_OFFLINE.
+The client, `huggingface_hub`, is imported where it is used, because hosts need not have it.
+Versions 0.24 to 2 work; they use different HTTP libraries and so raise different errors. The
+client's environment variables apply: HF_ENDPOINT for another hub, HF_TOKEN, HF_HOME for the cache,
+HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ def resolve(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """The local path of a patch, which is downloaded into the client's cache first if need be.
+    """Returns the local path of a patch; a file of the hub is downloaded into the cache if needed.
 
-    A text "user/repo" is a repository of the hub, unless such a path exists here or it ends like
-    a file. Anything else is a local path, also "user/repo/patch.safetensors": a mistyped path
-    must not become a question to a server. So a file of a repository goes into `filename`.
+    A text "user/repo" is a repository of the hub, unless it is an existing local path or has the
+    ending of a file. Anything else is a local path, also "user/repo/patch.safetensors", so that a
+    mistyped path is never sent to a server. The file of a repository is named by `filename`.
 
     Args:
-        source: a path, or "user/repo".
-        filename: the file in the repository or folder; not needed where a repository (or the
-            subfolder) has one `.safetensors` file alone. Without a connection those in the cache
-            count.
-        subfolder: the folder in the repository, or below the local path, that has the file.
+        source: a path, or a repository "user/repo".
+        filename: the file in the repository or folder; not needed if the repository (or its
+            subfolder) has exactly one `.safetensors` file. Without a connection only the files in
+            the cache count.
+        subfolder: the folder of the file in the repository, or below the local path.
         revision: branch, tag or commit of the repository.
-        token: of the hub; None takes the one of its login, False none.
+        token: token of the hub; None takes that of the client's login, False sends none.
         cache_dir: folder for downloads, in place of the client's cache.
-        local_files_only: take what is in the cache and ask no server.
-        force_download: download the file even if it is in the cache.
+        local_files_only: whether to use the cache alone, without any server.
+        force_download: whether to download the file even if it is in the cache.
 
     Raises:
-        PatchError: no client, no connection, no such repository, revision or file, or several
-            files to choose from. Whether a local path exists is left to its reader.
+        PatchError: there is no client, no connection, or no such repository, revision or file; or
+            there are several files to choose from. A local path is not checked.
     """
     text = os.fspath(source)
     local = Path(text).expanduser()
@@ -88,7 +89,7 @@ def require_repository(repo_id: str) -> None:
     """Checks the name of a repository.
 
     Raises:
-        PatchError: it is not like "user/repo".
+        PatchError: the name is not of the form "user/repo".
     """
     if not _REPOSITORY.fullmatch(repo_id):
         raise PatchError(f'expected a repository as "user/repo", found {repo_id!r}: name one.')
@@ -105,17 +106,17 @@ def push_files(
     """Uploads files in one commit; makes the repository if it does not exist.
 
     Args:
-        repo_id: "user/repo".
-        files: path in the repository to contents; files of these names are replaced.
-        token: with the right to write; None takes the one of the client's login.
+        repo_id: the repository, "user/repo".
+        files: for each path in the repository, the contents; existing files are replaced.
+        token: a token with the right to write; None takes that of the client's login.
         private: whether a repository that is made now is private.
-        message: of the commit.
+        message: the message of the commit.
 
     Returns:
         The repository's address.
 
     Raises:
-        PatchError: a bad name, no client, no connection, or no permission.
+        PatchError: the name is bad, or there is no client, no connection, or no permission.
     """
     require_repository(repo_id)
     client = _client(token)
@@ -140,15 +141,18 @@ def _client(token: str | bool | None) -> Any:
 
 
 def _errors() -> Any:
-    """The module with the client's errors; `Any`, for it declares them differently by version."""
+    """Returns the module of the client's errors; `Any`, because its types differ by version."""
     import huggingface_hub.utils
 
     return huggingface_hub.utils
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
-    """What the client raises without a connection: an OSError if it is built on requests, and
-    otherwise a relative of its own error for answers, which has that library's as a base."""
+    """Returns the errors that the client raises without a connection.
+
+    They are OSErrors if the client uses `requests`. Otherwise they are errors of its HTTP library,
+    from which the client's own error for bad answers is derived too.
+    """
     return (OSError, *_errors().HfHubHTTPError.__bases__)
 
 
@@ -159,16 +163,16 @@ def _files(
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
 ) -> list[str]:
-    """Names of the files in a repository; without a connection, of those in the cache."""
+    """Lists the files in a repository or, without a connection, those in the cache."""
     if not local_files_only:
         try:
-            # Not `list_repo_files`: without a connection that one tries for half a minute.
+            # `list_repo_files` is not used: without a connection it tries for half a minute.
             found = client.model_info(repo_id, revision=revision, timeout=_PATIENCE).siblings
             return [file.rfilename for file in found or ()]
         except _errors().HfHubHTTPError:
-            raise  # the hub answered
+            raise  # the hub has answered, so its cache must not hide the error
         except _unreachable():
-            pass  # the cache is what there is
+            pass  # the files in the cache are listed below
     cached = client.snapshot_download(
         repo_id,
         revision=revision,
@@ -198,7 +202,7 @@ def _explained(
     filename: str | None = None,
     local_files_only: bool = False,
 ) -> Iterator[None]:
-    """Turns what the client raises into errors that say what to do."""
+    """Turns the client's errors into a `PatchError` that says what to do."""
     errors = _errors()
     where = repo_id if revision is None else f"{repo_id} at revision {revision}"
     try:

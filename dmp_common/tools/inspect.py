@@ -1,4 +1,4 @@
-"""What a patch file is made of, as a record and as text, from its header alone."""
+"""Describes a patch file by its header alone, as a record and as text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dmp_common.patch.header import ITEM_BYTES
 from dmp_common.patch.variant import Variant
 
 _COLUMN = 13  # where values begin
-_LONGEST = 100  # characters of a metadata value in the text; the record has all
+_LONGEST = 100  # characters of a metadata value in the text; the record has the whole value
 
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a patch file is made of, ready for JSON. Values of tensors are not looked at.
+    """Describes a patch file in a record that can be written as JSON, without reading its tensors.
 
     Raises:
-        PatchError: not a patch, or one whose tensors are not those its header promises.
+        PatchError: the file is not a patch, or its tensors are not those that its header promises.
     """
     file = read_header(path)
     variant = file.variant
@@ -61,7 +61,12 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def as_text(record: dict[str, Any], list_sites: bool = False) -> str:
-    """A record of `inspect_file` for people; `*` marks what differs from the base's defaults."""
+    """Writes a record as text for people; `*` marks what differs from the base's defaults.
+
+    Args:
+        record: a record of `inspect_file`.
+        list_sites: whether to list every site.
+    """
     lines = [
         printable_path(record["file"]),
         _line("base", record["base"]),
@@ -125,7 +130,7 @@ def _site_lines(record: dict[str, Any], list_sites: bool) -> list[str]:
 
 
 def _site_set(variant: Variant) -> str | None:
-    """The name of the set that a patch's sites are, if they are one."""
+    """Returns the name of the set that consists of the patch's sites, or None."""
     base = variant.base_spec
     for name, sites in (*base.site_sets.items(), ("all", tuple(base.depths))):
         if sites == variant.sites:

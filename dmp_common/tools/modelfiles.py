@@ -1,4 +1,4 @@
-"""The tensors of a base model on disk: names, shapes, and single values, whatever its size."""
+"""Reads names, shapes and single tensors of a model on disk, whatever its size."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _GET_AGAIN = "get the model again"
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a model on disk; no values are read.
+    """Returns names and shapes of the tensors of a model on disk, without reading their values.
 
     Args:
         path: a `.safetensors` file, or the folder of a diffusers model or pipeline.
 
     Raises:
-        PatchError: nothing of the kind, or damaged.
+        PatchError: the path is not such a file or folder, or a file is damaged.
     """
     files = ModelFiles(Path(path))
     shapes: dict[str, tuple[int, ...]] = {}
@@ -50,7 +50,7 @@ class ModelFiles:
             folder of a pipeline.
 
     Raises:
-        PatchError: nothing of the kind, or damaged.
+        PatchError: the path is not such a file or folder, or a file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,23 +71,23 @@ class ModelFiles:
             raise file_error(path, "a .safetensors file or a diffusers folder", "neither", remedy)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, float32, copied out of its file."""
+        """Reads one tensor and returns it as a float32 copy."""
         path = self._of(name)
         with _open(path) as file:
             try:
                 tensor: Tensor = file.get_tensor(name)
                 return tensor.to(torch.float32, copy=True)
-            # A KeyError or ValueError is a type of numbers that torch does not have.
+            # A KeyError or ValueError means a type of numbers that torch does not have.
             except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
                 expected = f"a tensor {printable(name)} of numbers"
                 raise file_error(path, expected, str(error), _GET_AGAIN) from error
 
     def linear(self, name: str, bias: bool) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear layer; None for the bias of one that has none."""
+        """Reads the weight and the bias of a linear layer; without a bias, that one is None."""
         return self.read(f"{name}.weight"), self.read(f"{name}.bias") if bias else None
 
     def probe(self, prefix: str, probe: Probe) -> object:
-        """What a probe finds, told from names and shapes alone."""
+        """Returns what a probe finds, as far as names and shapes show it."""
         path = prefix + probe.path
         if probe.attribute is None:
             return any(name.startswith(path + ".") for name in self.where)
@@ -105,7 +105,7 @@ class ModelFiles:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The weights file of a diffusers model folder, or the index of several."""
+    """Returns the file of weights in the folder of a diffusers model, or the index of several."""
     plain = folder / f"{_WEIGHTS}.safetensors"
     files = sorted(p for p in folder.glob(f"{_WEIGHTS}*.safetensors") if "-of-" not in p.name)
     for found in (
@@ -121,7 +121,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _read_index(path: Path) -> Iterator[tuple[str, Path]]:
-    """Tensor names and the files that hold them, which lie beside the index."""
+    """Yields the names of tensors and the files that hold them, which lie beside the index."""
     expected = "an index of model files"
     try:
         index = parse_json(read_bounded(path, _MAX_INDEX, expected))
@@ -141,7 +141,7 @@ def _read_index(path: Path) -> Iterator[tuple[str, Path]]:
 
 def _open(path: Path) -> Any:
     with opened(path, "a safetensors file"):
-        pass  # the library would wait for a pipe
+        pass  # this refuses pipes, for which the library would wait forever
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

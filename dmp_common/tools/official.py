@@ -1,8 +1,8 @@
-"""What a checkpoint of the official DMP code holds: learned values, shapes, and its options.
+"""Reads what a checkpoint of the official DMP code holds: learned values, shapes, and its options.
 
-The official trainer stores its configuration as an omegaconf object. Nothing of omegaconf runs
-here: the object is an inert stand-in with plain attributes, of which a container keeps its entries
-in `_content` and a leaf its value in `_val`.
+The official trainer stores its configuration as omegaconf objects. No code of omegaconf runs here:
+an inert object with plain attributes stands for each of them. A container keeps its entries in
+`_content`, a leaf its value in `_val`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dmp_common.tools.pickles import Opaque, StoredTensor
 from dmp_common.tools.unpickle import TorchFile
 
 _PROMPTS, _WEIGHT, _BIAS = "prompt_embeddings", "gate.weight", "gate.bias"
-_OTHERS = ("gate.", "prompt_proj.")  # of unpublished versions: other gates, projected prompts
+_OTHERS = ("gate.", "prompt_proj.")  # tensors of unpublished versions: other gates, projections
 _BLOCK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _MIXES: dict[str, Mix] = {"add": "add", "prepend": "prepend"}
@@ -31,16 +31,16 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Options:
-    """What a configuration says about the prompts; None where it says nothing.
+    """What a configuration says about the prompts. An option that it does not have is None.
 
     Args:
-        model: name of the DiT, such as "DiT-XL/2".
-        mix: how the prompts meet the tokens.
-        prompts: N.
+        model: the name of the DiT, such as "DiT-XL/2".
+        mix: whether prompts are added to the tokens or prepended to them.
+        prompts: the number of prompts N.
         blocks: the number of first blocks that have prompts; may exceed the depth of the DiT.
         topk: the share of the prompts that the gate keeps.
-        gates: 1 where there is a gate, 0 where there is none.
-        init: how training began; "zero", the official default, where it says nothing.
+        gates: the number of gates, 1 or 0.
+        init: how the values were initialised; without the option "zero", the official default.
     """
 
     model: str | None = None
@@ -57,11 +57,11 @@ class Checkpoint:
     """What a checkpoint of the official code holds.
 
     Args:
-        path: of the file.
-        prompts: (P, N, D), float32.
-        gate: "gate.weight" (N, D+1) and "gate.bias" (N,), float32, or nothing.
-        shapes: of all tensors, for what they tell about the DiT.
-        options: of the training configuration, as far as the file holds it.
+        path: the file.
+        prompts: the prompts (P, N, D), float32.
+        gate: "gate.weight" (N, D+1) and "gate.bias" (N,), float32; empty without a gate.
+        shapes: the shapes of all tensors, which show what the DiT is like.
+        options: the options of the configuration in the file.
     """
 
     path: Path
@@ -72,41 +72,41 @@ class Checkpoint:
 
     @property
     def patch_size(self) -> int | None:
-        """Of the DiT, where its weights are there."""
+        """The patch size of the DiT, or None if the file does not have its weights."""
         shape = self.shapes.get("x_embedder.proj.weight", ())  # (D, channels, size, size)
         return shape[2] if len(shape) == 4 else None
 
     @property
     def depth(self) -> int | None:
-        """Blocks of the DiT, where its weights are there."""
+        """The number of blocks of the DiT, or None if the file does not have its weights."""
         found = (_BLOCK_NAME.match(name) for name in self.shapes)
         return max((int(block[1]) for block in found if block), default=-1) + 1 or None
 
     @property
     def tokens(self) -> int | None:
-        """Image tokens the DiT was trained with, where its weights are there."""
+        """The number of image tokens in training, or None if the file does not have the weights."""
         shape = self.shapes.get("pos_embed", ())  # (1, tokens, D)
         return shape[1] if len(shape) == 3 else None
 
     @property
     def base_name(self) -> str | None:
-        """Our name of the DiT in the configuration, such as dit-xl/2."""
+        """Our name for the DiT that the configuration names, such as dit-xl/2, or None."""
         return None if self.options.model is None else self.options.model.lower()
 
     def fits(self, base: Base) -> bool:
-        """Whether all that the checkpoint tells agrees with a base."""
+        """Tells whether everything that the checkpoint shows agrees with a base."""
         count, width, size = len(base.sites), base.sites[0].width, base.sites[0].stride
         return (
             base.labels is not None  # a DiT
             and self.prompts.shape[2] == width
             and self.patch_size in (None, size)
             and self.depth in (None, count)
-            # More prompts than blocks are believed only where the file shows its blocks.
+            # More prompts than blocks are accepted only if the file shows its blocks.
             and (self.depth is not None or len(self.prompts) <= count)
         )
 
     def error(self, expected: str, found: str, remedy: str) -> PatchError:
-        """An error that names the file."""
+        """Makes an error that names the file."""
         return file_error(self.path, expected, found, remedy)
 
     def __str__(self) -> str:
@@ -119,10 +119,10 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The learned values of a checkpoint, the shapes of all its tensors, and its options.
+    """Reads the learned values of a checkpoint, the shapes of all its tensors, and its options.
 
     Raises:
-        PatchError: no such file, a damaged one, or none of the official code.
+        PatchError: the file does not exist, is damaged, or is not of the official code.
     """
     with TorchFile(path) as file:
         contents = file.contents()
@@ -152,7 +152,7 @@ def _copied(values: Tensor) -> Tensor:
 
 
 def _wrong_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
-    """What is wrong with the learned tensors; empty if nothing is."""
+    """Describes what is wrong with the learned tensors, in a text that is empty if nothing is."""
     prompts = shapes.get(_PROMPTS)
     if prompts is None:
         listed = ", ".join(printable(name, 60) for name in list(shapes)[:3]) or "no tensors"
@@ -169,7 +169,7 @@ def _wrong_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def _state_dict(contents: object) -> dict[str, StoredTensor]:
-    """The tensors of {"model": state dict, ...} or a bare state dict, without prefixes."""
+    """Returns the tensors of {"model": state dict, ...} or of a bare state dict by plain names."""
     if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
         contents = contents["model"]
     items = contents.items() if isinstance(contents, dict) else ()
@@ -177,7 +177,7 @@ def _state_dict(contents: object) -> dict[str, StoredTensor]:
 
 
 def _bare(name: str) -> str:
-    """A name without prefixes; cut once, for a hostile name may have a million of them."""
+    """Returns a name without prefixes. It is cut once, as a hostile one may have a million."""
     start = 0
     while name.startswith(_PREFIXES, start):
         start = name.index(".", start) + 1
@@ -185,14 +185,14 @@ def _bare(name: str) -> str:
 
 
 def _read_options(checkpoint: object, path: Path) -> Options:
-    """The options in a checkpoint's configuration.
+    """Reads the options in a checkpoint's configuration.
 
     Args:
         checkpoint: the contents of the file.
-        path: of the file, for the messages.
+        path: the file, for error messages.
 
     Raises:
-        PatchError: a value that the official code does not have.
+        PatchError: an option has a value that the official code does not have.
 
     Source: github.com/sangminwoo/DMP, config/models/DiT.yaml and models/create_model.py.
     """
@@ -231,7 +231,7 @@ def _read_options(checkpoint: object, path: Path) -> Options:
 
 
 def _entry(config: object, *names: str) -> object:
-    """The value at a path of names in dictionaries or containers of omegaconf."""
+    """Returns the value at a path of names in dictionaries or containers of omegaconf."""
     for name in names:
         content = config.state.get("_content") if isinstance(config, Opaque) else config
         if not isinstance(content, dict) or name not in content:
@@ -247,5 +247,5 @@ def _unknown(path: Path, name: str, value: object) -> PatchError:
         f"an option models.vp.{name} of the official code in the configuration",
         printable(shown, 100),
         "convert a checkpoint that the published code wrote, or remove the configuration from the "
-        "file and say its options yourself",
+        "file and give its options yourself",
     )

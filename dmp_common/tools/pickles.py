@@ -1,10 +1,10 @@
 """An interpreter of pickles that can describe data and do nothing else.
 
 A pickle is a program for a stack machine. Python's own machine imports what the program names,
-calls it, and hashes whatever it uses as a key, so a short file can run code, never end (a key of
-nested tuples takes exponential time) or take all memory (an entry with a large number makes the
-table of remembered objects that large). Here every instruction takes a bounded time and makes at
-most one small object, and the number of instructions is limited.
+calls it, and hashes whatever the program uses as a key. So a short file can run code, never end (a
+key of nested tuples takes exponential time) or take all memory (one large index makes the table of
+memoized objects that large). Here every instruction takes a bounded time and makes at most one
+small object, and the number of instructions is limited.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-_MAX_STEPS = 1_000_000  # a checkpoint with an optimizer's state of every weight has some 100,000
-_MAX_LINE = 4096  # of the text in a pickle, which is linear to read only while it is short
+_MAX_STEPS = 1_000_000  # a checkpoint with the optimizer's state of every weight has some 100,000
+_MAX_LINE = 4096  # characters of a line of text; long ones take more than linear time to read
 _MAX_DIMENSIONS = 16
 _MAX_BITS = 64
 
 
 class Opaque:
-    """Stands for anything that is not plain data: an object, a function, or what it returned.
+    """An inert object in place of anything that is not plain data, such as objects and functions.
 
-    Args:
+    Attributes:
         state: the attributes that the pickle gives an object, kept as plain data.
     """
 
@@ -33,14 +33,14 @@ class Opaque:
 
 
 class Storage(NamedTuple):
-    """A record of values; the type is None where we would not take them."""
+    """The key of a record of values, and their type, which is None if we do not read it."""
 
     key: str
     dtype: torch.dtype | None
 
 
 class StoredTensor(NamedTuple):
-    """A tensor that is still in its file: the shape, and which values of which storage."""
+    """A tensor whose values are still in the file: its shape, and its place in a storage."""
 
     storage: Storage
     offset: int
@@ -49,7 +49,7 @@ class StoredTensor(NamedTuple):
 
 
 class _Named(NamedTuple):
-    """A function or a class by its name."""
+    """The name of a function or a class."""
 
     module: str
     name: str
@@ -81,15 +81,15 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_pickle(data: bytes) -> object:
-    """What a pickle describes.
+    """Returns the data that a pickle describes.
 
     Returns:
-        Dictionaries (entries whose key is no text are left out), lists, tuples, numbers, text,
+        Dictionaries (entries whose key is not text are left out), lists, tuples, numbers, text,
         `StoredTensor`s, and an `Opaque` for everything else.
 
     Raises:
-        ValueError, LookupError, TypeError, EOFError, OverflowError: a damaged pickle, or an
-            instruction that no file of `torch.save` has.
+        ValueError, LookupError, TypeError, EOFError, OverflowError: the pickle is damaged, or has
+            an instruction that `torch.save` never writes.
     """
     machine = _Machine()
     for step, (code, argument, _) in enumerate(pickletools.genops(_ShortLines(data))):
@@ -102,7 +102,7 @@ def read_pickle(data: bytes) -> object:
 
 
 class _ShortLines(io.BytesIO):
-    """Bytes whose lines are short: the arguments that are decimal numbers or names."""
+    """Bytes that are read as short lines only; lines hold decimal numbers and names."""
 
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(_MAX_LINE + 1)
@@ -112,12 +112,12 @@ class _ShortLines(io.BytesIO):
 
 
 class _Machine:
-    """The stack, the remembered objects, and what the instructions do to them."""
+    """The stack, the memoized objects, and what the instructions do to them."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []  # the stacks below the marks
-        self.memo: dict[int, Any] = {}  # a dictionary: a large index makes nothing large
+        self.memo: dict[int, Any] = {}  # in a dictionary a large index takes no memory
 
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.outer.pop()
@@ -127,7 +127,7 @@ class _Machine:
         """Runs one instruction."""
         if name in _VALUES:
             value = _CONSTANTS.get(name, argument)
-            # Python refuses to print very long numbers, and no option or shape is one.
+            # Python refuses to print very long numbers, and options and shapes have none.
             long = isinstance(value, int) and value.bit_length() > _MAX_BITS
             self.stack.append(Opaque() if long else value)
         elif name in _EMPTY:
@@ -266,7 +266,7 @@ _INSTRUCTIONS: dict[str, Any] = {
 
 
 def _add_entries(target: object, items: list[Any]) -> None:
-    """Adds keys and values in turn; only text is a key, for it alone is hashed in linear time."""
+    """Adds keys and values to a dictionary. Keys must be text: other keys may take long to hash."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, str):
@@ -274,11 +274,11 @@ def _add_entries(target: object, items: list[Any]) -> None:
 
 
 def _called(function: object, arguments: object) -> object:
-    """What a call would give, where it would give a tensor or a dictionary."""
+    """Returns the tensor or the dictionary that a call would make, or an `Opaque`."""
     if not isinstance(function, _Named) or not isinstance(arguments, tuple):
         return Opaque()
     if function == _DICT:
-        return {}  # its entries follow
+        return {}  # later instructions add its entries
     if function in _PARAMETERS and arguments:
         return arguments[0]
     if function in _TENSORS:
@@ -290,7 +290,7 @@ def _called(function: object, arguments: object) -> object:
 
 
 def _counts(value: object) -> tuple[int, ...]:
-    """A shape, strides or an offset; exact types, for a number may be text's or a flag's."""
+    """Returns a shape, strides or an offset, whose numbers must be ints, not bools."""
     if (
         not isinstance(value, tuple)
         or len(value) > _MAX_DIMENSIONS

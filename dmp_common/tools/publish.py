@@ -1,4 +1,4 @@
-"""Publishing a patch on the Hugging Face hub, with its model card and pictures."""
+"""Publishes a patch on the Hugging Face hub, with its model card and pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmp_common.tools.hub import push_files, require_repository
 
 
 class Saveable(Protocol):
-    """A patch in memory."""
+    """A patch in memory, which can be saved to a file."""
 
     def save(self, path: Path, /) -> object:
         """Writes the patch to a file."""
@@ -35,23 +35,24 @@ def push_to_hub(
 ) -> str:
     """Uploads a patch, its model card and pictures in one commit; makes the repository if needed.
 
-    A card (README.md) that is there already is replaced. A patch given as an object is named
-    after the repository, a file keeps its name.
+    An existing card (README.md) is replaced. The file of a patch that is given as an object is
+    named after the repository; a patch file keeps its name.
 
     Args:
         patch: a patch, or the path of a patch file, which is checked first.
-        repo_id: "user/repo".
-        token: with the right to write; None takes the one of the client's login.
+        repo_id: the repository, "user/repo".
+        token: a token with the right to write; None takes that of the client's login.
         private: whether a repository that is made now is private.
         base_model, license, tags: see `model_card`.
-        pictures: caption to image file; they land in the folder `pictures`.
-        message: of the commit.
+        pictures: for each caption, its image file; the folder `pictures` gets a copy.
+        message: the message of the commit.
 
     Returns:
         The repository's address.
 
     Raises:
-        PatchError: a bad patch file or picture, no client, no connection, or no permission.
+        PatchError: the patch file or a picture is bad, or there is no client, no connection, or no
+            permission.
     """
     require_repository(repo_id)
     contents, name, data = _file(patch, repo_id.partition("/")[2])
@@ -71,7 +72,7 @@ def push_to_hub(
 
 
 def _file(patch: Saveable | str | os.PathLike[str], stem: str) -> tuple[PatchContents, str, bytes]:
-    """What the patch's file holds, checked; the file's name and its bytes."""
+    """Returns the checked contents of the patch's file, its name and its bytes."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(patch, (str, os.PathLike)):
             path = Path(patch).expanduser()
@@ -84,7 +85,7 @@ def _file(patch: Saveable | str | os.PathLike[str], stem: str) -> tuple[PatchCon
 def _pictures(
     pictures: Mapping[str, str | os.PathLike[str]],
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Caption to name in the repository, and that name to the file's bytes."""
+    """Returns the name in the repository for each caption, and the file's bytes for each name."""
     shown = {caption: f"pictures/{Path(path).name}" for caption, path in pictures.items()}
     if len(set(shown.values())) < len(shown):
         found = ", ".join(shown.values())

@@ -1,7 +1,7 @@
-"""The time embedding e of a model for any timesteps: from a module, or from a model on disk.
+"""Computes the time embedding e of any timesteps, with a loaded model or with a model on disk.
 
-From a disk only the few tensors of the time embedding are read, whatever the size of the model,
-and diffusers is not needed.
+Of a model on disk only the few tensors of the time embedding are read, whatever its size, and
+diffusers is not needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LAYERS = (("linear_1", "linear_2"), ("0", "2"), ("in_layer", "out_layer"))
 
 
 def even_timesteps(steps: int = 50) -> Tensor:
-    """Evenly spaced timesteps (T,) from noise (999) to picture (0)."""
+    """Returns evenly spaced timesteps (T,) from noise (999) to picture (0)."""
     if steps < 1:
         raise PatchError(f"expected at least one step, found {steps}: use about 50.")
     return torch.linspace(999.0, 0.0, steps)
@@ -36,21 +36,21 @@ def even_timesteps(steps: int = 50) -> Tensor:
 def time_embedding_of(
     source: Any, patch: Patch, timesteps: Tensor, labels: Tensor | int | None = None
 ) -> Tensor:
-    """The time embedding a patch's gate sees, with the base model's own weights.
+    """Computes the time embedding that a patch's gate sees, with the base model's own weights.
 
     Args:
         source: a model or pipeline; or the path of a diffusers folder (a pipeline, or its unet or
             transformer) or of a single `.safetensors` checkpoint.
-        patch: made for the base of this model; its frequency shift is used.
+        patch: the patch, which is for the base of this model; its frequency shift is used.
         timesteps: (T,), on the scale 0..1000.
-        labels: class label(s), one or (T,), which patches with condition t+y need.
+        labels: one class label, or one for each timestep (T,), for patches with condition t+y.
 
     Returns:
-        e (T, E), float32, on the model's device (from a path: the CPU).
+        e (T, E), float32, on the model's device (the CPU for a path).
 
     Raises:
-        PatchError: a model of another base or another frequency shift, a damaged or unsuitable
-            file, or labels missing, superfluous or out of range.
+        PatchError: the model has another base or another frequency shift, a file is damaged or
+            unsuitable, or labels are missing, superfluous or out of range.
     """
     timesteps = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1)
     classes = _classes(patch, labels, len(timesteps))
@@ -74,7 +74,7 @@ def time_embedding_of(
 
 
 def _classes(patch: Patch, labels: Tensor | int | None, count: int) -> Tensor | None:
-    """The class labels (T,), checked against what the gate sees."""
+    """Returns the class labels (T,), or None if the gate does not see the class."""
     if patch.variant.condition == "t":
         if labels is not None:
             raise PatchError(
@@ -97,7 +97,7 @@ def _classes(patch: Patch, labels: Tensor | int | None, count: int) -> Tensor | 
 
 
 def _table(base: Base, naming: Naming) -> str:
-    """Path of the table of class embeddings."""
+    """Returns the path of the table of class embeddings."""
     path = base.times[naming].labels
     return f"{path}.embedding_table"
 
@@ -171,7 +171,7 @@ def _embed_from_disk(
 
 
 def _find_layers(files: ModelFiles, base: Base) -> list[tuple[Naming, str, tuple[str, str]]]:
-    """The namings and prefixes a model's tensors may have, and the names of its time layers."""
+    """Returns the possible namings and prefixes of a model's tensors, with its time layers."""
     found: list[tuple[Naming, str, tuple[str, str]]] = []
     for prefix in PREFIXES:
         for naming in base.times:

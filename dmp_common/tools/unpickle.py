@@ -1,10 +1,9 @@
-"""Reading `torch.save` files without running anything a file asks for.
+"""Reads files of `torch.save` without running anything that a file asks for.
 
-Such a file is a zip archive with a pickle in it, and a pickle may name any function and have it
-called. Here it may only describe tensors; everything else it names becomes an inert stand-in.
-`torch.load` with a restricted unpickler would not do: it runs TorchScript archives by itself,
-gives the pickle torch's own functions to set attributes on, and reads every tensor there is,
-a whole backbone for the three that we want.
+Such a file is a zip archive with a pickle in it, and a pickle can have any function called. Here
+it can only describe tensors; an inert object stands for everything else. `torch.load` with a
+restricted unpickler is not enough: it runs TorchScript archives by itself, lets the pickle set
+attributes on torch's own functions, and reads every tensor of the file, although we need three.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from dmp_common.errors import PatchError, file_error, printable
 from dmp_common.patch.serialize import opened
 from dmp_common.tools.pickles import Storage, StoredTensor, read_pickle
 
-_MAX_PICKLE = 16 * 1024**2  # with an optimizer's state of every weight it is below one
-_MAX_BYTES = 4 * 1024**3  # of one record of values
+_MAX_PICKLE = 16 * 1024**2  # with the optimizer's state of every weight a pickle has less than 1 MB
+_MAX_BYTES = 4 * 1024**3  # the largest record of values
 _START = b"PK\x03\x04"
 _SAVE_AGAIN = "load it where you trust it and save its state dict with torch.save again"
 _BROKEN = (
@@ -43,16 +42,17 @@ _BROKEN = (
 
 
 class TorchFile:
-    """A `torch.save` file, open for reading; a context manager.
+    """A file of `torch.save`, as a context manager that opens it for reading.
 
     Memory in use is at most a small multiple of the file's size: a record of values is read once,
-    and tensors that share it share its memory, as they do in torch.
+    and tensors that share a storage share its memory, as they do in torch.
 
     Args:
-        path: of the file, in the zip format (PyTorch 1.6 and later).
+        path: the file, in the zip format (PyTorch 1.6 and later).
 
     Raises:
-        PatchError: from any use of it: no such file, another format, or a damaged one.
+        PatchError: every method raises it if the file does not exist, has another format, or is
+            damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class TorchFile:
         self._files.close()
 
     def contents(self) -> object:
-        """What was saved: containers, numbers and text, `StoredTensor`s, and inert stand-ins."""
+        """Returns what was saved: containers, numbers, text, `StoredTensor`s and `Opaque`s."""
         try:
             pickles = [name for name in self._zip.namelist() if name.endswith("/data.pkl")]
             if len(pickles) != 1:
@@ -100,16 +100,16 @@ class TorchFile:
             raise self._broken(error) from error
 
     def values(self, tensor: StoredTensor) -> Tensor:
-        """A tensor on the CPU in its own precision; a view of the memory that its storage has.
+        """Reads a tensor in its own precision, as a view of its storage's memory on the CPU.
 
-        Whoever keeps it or changes it makes a copy.
+        Copy it before you keep or change it.
         """
         try:
             stored = self._values_of(tensor.storage)
-            # Strides of 0 could give a few values any size.
+            # With strides of 0 a few values could have any shape.
             if not 0 < math.prod(tensor.shape) <= len(stored):
                 raise ValueError(f"{len(stored)} values for the shape {tensor.shape}")
-            # Checks the bounds.
+            # `as_strided` checks the bounds.
             return stored.as_strided(tensor.shape, tensor.stride, tensor.offset)
         except _BROKEN as error:
             raise self._broken(error) from error
@@ -138,7 +138,7 @@ class TorchFile:
         # torch.save never compresses, so no record can grow beyond the file it is in.
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
             raise ValueError(f"a compressed or very large record {name}")
-        # Each byte of the file belongs to one record; records that overlap would multiply it.
+        # Records that overlap could be read to many times the size of the file.
         self._unread -= info.file_size
         if self._unread < 0:
             raise ValueError("records that are longer than the file together")
