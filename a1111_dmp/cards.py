@@ -111,7 +111,7 @@ def add() -> None:
 
 
 def pasted(infotext: str, texts: dict[str, Any]) -> None:
-    """Corrects the names in a pasted prompt whose files were renamed; their hashes tell them."""
+    """Corrects the names of patches in a pasted prompt, by hash, if their files were renamed."""
     pairs = (pair.rsplit(":", 1) for pair in str(texts.get(_HASHES, "")).split(",") if ":" in pair)
     hashes = {name.strip(): digest.strip() for name, digest in pairs}
 

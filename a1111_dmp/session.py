@@ -25,7 +25,7 @@ class Model:
 
     Args:
         denoiser: its UNet or transformer.
-        checkpoint: the file of its weights, which tells it from other checkpoints.
+        checkpoint: the file of its weights, by which it is recognised.
         prediction: its prediction type; None where the host does not say.
         to_timestep: converts progress to a timestep of a base, by the host's rule.
         replaced: the name of the engine that computes in place of the denoiser (TensorRT); None

@@ -12,7 +12,7 @@ from dmp_common import Base, PatchError
 from dmp_common.bases.base import Latent, ModelCall
 from dmp_common.bases.timesteps import time_features
 
-# What the wrappers of compile nodes are called: comfy_api.torch_helpers and, like it, KJNodes.
+# The names of the wrappers that compile nodes add (comfy_api.torch_helpers, and KJNodes likewise).
 _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
 
 
@@ -31,13 +31,13 @@ def denoiser_of(model: Any) -> nn.Module:
 def time_embedding(model: Any, base: Base, timesteps: Tensor) -> Tensor:
     """Returns the pure time embedding of a ComfyUI model, in the precision it computes in.
 
-    The same as the model's own: in v0.8.0 SD3, Lumina 2 and Z-Image (`mmdit.py`, TimestepEmbedder),
-    Flux (`flux/model.py`, `time_in`) and Qwen-Image (`qwen_image/model.py`) cast the same float32
-    sinusoid to the model's type.
+    It equals the model's own embedding: in v0.8.0 SD3, Lumina 2 and Z-Image (`mmdit.py`,
+    TimestepEmbedder), Flux (`flux/model.py`, `time_in`) and Qwen-Image (`qwen_image/model.py`)
+    cast the same float32 sinusoid to the model's type.
 
     Args:
         model: ComfyUI's `BaseModel`.
-        base: its base.
+        base: the base of the model.
         timesteps: (T,), on the scale 0..1000.
 
     Returns:

@@ -18,12 +18,12 @@ from dmp_common.bases.base import find_module
 Slot = Literal["unet", "dit", "after", "hooks"]
 Prepare = Callable[[Tensor], Context]  # from the time embedding (B, E)
 
-# What error messages say can be used; the entry of a new base goes here and below.
+# The models that error messages name as supported. A new base is added here and below.
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
     "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2"
 )
-# By the first part of the blocks' paths in the naming "ldm".
+# The kind of slot, by the first part of the blocks' paths in the naming "ldm".
 _SLOTS: dict[str, Slot] = {
     "input_blocks": "unet",
     "middle_block": "unet",
@@ -35,7 +35,7 @@ _SLOTS: dict[str, Slot] = {
     "layers": "after",
     "blocks": "hooks",
 }
-# ComfyUI calls the joint blocks of SD3, the blocks of Qwen-Image and the double blocks of Flux so.
+# ComfyUI's key for the joint blocks of SD3, the blocks of Qwen-Image and the double blocks of Flux.
 _BLOCKS = dict.fromkeys(("joint_blocks", "transformer_blocks", "double_blocks"), "double_block")
 _BLOCKS["single_blocks"] = "single_block"
 _REFINER = "noise_refiner"
@@ -61,9 +61,9 @@ def slot_of(base: Base) -> Slot:
 def block_keys(base: Base) -> dict[tuple[str, int], str]:
     """Returns ComfyUI's name of the slot of each site: the block before it, or the block itself.
 
-    A UNet's encoder patch runs after a block, so what it changes is the input of the next one;
-    `transformer_options["block"]` then names the block before the site. The same with the blocks of
-    Lumina 2 and Z-Image, the first of which follows the last (-1) of those that refine the noise.
+    A UNet's encoder patch runs after a block, so it changes the input of the next one;
+    `transformer_options["block"]` then names the block before the site. Patches of Lumina 2 and
+    Z-Image also run after a block; the first block follows the last (-1) of the noise refiners.
 
     >>> from dmp_common import get_base
     >>> keys = block_keys(get_base("sd15"))
@@ -134,8 +134,8 @@ def dit_options(
 ) -> dict[str, Any]:
     """Returns a copy of a call's options in which a patch acts on a transformer's block inputs.
 
-    Replacements of others stay: ours goes between them and the block, so that a block which is
-    skipped gets no prompts, and what others make of the input comes before.
+    Replacements by other nodes stay. Ours goes between them and the block, so that a skipped block
+    gets no prompts, and other nodes change the input before the prompts are added.
     """
     replace = dict(options.get("patches_replace", {}))
     blocks = dict(replace.get("dit", {}))
@@ -153,10 +153,13 @@ def after_options(
 ) -> dict[str, Any]:
     """Returns a copy of a call's options in which a patch acts after blocks, before the next ones.
 
-    Ours come last, after what others make of a block's output.
+    Ours come last, after other nodes have changed a block's output.
 
     Args:
-        refiners: blocks of the model that refine the noise.
+        options: `transformer_options` of the call; not changed.
+        sites: see `block_keys`.
+        context: the call's context.
+        refiners: the number of the model's blocks that refine the noise.
     """
 
     def adding(kind: str, first: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -194,7 +197,7 @@ def hooked(
 
     Args:
         denoiser: the transformer itself.
-        sites: those that act, by name.
+        sites: the sites that act, by name.
         prepare: makes the call's context.
         labels: whether the gate sees the class embedding too (condition t+y).
     """
@@ -234,7 +237,7 @@ def module_at(denoiser: nn.Module, path: str) -> nn.Module:
     """Returns the module at a path of a denoiser.
 
     Raises:
-        PatchError: there is none.
+        PatchError: the denoiser has no such module.
     """
     module = find_module(denoiser, path)
     if module is None:

@@ -61,18 +61,18 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """This package. It loads torch when a public name is first used: `dmp --help` needs none."""
+    """This package, which loads torch only when a public name is used, so that help is fast."""
 
     if not TYPE_CHECKING:
 
         @property
         def attach(self) -> Any:
-            """The function; the folder of the same name is found by `import` alone."""
+            """The function `attach`; `import` finds the folder of the same name."""
             return importlib.import_module("dmp_common.api").attach
 
         @attach.setter
         def attach(self, folder: ModuleType) -> None:
-            """Ignores the folder, which the import system would put in the function's place."""
+            """Ignores the folder, with which the import system would replace the function."""
 
         def __getattr__(self, name: str) -> Any:
             if name in __all__:

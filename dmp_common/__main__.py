@@ -1,6 +1,6 @@
 """The command line: `dmp inspect | validate | heatmap | convert | push`.
 
-A command imports what it needs when it runs, so that help and complaints about usage come at once.
+A command imports what it needs when it runs, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from dmp_common.errors import PatchError, printable, printable_path
 from dmp_common.version import __version__
 
-# This file has another name when it is run as a module.
+# Help texts name the program as the user has called it.
 _PROGRAM = "python -m dmp_common" if __name__ == "__main__" else "dmp"
 
 
@@ -24,14 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: the words after the program's name; None takes those it was started with.
+        argv: the arguments after the program's name; None takes those of the process.
 
     Returns:
-        0, or 1 where something about a file or a model is wrong; the reason is on stderr. Wrong
-        usage ends the program with 2.
+        0, or 1 if something is wrong with a file or a model; the reason is on stderr. Wrong usage
+        ends the program with 2.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names a Windows console cannot show
+        if isinstance(stream, io.TextIOWrapper):  # a Windows console cannot show all file names
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(argv)
     try:
@@ -50,9 +50,9 @@ def _complain(error: Exception) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Look at patch files of diffusion models, check, make and publish them.",
+        description="Inspect, check, draw, convert and publish patch files of diffusion models.",
         epilog=f"{_PROGRAM} COMMAND --help explains a command, with examples.\n"
-        "Exit code: 0 all is well, 1 a file or a model is not, 2 wrong usage.",
+        "Exit code: 0 for success, 1 for a bad file or model, 2 for wrong usage.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dmp {__version__}")
@@ -92,7 +92,7 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="patch files")
     group = parser.add_argument_group("output")
     group.add_argument("--sites", action="store_true", help="list every site")
-    group.add_argument("--json", action="store_true", help="a JSON list with a record a file")
+    group.add_argument("--json", action="store_true", help="print a JSON list, one record per file")
 
 
 def _add_validate(commands: Any) -> None:
@@ -111,8 +111,8 @@ def _add_heatmap(commands: Any) -> None:
         commands,
         "heatmap",
         _heatmap,
-        "Draw when which prompts speak. The picture shows the gate's weights by timestep and\n"
-        "prompt, and as maps over the picture, a row for each site.",
+        "Draw the weights of a patch's gate. The picture shows them by timestep and prompt, and\n"
+        "as maps over the picture, with a row for each site.",
         "heatmap my-patch.safetensors gate.png --model v1-5-pruned-emaonly.safetensors\n"
         "heatmap my-patch.safetensors gate.png --model ./stable-diffusion-v1-5 --sites in.1,mid\n"
         "heatmap my-dit-patch.safetensors gate.png --model ./DiT-XL-2-256 --label 207",
@@ -144,14 +144,14 @@ def _add_heatmap(commands: Any) -> None:
         "--scale",
         choices=("per-panel", "shared"),
         default="per-panel",
-        help="colours of each site by themselves, or comparable (default: %(default)s)",
+        help="a colour scale for each site, or one for all (default: %(default)s)",
     )
     group.add_argument(
         "--log",
         action=argparse.BooleanOptionalAction,
         help="logarithmic colours (default: where a weight exceeds ten times the mean)",
     )
-    group.add_argument("--title", help="in place of the file's name")
+    group.add_argument("--title", help="the title (default: the file's name)")
     _add_force(parser)
 
 
@@ -166,7 +166,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("source", type=Path, metavar="OFFICIAL.pt", help="the checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the patch to write")
-    group = parser.add_argument_group("where the checkpoint does not tell")
+    group = parser.add_argument_group("if the checkpoint does not show it")
     group.add_argument("--base", metavar="NAME", help="its base, such as dit-b/2")
     group.add_argument("--mix", choices=("add", "prepend"), help="how its prompts were used")
     _add_force(parser)
@@ -185,11 +185,11 @@ def _add_push(commands: Any) -> None:
         'push my-patch.safetensors me/my-patch --picture "Base left, patched right" cat.png',
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a patch file")
-    parser.add_argument("repository", metavar="USER/REPO", help="where to")
+    parser.add_argument("repository", metavar="USER/REPO", help="the repository to upload to")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     group = parser.add_argument_group("model card")
     group.add_argument("--base-model", metavar="USER/REPO", help="repository of the base model")
-    group.add_argument("--license", metavar="NAME", help="such as apache-2.0")
+    group.add_argument("--license", metavar="NAME", help="license, such as apache-2.0")
     group.add_argument("--tag", action="append", default=[], metavar="NAME", help="may be repeated")
     picture: dict[str, Any] = {"nargs": 2, "metavar": ("CAPTION", "FILE")}
     group.add_argument("--picture", action="append", default=[], **picture, help="may be repeated")

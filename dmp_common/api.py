@@ -1,4 +1,4 @@
-"""What users see, assembled from the folders below, which need not know each other."""
+"""The public interface, assembled here so that the folders below need not know each other."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ __all__ = [
 class Patch(core.Patch):
     """Learnable prompts for the sites of a base, weighted by a gate that sees the timestep.
 
-    Finished fields are remembered between calls in evaluation mode (`Patch.load` gives a patch
-    in it) and without gradients; a change of a parameter in place is noticed. Writes through
-    `.data` are not: call `cache.clear()` after them.
+    Fields are cached between calls in evaluation mode (`Patch.load` returns a patch in it) and
+    without gradients. The cache notices when a parameter is changed in place, but not writes
+    through `.data`: call `cache.clear()` after them.
 
     Args:
-        variant: what the patch is made of.
+        variant: the configuration of the patch.
 
     Attributes:
-        runtime: what the patch needs in forward calls; models it is attached to share it.
+        runtime: what the patch needs in forward calls; all models that it is attached to share it.
 
     Source: Ham et al. 2025, "Diffusion Model Patching via Mixture-of-Prompts".
     """
@@ -77,24 +77,24 @@ class Patch(core.Patch):
         """Loads a patch from a file, or from a repository "user/repo" of the hub.
 
         Args:
-            source: a path, or "user/repo".
-            hub_options: what `huggingface_hub.hf_hub_download` takes, see
+            source: a path, or a repository "user/repo".
+            hub_options: options of `huggingface_hub.hf_hub_download`, see
                 `dmp_common.tools.hub.resolve`.
 
         Returns:
             The patch: float32, on the CPU, in evaluation mode.
 
         Raises:
-            PatchError: not a file of ours, or a damaged one; the message names the file, what was
-                expected, what was found, what to do.
+            PatchError: the file is not a patch or is damaged; the message names the file, what was
+                expected, what was found and what to do.
         """
-        from dmp_common.tools.hub import resolve  # the hub client only where it is used
+        from dmp_common.tools.hub import resolve  # imported here, because few callers need it
 
         return cls.of(read_patch_file(resolve(source, **hub_options)))
 
     @classmethod
     def of(cls, contents: PatchContents) -> Self:
-        """Makes a patch of what a patch file holds: float32, on the CPU, in evaluation mode."""
+        """Makes a patch from the contents of a file: float32, on the CPU, in evaluation mode."""
         with torch.device("meta"):
             patch = cls(contents.variant)
         patch.to_empty(device="cpu")
@@ -111,15 +111,15 @@ class Patch(core.Patch):
         """Writes the patch to a file, atomically.
 
         Args:
-            path: ends in `.safetensors`; its folder is made if missing.
+            path: the file, which must end in `.safetensors`; a missing folder is made.
             metadata: header entries besides ours, such as `ss_*` keys.
-            dtype: of the stored values: float32, float16 or bfloat16.
+            dtype: the type of the stored values: float32, float16 or bfloat16.
 
         Returns:
             The file's hash (10 hex digits), as hosts show it.
 
         Raises:
-            PatchError: another ending, values that are not finite, or metadata that is not text.
+            PatchError: the path has another ending, a value is not finite, or metadata is not text.
         """
         made = {**self.metadata, **modelspec(self.variant, Path(path)), **(metadata or {})}
         return write_patch_file(path, self.variant, self.tensors(), made, dtype)
@@ -136,20 +136,21 @@ class Patch(core.Patch):
     ) -> Context:
         """Computes what one forward call of a model will add: all gates at once, in float32.
 
-        `attach` does this by itself; this is for adapters of other hosts.
+        `attach` calls this itself. Call it only in an adapter for another host.
 
         Args:
             e: the model's time embedding of each batch item (B, E).
             latent_hw: height and width of the latent; may be None for UNets.
-            settings: strength, schedule and so on.
-            timesteps: (B,) on the scale 0..1000; needed where `needs_timesteps` says so.
+            settings: strength, schedule and other settings.
+            timesteps: (B,) on the scale 0..1000; needed if `needs_timesteps` returns True.
             image_tokens, text_tokens: see `Latent`.
 
         Returns:
             An immutable context; call `context.add(site, x)` at each site.
 
         Raises:
-            PatchError: an embedding of another base, unknown sites, or missing timesteps.
+            PatchError: the embedding is of another base, a site is unknown, or the timesteps are
+                missing.
         """
         latent = None
         if latent_hw is not None:
@@ -160,22 +161,22 @@ class Patch(core.Patch):
         """Uploads the patch with a model card to a repository "user/repo" of the hub.
 
         Args:
-            repo_id: "user/repo"; made if it does not exist.
-            options: token, private, license and so on, see `dmp_common.tools.publish.push_to_hub`.
+            repo_id: the repository "user/repo", which is made if it does not exist.
+            options: token, private, license and others, see `dmp_common.tools.publish.push_to_hub`.
 
         Returns:
             The repository's address.
 
         Raises:
-            PatchError: no hub client, no connection, or no permission.
+            PatchError: there is no hub client, no connection, or no permission.
         """
-        from dmp_common.tools.publish import push_to_hub  # the hub client only where it is used
+        from dmp_common.tools.publish import push_to_hub  # imported here: few callers need it
 
         return push_to_hub(self, repo_id, **options)
 
     @property
     def cache(self) -> FieldCache:
-        """What is remembered between forward calls; its `limit` in bytes may be set."""
+        """The cache of fields between forward calls; its `limit` in bytes may be set."""
         return self.runtime.cache
 
     def needs_timesteps(self, settings: Settings) -> bool:
@@ -187,7 +188,7 @@ class Patch(core.Patch):
         return self.runtime.strengths(settings, timesteps)
 
     def on(self, device: torch.device) -> core.Patch:
-        """Returns the patch on a device: itself, or a copy, made again when a parameter changed.
+        """Returns the patch on a device: itself, or a copy that follows changes of parameters.
 
         Raises:
             PatchError: the patch is being trained elsewhere.
@@ -195,7 +196,7 @@ class Patch(core.Patch):
         return self.runtime.on(device).patch
 
     def release(self) -> None:
-        """Gives back the memory of copies on other devices and of finished fields."""
+        """Frees the memory of copies on other devices and of cached fields."""
         self.runtime.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -226,8 +227,8 @@ def convert_official(
 
     Args:
         source: the checkpoint.
-        target: name of the patch file to write.
-        base, mix: needed where the file does not tell, see `dmp_common.tools.convert`.
+        target: the patch file to write.
+        base, mix: needed if the file does not show them, see `dmp_common.tools.convert`.
 
     Raises:
         PatchError: see `dmp_common.tools.convert.read_official`.

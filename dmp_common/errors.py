@@ -1,18 +1,18 @@
-"""The one error class of the package, and text from strangers made safe to show."""
+"""The only error class of the package, and functions that make text from files safe to show."""
 
 from __future__ import annotations
 
-_LONGEST = 200  # characters of one piece of text from a file
+_LONGEST = 200  # characters of one text from a file
 _LOOKALIKES = str.maketrans("<>&", "‹›＆")
 _LONGEST_PATH = 1000
-_LONGEST_MESSAGE = 4000  # a net: the pieces in a message are cut before
+_LONGEST_MESSAGE = 4000  # for safety only: the texts from files in a message are shorter
 
 
 class PatchError(ValueError):
-    """Something a user can act on: a bad patch file, a wrong model, an impossible option.
+    """An error that a user can act on: a bad patch file, a wrong model, an impossible option.
 
     The message is one sentence that says what was expected, what was found and what to do. Apart
-    from line ends it has printable characters only, whatever text from a file stands in it.
+    from line ends it has printable characters only, even if it quotes text from a file.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -21,7 +21,7 @@ class PatchError(ValueError):
 
 
 def unmarked(text: object) -> str:
-    """Text for a place that may or may not read it as HTML, where escapes might be shown.
+    """Makes text safe for a place that may read it as HTML, or may show HTML escapes as they are.
 
     The characters that begin markup are replaced by others that look like them.
 
@@ -32,12 +32,12 @@ def unmarked(text: object) -> str:
 
 
 def file_error(path: object, expected: str, found: object, remedy: str) -> PatchError:
-    """The error about a file: its path, what was expected, what was found and what to do.
+    """Makes the error about a file, with its path.
 
     Args:
-        path: of the file.
-        expected, remedy: our own words.
-        found: may be text from the file; it is cut and made printable.
+        path: the file.
+        expected, remedy: what was expected and what to do, in our own words.
+        found: what was found; it may be text from the file, and is cut and made printable.
     """
     return PatchError(
         f"{printable_path(path)}: expected {expected}, found {printable(found, 400)}: {remedy}."
@@ -45,18 +45,18 @@ def file_error(path: object, expected: str, found: object, remedy: str) -> Patch
 
 
 def printable_path(path: object) -> str:
-    """A path as `printable` shows it; long enough for any that a system allows."""
+    """Returns a path as `printable` shows it. The limit is above that of operating systems."""
     return printable(path, _LONGEST_PATH)
 
 
 def printable(text: object, limit: int = _LONGEST) -> str:
-    r"""Text from a file, a path or another program, as one short line that controls nothing.
+    r"""Returns text from a file, a path or another program as one short line without control codes.
 
     Characters that are not printable (control characters, line ends, marks that reverse the
     direction of writing) are shown as escapes, so that they cannot move a terminal's cursor or
     disguise a name. Text longer than the limit is cut and ends in "...".
 
-    What cannot be turned into text, such as a number of 5000 digits, is told by its type.
+    A value that cannot be turned into text, such as a number of 5000 digits, is shown by its type.
 
     The result is plain text. Where it becomes part of HTML or Markdown it must still be escaped.
 

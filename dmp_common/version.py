@@ -1,4 +1,4 @@
-"""Name and version, alone in a file: packaging and `dmp --version` read them without torch."""
+"""The name and version of the package, which its build and `dmp --version` read without torch."""
 
 LIBRARY = "diffusion-model-patching"
 __version__ = "0.1.0"

@@ -129,9 +129,9 @@ class TimeSource:
         path: the module whose output is e, before class, text, guidance or size embeddings.
         argument: the argument of the model's forward that carries the timestep.
         mlp: the module that maps the sinusoid of a timestep to e.
-        projection: the module that knows the sinusoid's `downscale_freq_shift`, where there is
-            one; elsewhere the shift is the base's own.
-        scale: the timestep on the scale 0..1000 is the argument times this.
+        projection: the module that has the sinusoid's `downscale_freq_shift`, or None where the
+            shift is the base's own.
+        scale: the timestep on the scale 0..1000 is the argument times this factor.
         inverted: whether the argument rises from noise to picture, so that it is 1000 - timestep.
         inside: whether the model computes e inside a block only, after the block's input is needed
             (diffusers' DiT). We then compute it before the first site with the module at `path`,
@@ -158,7 +158,7 @@ class TimeSource:
 
 @dataclass(frozen=True)
 class Probe:
-    """States a fact that tells a model: `attribute` of the module at `path` has `value`.
+    """States a fact that identifies a model: `attribute` of the module at `path` has `value`.
 
     Without an attribute (None) the module must be there (`value` True) or must not be there
     (`value` False).

@@ -39,8 +39,8 @@ STRANGERS: tuple[Stranger, ...] = (
             (Probe("zero_convs", None, True),),
         ),
     ),
-    # It has SDXL's UNet, but takes the text of ChatGLM, which the pooled text's width shows. An
-    # IP-Adapter replaces `encoder_hid_proj`, so that this would be no sign.
+    # It has SDXL's UNet, but takes the text of ChatGLM, which the width of the pooled text shows.
+    # `encoder_hid_proj` is no sign, because an IP-Adapter replaces it.
     Stranger(
         "Kolors",
         (
@@ -48,7 +48,7 @@ STRANGERS: tuple[Stranger, ...] = (
             (Probe("label_emb.0.0", "in_features", 5632),),
         ),
     ),
-    # SDXL with blocks taken out: no attention in the middle.
+    # These are SDXL without some blocks, among them the attention in the middle.
     Stranger(
         "SSD-1B or Segmind Vega",
         (

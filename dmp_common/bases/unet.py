@@ -20,13 +20,13 @@ class Unet:
     Args:
         name: name of the base.
         widths: channels of the levels, for example (320, 640, 1280, 1280).
-        context: width of the text embedding, which tells SD 1.5 from 2.1.
+        context: width of the text embedding, by which SD 1.5 and 2.1 differ.
         attention: which levels have attention blocks.
         layers: residual blocks of an encoder level.
-        pooled: input channels of the embedding of the pooled text and the picture's size, which
-            tells SDXL from Kolors. None is not checked.
-        depth: transformer blocks in an attention of the last level and of the middle, which tells
-            SDXL from what is distilled from it. None is not checked.
+        pooled: input channels of the embedding of the pooled text and the picture's size, by which
+            SDXL and Kolors differ. None is not checked.
+        depth: transformer blocks in an attention of the last level and of the middle, by which
+            SDXL differs from models that are distilled from it. None is not checked.
         prediction, architecture, hub_id: see `Base`.
     """
 
