@@ -98,7 +98,7 @@ class Patch(core.Patch):
         with torch.device("meta"):
             patch = cls(contents.variant)
         patch.to_empty(device="cpu")
-        patch.load_tensors(contents.tensors)  # copies
+        patch.load_tensors(contents.tensors)  # this copies the values out of the file's memory
         patch.metadata = contents.metadata
         return patch.eval()
 

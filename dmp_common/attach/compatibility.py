@@ -14,8 +14,7 @@ from dmp_common.errors import PatchError
 from dmp_common.patch.variant import Variant
 
 _NOISIEST = (500.0, 1001.0)  # where timesteps run from 1000 (noise) to 0, the first is in between
-# How the names of diffusers' schedulers begin that have another scale: a function of sigma, or 1
-# to 0.
+# Schedulers of diffusers whose names begin so have another scale: a function of sigma, or 1 to 0.
 _OTHER_TIMESTEPS = ("EDM", "IPNDM", "CMStochastic", "KarrasVe", "ScoreSde", "CosineDPM")
 
 

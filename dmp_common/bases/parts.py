@@ -152,7 +152,8 @@ class TimeSource:
     def timesteps(self, argument: Tensor) -> Tensor:
         """Returns timesteps, 1000 (noise) to 0 (picture), for the model's argument of any shape."""
         scaled = argument * self.scale
-        # Near 1 a float32 resolves a timestep to 6e-5 only; rounding meets a schedule's ends.
+        # Near 1 a float32 resolves a timestep to 6e-5 only. Rounded timesteps can equal the ends of
+        # a schedule.
         return torch.round(LAST - scaled, decimals=3) if self.inverted else scaled
 
 

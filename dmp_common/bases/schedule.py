@@ -77,8 +77,8 @@ class Schedule:
             raise PatchError(
                 f"expected start <= end of a schedule, found {start} and {end}: swap them."
             )
-        # Reversed, because timesteps rise as progress falls; of two points at one progress the
-        # second then applies on the noisier side.
+        # Reversed, because timesteps rise as progress falls. Of two points at one progress, the one
+        # that was given first applies on the noisier side.
         points = sorted(curve, key=lambda point: point[0])[::-1]
         return cls(
             first=math.inf if start <= 0.0 else to_timestep(start),

@@ -29,7 +29,7 @@ class Stranger:
     classes: tuple[str, ...] = ()
 
 
-# The first that fits gives the name: siblings come before what they are made of.
+# The first family that fits is named, so siblings come before the family that they derive from.
 STRANGERS: tuple[Stranger, ...] = (
     Stranger(
         "a ControlNet",

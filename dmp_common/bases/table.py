@@ -127,7 +127,7 @@ TABLE: tuple[Row, ...] = (
 )
 
 _registered: dict[str, Base] = {}
-_cache: dict[str, Base] = {}  # of the rows that were asked for
+_cache: dict[str, Base] = {}  # the bases of rows that have been asked for
 
 
 def register_base(base: Base) -> Base:

@@ -84,5 +84,5 @@ def frequency_shift(model: nn.Module, base: Base, naming: Naming) -> float:
     """Returns the `downscale_freq_shift` that the model really uses."""
     path = base.times[naming].projection
     module = find_module(model, path) if path else None
-    # In the original namings the sinusoid is a function of the class, with shift 0.
+    # In the original code the sinusoid is a function, not a module, and has shift 0.
     return float(getattr(module, "downscale_freq_shift", 0.0))

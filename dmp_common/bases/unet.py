@@ -88,7 +88,7 @@ class Unet:
         )
 
     def _ldm_probes(self) -> tuple[Probe, ...]:
-        blocks = self.layers + 1  # of a level: residual blocks and the downsampler
+        blocks = self.layers + 1  # each level has residual blocks and a downsampler
         attention = f"input_blocks.{self._attends * blocks + 1}.1"
         return (
             Probe("input_blocks.0.0", "out_channels", self.widths[0]),
@@ -131,7 +131,7 @@ def _unet_site(name: str, width: int, stride: int, diffusers: str, ldm: str) -> 
         stride,
         paths={"diffusers": diffusers, "ldm": ldm},
         arguments={
-            # By keyword in AnimateDiff's UNet, whose frames are items of the batch.
+            # AnimateDiff's UNet passes it by keyword; its frames are items of the batch.
             "diffusers": Argument(
                 "hidden_states" if "downsamplers" in diffusers else "input_tensor", 0
             ),

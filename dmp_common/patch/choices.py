@@ -28,8 +28,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gate_init": get_args(GateInit),
     "prediction": get_args(Prediction),
 }
-# Entries that the format got later, with the paper's choices. Files do not record these choices, so
-# that a file without an entry means the same whether it is older or not.
+# Entries that the format got after its first release, with the paper's choices. A file without such
+# an entry, whether older or not, means the paper's choice.
 LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
 # What `gate_init="stages"` needs: each grid as a whole starts with its own part of the schedule.
 STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}

@@ -46,8 +46,8 @@ class Gate(nn.Module):
             if variant.gate_init == "random":
                 nn.init.xavier_uniform_(self.weight)
                 if variant.gate_form == "residual":
-                    # Depths are large inputs. A softmax bears the large logits that follow from
-                    # them; here they would be weights, and the last site's would dominate.
+                    # The depth is a large input. A softmax bears the large logits that it causes;
+                    # here they would be weights, and those of the last sites would dominate.
                     self.weight.data[:, embedding:] = 0.0
         elif variant.gate == "attention":
             # If both factors were zero, neither would ever receive a gradient.

@@ -84,7 +84,7 @@ def _parse_header(path: Path, data: bytes, size: int) -> tuple[dict[str, Any], i
         raise bad(path, wanted, f"{size} bytes in all")
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(_MAX_HEADER, size - 8):
-        # This is checked only now, because the length of a good header may begin so too.
+        # This is checked only now, because the length of a good header may have the same bytes.
         if data.startswith(_PICKLES):
             raise bad(path, wanted, "a pickle file with another ending", "convert it first")
         raise bad(
