@@ -155,12 +155,12 @@ def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) 
     others = [b.name for b in known_bases() if naming_of(denoiser, b) is not None]
     if others:
         raise PatchError(
-            f"the patch is for base {base.name}, and found a model of base {others[0]}: load a "
-            f"{base.name} model, or a patch made for this one."
+            f"expected a model of the patch's base {base.name}, found one of base "
+            f"{others[0]}: load a {base.name} model, or a patch made for this one."
         )
     raise PatchError(
-        f"the patch is for base {base.name}, and found {describe(denoiser)}, which is not "
-        f"supported: load a {base.name} model."
+        f"expected a model of the patch's base {base.name}, found "
+        f"{describe(denoiser)}, which is not supported: load a {base.name} model."
     )
 
 

@@ -208,13 +208,13 @@ def test_the_three_ways_are_the_same_and_add(server):
         ("test-text", r"DMP: .*test-text.safetensors: expected"),
         (
             "test-sdxl",
-            r"DMP: test-sdxl.safetensors: the patch is for base sdxl, and found a model of base "
-            r"{base}: load a sdxl model, or a patch made for this one",
+            r"DMP: test-sdxl.safetensors: expected a model of the patch's base sdxl, found "
+            r"one of base {base}: load a sdxl model, or a patch made for this one",
         ),
         (
             "test-v",
             r"DMP: test-v.safetensors: expected a model with prediction type {expected}, found "
-            r"{found} in .*: load the model that the patch was trained for",
+            r"{found}: load the model that the patch was trained for",
         ),
     ],
 )
@@ -326,7 +326,7 @@ def foreign() -> str:
 def test_a_checkpoint_of_another_base_fails_the_generation(server, foreign):
     settings = {"override_settings": {"sd_model_checkpoint": foreign}}
     before = server.make(**settings)
-    says = f"DMP: {A}.safetensors: the patch is for base {base_name()}, and found a model of base "
+    says = f"DMP: {A}.safetensors: expected a model of the patch's base {base_name()}, found one of"
     with pytest.raises(FailedError, match=says):
         server.make(A, **settings)
     with pytest.raises(FailedError, match=says):

@@ -267,7 +267,7 @@ def v_model(host: Host) -> None:
         (
             lambda: FAMILIES["sdxl"].patch(),
             nothing,
-            r"DMP: p.safetensors: the patch is for base tiny-sdxl, and found",
+            r"DMP: p.safetensors: expected a model of the patch's base tiny-sdxl, found",
         ),
         (
             lambda: TINY.patch(),
@@ -289,7 +289,7 @@ def test_a_patch_that_does_not_fit_fails_before_anything_is_sampled(
 
 def test_the_wrong_base_is_told_before_the_prediction_type_that_follows_from_it(host):
     v_model(host)
-    says = r"DMP: p.safetensors: the patch is for base tiny-sdxl, and found"
+    says = r"DMP: p.safetensors: expected a model of the patch's base tiny-sdxl, found"
     with pytest.raises(PatchError, match=says), host.session(record(FAMILIES["sdxl"].patch())):
         pytest.fail("sampled")
 
@@ -313,7 +313,9 @@ def test_an_error_in_the_midst_fails_the_sampling_afterwards(host):
             with contextlib.suppress(PatchError):  # as the host does
                 session.choose("prompt", [record(FAMILIES["sdxl"].patch())])
 
-    with pytest.raises(PatchError, match="DMP: p.safetensors: the patch is for base"):
+    with pytest.raises(
+        PatchError, match="DMP: p.safetensors: expected a model of the patch's base"
+    ):
         sample()
     assert hooks(host.unet) == 0
 

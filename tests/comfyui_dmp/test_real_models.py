@@ -302,7 +302,7 @@ def test_prepending_patches_are_refused(real, run, host):
 
     base = register_base(bases.dit("comfy-dit", depth=2, width=32, patch_size=2))
     record = run.record(type(real.FAMILIES["sd15"].patch())(Variant.create(base, mix="prepend")))
-    with pytest.raises(PatchError, match="the patch is for base comfy-dit"):
+    with pytest.raises(PatchError, match="expected a model of the patch's base comfy-dit"):
         host.attach(real.FAMILIES["sd15"].comfy(), record)
 
 

@@ -252,7 +252,12 @@ def test_the_model_must_be_the_patchs(monkeypatch):
     refused(model, sampling("V_PREDICTION"), sd15.patch(), "type epsilon, found v_prediction")
     refused(model, sampling(), sd15.patch(), "type epsilon, found ModelSampling")
     refused(model, sampling("EPS", first=1.2), sd15.patch(), "starts at 1.2")
-    refused(model, sampling("EPS"), dit.patch(), "^p.safetensors: the patch is for base tiny-dit")
+    refused(
+        model,
+        sampling("EPS"),
+        dit.patch(),
+        "^p.safetensors: expected a model of the patch's base tiny-dit",
+    )
     refused(SimpleNamespace(), sampling("EPS"), sd15.patch(), "expected a diffusion model, found")
     model = SimpleNamespace(diffusion_model=dit.model())
     twice = "shift 0, found 1 in this model.*; and expected a model with prediction type epsilon"

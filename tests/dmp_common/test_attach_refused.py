@@ -38,13 +38,13 @@ def test_patch_for_another_base(tiny):
             continue
         with pytest.raises(PatchError) as error:
             attach(model, make(other))
-        assert f"patch is for base {other.base.name}" in str(error.value)
-        assert f"model of base {tiny.base.name}" in str(error.value)
+        assert f"expected a model of the patch's base {other.base.name}" in str(error.value)
+        assert f"found one of base {tiny.base.name}" in str(error.value)
     assert structure(model) == shape
 
 
 def test_patch_for_no_base_of_this_model():
-    with pytest.raises(PatchError, match=r"for base tiny-dit, and found Linear \(no module"):
+    with pytest.raises(PatchError, match=r"base tiny-dit, found Linear \(no module"):
         attach(nn.Linear(2, 2), make(DIT))
     for nothing in ("a string", None, 3, {}):
         with pytest.raises(PatchError, match="expected a diffusion model or pipeline"):

@@ -146,7 +146,9 @@ def test_a_model_that_nobody_knows_is_not_told_to_load_another_patch():
 
 
 def test_a_model_of_another_base_is_told_to():
-    with pytest.raises(PatchError, match="a model of base sd21: load a sd15 .* made for this one"):
+    with pytest.raises(
+        PatchError, match="found one of base sd21: load a sd15 .* made for this one"
+    ):
         require_base(model_of("sd21"), get_base("sd15"))
 
 

@@ -309,7 +309,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 def test_patch_of_another_base_is_refused_by_a_model(good: Path) -> None:
     other = FAMILIES["sd15"].model()
-    with pytest.raises(PatchError, match="base tiny-dit, and found a model of base tiny-sd15"):
+    with pytest.raises(PatchError, match="base tiny-dit, found one of base tiny-sd15"):
         attach(other, Patch.load(good))
 
 
