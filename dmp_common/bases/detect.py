@@ -152,6 +152,11 @@ def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) 
     naming = naming_of(denoiser, base)
     if naming is not None and wanted in (None, naming):
         return naming
+    if naming is not None:
+        raise PatchError(
+            f"expected a model of base {base.name} with the module names {wanted!r}, found one with "
+            f"the names {naming!r}: load it with the host's own loader."
+        )
     others = [b.name for b in known_bases() if naming_of(denoiser, b) is not None]
     if others:
         raise PatchError(

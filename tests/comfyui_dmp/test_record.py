@@ -268,7 +268,12 @@ def test_what_a_host_cannot_use_is_refused():
     model = SimpleNamespace(diffusion_model=nn.Identity())
     refused(model, sampling("EPS"), FAMILIES["sd15"].patch(), "Identity .*not supported")
     model = SimpleNamespace(diffusion_model=FAMILIES["sd15"].model())  # not ComfyUI's names
-    refused(model, sampling("EPS"), FAMILIES["sd15"].patch(), "is for base tiny-sd15, and found")
+    refused(
+        model,
+        sampling("EPS"),
+        FAMILIES["sd15"].patch(),
+        "names 'ldm', found one with the names 'diffusers'",
+    )
 
 
 def in_any_naming(*args: Any, naming: str, **options: Any) -> Any:

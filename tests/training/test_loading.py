@@ -294,7 +294,7 @@ def test_bad_places_are_one_error(kind: str, message: str, tmp_path: Path) -> No
 
 
 def test_another_base_is_refused(folder: Callable[[str], Path]) -> None:
-    with pytest.raises(PatchError, match="found a model of base tiny-sd21"):
+    with pytest.raises(PatchError, match="found one of base tiny-sd21"):
         load(FAMILIES["sd15"].base.name, folder("sd21"))
 
 
