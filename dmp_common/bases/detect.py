@@ -154,8 +154,8 @@ def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) 
         return naming
     if naming is not None:
         raise PatchError(
-            f"expected a model of base {base.name} with the module names {wanted!r}, found one with "
-            f"the names {naming!r}: load it with the host's own loader."
+            f"expected a model of base {base.name} with the module names {wanted!r}, found "
+            f"one with the names {naming!r}: load it with the host's own loader."
         )
     others = [b.name for b in known_bases() if naming_of(denoiser, b) is not None]
     if others:
