@@ -272,7 +272,7 @@ def test_what_a_host_cannot_use_is_refused():
         model,
         sampling("EPS"),
         FAMILIES["sd15"].patch(),
-        "names 'ldm', found one with the names 'diffusers'",
+        "names of ldm, found the names of diffusers",
     )
 
 

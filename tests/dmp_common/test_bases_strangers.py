@@ -152,6 +152,12 @@ def test_a_model_of_another_base_is_told_to():
         require_base(model_of("sd21"), get_base("sd15"))
 
 
+def test_a_model_under_other_names_is_not_told_to_load_the_same_base():
+    """Such as a model of diffusers that a custom node gives to ComfyUI."""
+    with pytest.raises(PatchError, match="names of ldm, found the names of diffusers: load"):
+        require_base(model_of("sd21"), get_base("sd21"), "ldm")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_supported_models_are_no_strangers(name: str):
     assert stranger_of(model_of(name)) is None
