@@ -36,8 +36,8 @@ _PREDICTIONS = {
 
 # What checkpoints put before the names of the denoiser's tensors.
 PREFIXES = ("", "model.diffusion_model.")
-# Attributes a probe may ask for, as parts of the shape of the module's weight.
 _LONGEST_NAME = 300  # characters of a tensor's name
+# Attributes a probe may ask for, as parts of the shape of the module's weight.
 _SHAPES = {
     "in_features": slice(1, 2),
     "out_features": slice(0, 1),
@@ -51,10 +51,10 @@ def find_denoiser(model: Any, compiled: bool = False) -> nn.Module:
     """Returns the UNet or transformer of a pipeline or of a host's model, or the model itself.
 
     Args:
-        compiled: whether it may be compiled already; hooks that come later are ignored then.
+        compiled: whether the model may be compiled already, so that it ignores hooks added later.
 
     Raises:
-        PatchError: nothing of the kind, or a model that is compiled already.
+        PatchError: there is no such model, or it is compiled already.
     """
     if compiled:
         model = getattr(model, "_orig_mod", model)
@@ -104,7 +104,7 @@ def detect_base(model: Any) -> Base:
 
 def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
     """Returns the bases that a checkpoint fits, judged by names and shapes of its tensors."""
-    # A hostile name has a million parts, and below every one of them is listed.
+    # A hostile name could have a million parts, and a path is listed below for each of them.
     modules = {name.rpartition(".")[0] for name in shapes if len(name) <= _LONGEST_NAME}
     paths = {path[:end] for path in modules for end in _ends(path)}
 
@@ -141,13 +141,13 @@ def _ends(path: str) -> list[int]:
 
 
 def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) -> Naming:
-    """Returns the naming by which a model is of a base.
+    """Returns the naming of a model, and refuses a model that is not of a base.
 
     Args:
-        wanted: the only naming that will do, None where any will.
+        wanted: the only naming that is accepted; None accepts any.
 
     Raises:
-        PatchError: the model is of another base, of none, or has its modules under other names.
+        PatchError: the model is of another base, or of none.
     """
     naming = naming_of(denoiser, base)
     if naming is not None and wanted in (None, naming):
@@ -172,8 +172,8 @@ def require_base(denoiser: nn.Module, base: Base, wanted: Naming | None = None) 
 def prediction_of(model_sampling: object) -> str:
     """Returns what a model predicts, by the classes of its `model_sampling` (ComfyUI, reForge).
 
-    The first known class in the order of inheritance counts. Without one it is the name of the
-    class itself.
+    The first known class in the order of inheritance counts. If there is none, the result is the
+    name of the class itself.
     """
     own = type(model_sampling)
     names = [kind.__name__ for kind in own.__mro__ if kind.__name__ in _PREDICTIONS]
@@ -194,7 +194,7 @@ def naming_of(denoiser: nn.Module, base: Base) -> Naming | None:
 
 
 def namings_of(base: Base) -> list[Naming]:
-    """Returns the namings that a base has; users' own may have one only."""
+    """Returns the namings that a base has; a base that users define may have one only."""
     return [
         naming
         for naming in NAMINGS
@@ -203,7 +203,7 @@ def namings_of(base: Base) -> list[Naming]:
 
 
 def describe(denoiser: nn.Module) -> str:
-    """Describes a model of no base for error messages: its family, its class, some facts."""
+    """Describes a model of an unknown base for error messages: its family, class and some facts."""
     stranger = stranger_of(denoiser)
     if stranger is not None:
         return f"{stranger.name} ({type(denoiser).__name__})"
