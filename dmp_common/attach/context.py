@@ -83,7 +83,8 @@ class Context:
             with torch.inference_mode(False), torch.no_grad():
                 field = self._field(site, x)
             assert self.cache is not None
-            self.cache.add(self.key, self.remembered, place, field)
+            alike = len(self.columns) if self.tokens else 1  # feature maps differ in size
+            self.cache.add(self.key, self.remembered, place, field, alike)
         return field.added(x, strength, self.rows)
 
     def prepend(self, site: str, x: Tensor) -> Tensor:

@@ -160,19 +160,33 @@ class FieldCache(OrderedDict[Hashable, Remembered]):
             replaced = self.pop(key, None)
             if replaced is not None:
                 self.bytes -= replaced.nbytes
-            self[key] = remembered
-            self.bytes += remembered.nbytes
+            if remembered.nbytes <= self.limit:
+                self[key] = remembered
+                self.bytes += remembered.nbytes
             if self.bytes > self.limit:
                 self._evict()
 
-    def add(self, key: Hashable, owner: Remembered, place: Hashable, field: Field) -> None:
-        """Stores a field beside its weights, unless these have been evicted meanwhile."""
+    def add(
+        self, key: Hashable, owner: Remembered, place: Hashable, field: Field, alike: int = 1
+    ) -> None:
+        """Stores a field beside its weights, unless these have been evicted meanwhile.
+
+        Args:
+            key: what the weights were stored with.
+            owner: the weights.
+            place: the site, and what its field depends on besides the weights.
+            field: the field.
+            alike: how many fields of this size the call makes. Where they cannot be stored all,
+                none is: they would only replace one another.
+        """
         with self.lock:
             if self.get(key) is not owner:
                 return
             replaced = owner.fields.get(place)
             # A field with weights has the patch's own prompts, which take no further memory.
             kept = field.values if field.weights is None else field.weights
+            if kept.nbytes * alike > self.limit:
+                return
             grown = kept.nbytes - (0 if replaced is None else replaced.nbytes)
             owner.fields[place] = field
             owner.nbytes += grown

@@ -112,6 +112,21 @@ def test_the_cache_counts_a_key_once_that_is_put_twice():
     cache.put("other", Remembered(torch.zeros(245)))
     assert list(cache) == ["other"]
     assert cache.bytes == 980
+    cache.put("large", Remembered(torch.zeros(251)))  # does not fit at all, and displaces nothing
+    assert list(cache) == ["other"]
+
+
+def test_fields_that_cannot_be_stored_all_are_not_stored():
+    model, patch = DIT.model(), make(DIT, grid=5)  # three fields of (1, 16, 32), resized
+    with attach(model, patch), torch.no_grad():
+        expected = DIT.run(model, [10.0, 10.0])
+        weights, field = 3 * 25 * 4, 16 * 32 * 4
+        assert patch.cache.bytes == weights + 3 * field
+        patch.cache.clear()
+        patch.cache.limit = weights + 2 * field
+        for _ in range(2):
+            assert torch.equal(DIT.run(model, [10.0, 10.0]), expected)
+            assert patch.cache.bytes == weights
 
 
 def test_a_copied_model_is_patched_like_the_original_and_independent(tiny):
