@@ -148,6 +148,10 @@ def test_a_copied_model_is_patched_like_the_original_and_independent(tiny):
     assert detach(other) == 1
     assert attached(other) == []
     assert torch.equal(tiny.run(other), base)
+    for module in other.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert "forward" not in vars(module)
 
 
 def test_a_copied_pipeline_and_a_lost_handle():
