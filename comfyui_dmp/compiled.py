@@ -6,13 +6,13 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType
-from typing import Any
 
 import torch.nn as nn
 
 from dmp_common import PatchError
 
-_MANY = 256  # How many graphs are kept. One that was dropped is compiled again when needed.
+_MANY = 2048  # How many methods are kept. Graphs of one that was dropped are compiled again.
+_GRAPH = "dmp_graph"  # The attribute of our methods that tells whose graphs they have.
 
 
 @contextmanager
@@ -21,37 +21,58 @@ def own_graph(denoiser: nn.Module, facts: object) -> Iterator[None]:
 
     A patch is in `transformer_options`, on which ComfyUI's compile nodes set no guards: a graph
     that was compiled with one patch would also be used for a call with another patch, or without
-    one. torch keeps graphs by the code object that they were compiled from. So the model's forward
-    gets a code object of its own for the time of the call.
+    one. torch keeps graphs by the code object that they were compiled from. So the model's methods
+    get code objects of their own for the time of the call. Not only `forward`: where the graph
+    breaks (some attention functions break it), each method is compiled by itself.
 
     Args:
         denoiser: the original model, not the compiled one that replaces it.
         facts: everything that the graph of the patch depends on, except the values of tensors.
             Several patches may be on one model; their facts are combined.
     """
-    before = denoiser.__dict__.get("forward")
-    name = repr(facts)
+    own = vars(denoiser)
+    before = own.get("forward")
+    graph = repr(facts)
     if before is not None:
-        if not isinstance(before, MethodType) or before.__func__.__globals__ is not globals():
+        others = getattr(before, _GRAPH, None)
+        if others is None:
             raise PatchError(
                 f"expected a compiled {type(denoiser).__name__} with its own forward, found one "
                 "that another extension replaced: remove the compile node, or that extension."
             )
-        name = f"{before.__func__.__name__} {name}"  # Another Apply DMP node is on this model.
-    denoiser.forward = MethodType(_forward_of(name), denoiser)
+        graph = f"{others} {graph}"  # Another Apply DMP node is on this model.
+    methods = {name: getattr(denoiser, name) for name in _names_of(type(denoiser))}
+    replaced = {name: own[name] for name in methods if name in own}
+    for name, method in methods.items():
+        if isinstance(method, MethodType):
+            setattr(denoiser, name, MethodType(_copied(method.__func__, graph), denoiser))
     try:
         yield
     finally:
-        del denoiser.forward
-        if before is not None:
-            denoiser.forward = before
+        for name in methods:
+            own.pop(name, None)
+        own.update(replaced)
+
+
+@functools.cache
+def _names_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Returns the names of the methods that a class of models adds to those of every module."""
+    kinds = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    names = {
+        name: None
+        for cls in kinds
+        for name, value in vars(cls).items()
+        if isinstance(value, FunctionType) and not name.startswith("__")
+    }
+    return tuple(names)
 
 
 @functools.lru_cache(_MANY)
-def _forward_of(name: str) -> FunctionType:
-    """Makes a forward function with a code object of its own."""
-    return FunctionType(_forward.__code__.replace(co_name=name), globals(), name)
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(self).forward(self, *args, **kwargs)
+def _copied(function: FunctionType, graph: str) -> FunctionType:
+    """Returns a copy of a function with a code object of its own."""
+    code = function.__code__.replace(co_name=f"{function.__name__} {graph}")
+    arguments = function.__defaults__, function.__closure__
+    copy = FunctionType(code, function.__globals__, function.__name__, *arguments)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    vars(copy)[_GRAPH] = graph
+    return copy

@@ -219,13 +219,22 @@ def compiled(model: Any, backend: str = "eager") -> Any:
     return model
 
 
+def breaking(attention: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Attention that the compiler cannot take into its graph, as that of some packs."""
+    torch._dynamo.graph_break()
+    return attention(*args, **kwargs)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True], ids=["one graph", "broken graph"])
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "z-image"])
-def test_compiled_graphs_are_told_apart(real, run, host, name):
+def test_compiled_graphs_are_told_apart(real, run, host, name, broken):
     """ComfyUI's compile node ignores `transformer_options`: no graph may serve another patch."""
     family = real.FAMILIES.get(name) or pytest.skip("this release of diffusers does not know it")
     torch._dynamo.reset()
     plain, sigmas = family.comfy(), torch.tensor([0.5, 0.5])
+    if broken:
+        plain.model_options["transformer_options"]["optimized_attention_override"] = breaking
     patch = family.patch(sites="all", std=0.1)
     whole, fading = run.record(patch), run.record(patch, curve=(1.0, 0.5, 0.0))
     records = [whole, run.record(family.patch(7, sites="all", std=0.1), strength=0.5), fading]
