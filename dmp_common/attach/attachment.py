@@ -223,6 +223,11 @@ class Attachment:
     ) -> None:
         self.remove()
 
+    def __repr__(self) -> str:
+        state = "active" if self.enabled else "disabled"
+        name = f"a patch for {self.patch.base.name}, strength {self.strength:g}"
+        return f"<Attachment of {name}, {state if self.active else 'removed'}>"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Attachment) and other._hooks is self._hooks
 

@@ -346,7 +346,9 @@ def test_dials_turn_between_calls(kind):
             attachment.strength = float("nan")
         assert attachment.strength == 1.0
         assert attachment.active
+        assert repr(attachment).endswith(f"for {kind.base.name}, strength 1, active>")
     assert not attachment.active
+    assert repr(attachment).endswith("removed>")
 
 
 def test_strength_of_single_sites(kind):
