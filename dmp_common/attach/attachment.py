@@ -13,10 +13,8 @@ from dmp_common.attach.compatibility import (
     require_timesteps_of_scheduler,
 )
 from dmp_common.attach.hooks import CallHooks
-from dmp_common.attach.places import remove
 from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
-from dmp_common.attach.wrapping import unwrap
 from dmp_common.bases.detect import find_denoiser
 from dmp_common.bases.schedule import ALWAYS, Schedule
 from dmp_common.errors import PatchError
@@ -197,20 +195,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Takes the patch off the model. Calling it again does nothing."""
-        hooks = self._hooks
-        # Compiled graphs have no guards on hooks, but they have one on this flag.
-        hooks.active = False
-        for handle in hooks.handles:
-            handle.remove()
-        hooks.handles.clear()
-        for site in hooks.sites:
-            remove(site)
-        hooks.sites.clear()
-        hooks.unmark()
-        for part in hooks.checkpointing:
-            unwrap(part(), "_gradient_checkpointing_func", hooks)
-        hooks.checkpointing.clear()
-        hooks.here.call = None
+        self._hooks.remove()
 
     def __enter__(self) -> Attachment:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dmp_common.attach.wrapping import Wrapping, is_wrapped
+from dmp_common.attach.wrapping import Wrapping, is_wrapped, unwrap
 from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
 
@@ -55,3 +55,8 @@ def bind(module: Any, hooks: CallHooks) -> None:
     if not module.gradient_checkpointing or function is None or is_wrapped(function, hooks):
         return
     setattr(module, _FUNCTION, BoundCheckpoint(hooks, function))
+
+
+def unbind(module: Any, hooks: CallHooks) -> None:
+    """Restores a module's own checkpointing function, also where other bindings are around ours."""
+    unwrap(module, _FUNCTION, hooks)

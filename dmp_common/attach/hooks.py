@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from dmp_common.attach.checkpointing import bind
+from dmp_common.attach.checkpointing import bind, unbind
 from dmp_common.attach.context import Context
 from dmp_common.attach.innertime import InnerTime
-from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
+from dmp_common.attach.places import COMPILED, REGISTRY, moved, remove, settle
 from dmp_common.attach.runtime import Runtime
 from dmp_common.attach.settings import Dials, Settings
 from dmp_common.bases.base import find_module
@@ -39,7 +39,7 @@ class CallHooks:
 
     Attributes:
         here: its attribute `call` is, for each thread, the forward call that the thread makes.
-        active: whether the patch is on the model; `Attachment.remove` sets it to False.
+        active: whether the patch is on the model; `remove` sets it to False.
         settings, dials: how the patch is used, as numbers and as tensors.
         enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
         calls: the number of forward calls in which the model embedded its timestep.
@@ -118,11 +118,23 @@ class CallHooks:
         if call is not None and self.active and not call.off:
             call.embedded(output)
 
-    def unmark(self) -> None:
-        """Removes the mark that `_mark` has put on the model."""
+    def remove(self) -> None:
+        """Takes all hooks and wrappers off the model. Calling it again does nothing."""
+        # Compiled graphs have no guards on hooks, but they have one on this flag.
+        self.active = False
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        for site in self.sites:
+            remove(site)
+        self.sites.clear()
         if self.marked is not None:
             vars(self.marked).pop("forward", None)
         self.marked = None
+        for part in self.checkpointing:
+            unbind(part(), self)
+        self.checkpointing.clear()
+        self.here.call = None
 
     def _mark(self) -> nn.Module | None:
         """Marks the model, so that `torch.compile` does not give it a graph without this patch.
