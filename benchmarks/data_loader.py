@@ -24,7 +24,7 @@ from benchmarks.models import dit
 from benchmarks.training_step import Patched
 from dmp_common import Patch
 from training.data.build import DataKind, open_data
-from training.data.options import DataOptions
+from training.options.data_options import DataOptions
 
 SIDE, LATENT, TOKENS, WIDTH = 512, 64, 77, 768  # SD 1.5
 WAYS: dict[str, tuple[dict[str, bool], int]] = {

@@ -28,7 +28,7 @@ from benchmarks.timing import (
     ratio,
 )
 from dmp_common import Patch, attach
-from training.presets import STAGES
+from training.options.presets import STAGES
 
 KINDS = ("misses", "hits")
 Forward = Callable[[float], torch.Tensor]

@@ -28,15 +28,15 @@ from benchmarks.models import build
 from benchmarks.timing import CLOCKS, Clock, clock_of, interleaved, machine_of, ratio
 from dmp_common import Patch, attach, get_base
 from dmp_common.bases.base import find_module
-from training.command_line import resolve
-from training.draws import draw
-from training.families.table import family_of
-from training.frozen import FrozenBase
-from training.inputs import Inputs
-from training.loop import losses_of, update
-from training.methods import PatchMethod
-from training.prepare import assemble
-from training.process import process_of
+from training.base.families.table import family_of
+from training.base.frozen import FrozenBase
+from training.methods.methods import PatchMethod
+from training.objective.inputs import Inputs
+from training.objective.noise import draw
+from training.objective.noising import process_of
+from training.options.command_line import resolve
+from training.run.loop import losses_of, update
+from training.run.prepare import assemble
 
 RECIPES = ("stages", "clean")
 # The trainer's name for a precision of the frozen base.

@@ -13,12 +13,12 @@ sys.path.insert(0, str(_HERE.parent))
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    from training.evaluation.options import parse_arguments  # --help must not wait for torch
+    from training.evaluation.settings import parse_arguments  # --help must not wait for torch
 
     options, config = parse_arguments(arguments)
     try:
         from dmp_common import PatchError
-        from training.evaluation.run import evaluate
+        from training.evaluation.evaluating import evaluate
     except ImportError as error:
         print(
             f"error: {error}: the evaluation needs the trainer's extra and its own, run: "

@@ -14,12 +14,12 @@ sys.path.insert(0, str(_HERE.parent))
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    from training.command_line import parse_arguments  # --help must not wait for torch
+    from training.options.command_line import parse_arguments  # --help must not wait for torch
 
     config = parse_arguments(arguments)
     try:
         from dmp_common import PatchError
-        from training.run import run
+        from training.run.trainer import run
     except ImportError as error:
         print(
             f'error: {error}: the trainer needs its extra, run: pip install -e ".[train]"',

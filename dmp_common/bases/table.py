@@ -12,7 +12,8 @@ from dmp_common.bases.unet import Unet
 from dmp_common.errors import PatchError
 
 TABLE: tuple[Row, ...] = (
-    # The bundled base, and two of training/miniature. They were trained in diffusers: shift 1.
+    # The bundled base, and two of training/experiments/miniature. They were trained in
+    # diffusers: shift 1.
     DiT(
         "digits",
         depth=6,

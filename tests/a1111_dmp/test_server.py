@@ -27,7 +27,7 @@ from dmp_common.patch.file import file_hash
 from tests.a1111_dmp import tiny_base
 from tests.a1111_dmp.server import FailedError, Made, Server, encoded
 from tests.randomness import randomise
-from training.presets import STAGES
+from training.options.presets import STAGES
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -35,7 +35,7 @@ def _convert(path: str) -> None:
 
 def _base(path: str) -> None:
     """A base from the checkpoint of an original code, as the trainer loads it."""
-    from training.families import checkpoint
+    from training.base.families import checkpoint
 
     tensors = checkpoint.read_tensors(Path(path))
     if not checkpoint.is_transformer(tensors):
@@ -47,8 +47,8 @@ def _base(path: str) -> None:
 
 
 def _detect(path: str) -> None:
-    from training.detection import detect_source
-    from training.loading import Source
+    from training.base.detection import detect_source
+    from training.base.loading import Source
 
     detect_source(Source(path, "original"))
 
@@ -60,7 +60,7 @@ def _times(path: str) -> None:
 
 
 def _options(path: str) -> None:
-    from training.command_line import ConfigError, read_toml
+    from training.options.command_line import ConfigError, read_toml
 
     try:
         read_toml(Path(path))
@@ -69,27 +69,27 @@ def _options(path: str) -> None:
 
 
 def _dataset(path: str) -> None:
-    from training.data.dataset_config import subset_tables
+    from training.data.sources.dataset_config import subset_tables
 
     for _ in subset_tables(Path(path)):
         pass
 
 
 def _shard(path: str) -> None:
-    from training.data.shards import read_shard
+    from training.data.stream.shards import read_shard
 
     for _ in read_shard(path):
         pass
 
 
 def _count(path: str) -> None:
-    from training.data.shards import Counts
+    from training.data.stream.shards import Counts
 
     Counts(None).of(path)
 
 
 def _metadata(path: str) -> None:
-    from training.data.caption_files import folder_metadata
+    from training.data.captions.caption_files import folder_metadata
 
     folder_metadata(Path(path), None)
 

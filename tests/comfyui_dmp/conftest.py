@@ -24,7 +24,7 @@ import torch
 
 from dmp_common import Patch
 from tests.comfyui_dmp.server import Server, made, save_random, started
-from training.presets import STAGES
+from training.options.presets import STAGES
 
 collect_ignore = [
     "family.py",

@@ -14,13 +14,13 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from dmp_common import Patch, bases, register_base
 from tests.tiny import FAMILIES
 from tests.training.tinybases import OPTIONS, make_base, make_classes, make_pictures
-from training.command_line import resolve
-from training.events import TrainingEvents
-from training.families.table import DIGITS, register_family
-from training.loop import Run
-from training.loop import train as run_training
-from training.methods import PatchMethod
-from training.prepare import prepare
+from training.base.families.table import DIGITS, register_family
+from training.methods.methods import PatchMethod
+from training.options.command_line import resolve
+from training.run.events import TrainingEvents
+from training.run.loop import Run
+from training.run.loop import train as run_training
+from training.run.prepare import prepare
 from training.train_dmp import main
 
 TINY = register_base(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dmp_common import Patch
-from training.command_line import parse_arguments
+from training.options.command_line import parse_arguments
 from training.train_dmp import main
 
 ROOT = Path(__file__).resolve().parents[2]

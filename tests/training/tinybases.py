@@ -15,8 +15,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.tiny import FAMILIES, Tiny
-from training.families import table
-from training.families.table import register_family
+from training.base.families import table
+from training.base.families.table import register_family
 
 SIZE = 16  # pixels of a picture, 8 cells of a latent
 WORDS = ["red", "green", "blue", "cat", "dog", "a", "of", "picture", "square"]

@@ -1,1 +1,1 @@
-"""Data sets the trainer knows by name."""
+"""The data: batches of images and captions from every kind of source."""

@@ -7,17 +7,17 @@ from typing import Any, Literal
 from dmp_common import PatchError
 from training.data import draws
 from training.data.batch import Batch, Data, DataSummary, Position
-from training.data.caches import plan_caches
-from training.data.dataset_config import find_dataset_config
-from training.data.digits_data import DIGITS, find_digits
-from training.data.encoders import Encoders
-from training.data.folders import find_folder, require_captions
-from training.data.huggingface import find_huggingface
+from training.data.caching.caches import plan_caches
+from training.data.caching.encoding import Encoders
 from training.data.indexed import Found, IndexedData
+from training.data.items import Recipe
 from training.data.kind import DataKind
-from training.data.loading import Recipe
 from training.data.samples import Sample
-from training.data.streaming import open_stream
+from training.data.sources.dataset_config import find_dataset_config
+from training.data.sources.digits import DIGITS, find_digits
+from training.data.sources.folders import find_folder, require_captions
+from training.data.sources.huggingface import find_huggingface
+from training.data.stream.streaming import open_stream
 
 __all__ = ["Batch", "Data", "DataKind", "DataSummary", "Encoders", "Position", "open_data"]
 

@@ -20,8 +20,8 @@ from training.data.batch import (
     Progress,
     SubsetRow,
 )
-from training.data.caches import Caches
-from training.data.loading import Item, Recipe, Request, ahead, load, with_texts
+from training.data.caching.caches import Caches
+from training.data.items import Item, Recipe, Request, ahead, load, with_texts
 from training.data.order import Order, share
 from training.data.samples import Sample, Subset
 from training.data.sizes import fit

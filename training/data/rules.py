@@ -9,7 +9,7 @@ from typing import Any
 
 from dmp_common import PatchError
 from training.data.augment import require_kornia
-from training.data.captions import CaptionRules
+from training.data.captions.caption_rules import CaptionRules
 from training.data.kind import DataKind
 from training.data.samples import Subset
 from training.data.sizes import Size, size_rules

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Protocol
 from torch import Tensor
 
 from dmp_common.patch.serialize import open_regular
-from training.data.captions import CaptionRules
+from training.data.captions.caption_rules import CaptionRules
 from training.data.sizes import Size, SizeRules
 
 _BLOCK = 64 * 1024

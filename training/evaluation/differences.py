@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from training.evaluation.compare import (
+from training.evaluation.comparison import (
     Difference,
     bootstrap_interval,
     over_seeds,

@@ -211,7 +211,7 @@ def load_extractor(
         return Extractor(chosen, _named(chosen), device)
     if base != "digits":
         return None
-    from training.digits.classifier import load_classifier
+    from training.objective.digit_classifier import load_classifier
 
     return Extractor("classifier of the digits", _Classifier(load_classifier()), device)
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
-from training.config import TrainConfig
+from training.base.encoders import FrozenEncoders
+from training.base.frozen import FrozenBase
 from training.data.batch import Batch, Data, Position
 from training.data.build import Split, open_data
-from training.draws import Draws
-from training.encoders import FrozenEncoders
 from training.evaluation.features import Extractor, Features
-from training.frozen import FrozenBase
-from training.inputs import Inputs, encode
+from training.objective.inputs import Inputs, encode
+from training.objective.noise import Draws
+from training.options.config import TrainConfig
 
 NAME = "evaluation"  # what its random draws depend on, besides seed and image
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
-from training.config import TrainConfig
-from training.encoders import FrozenEncoders
+from training.base.encoders import FrozenEncoders
+from training.base.frozen import DTYPES, FrozenBase, load_frozen
 from training.evaluation.clip import ClipScore
-from training.evaluation.compare import bootstrap, resamples
+from training.evaluation.comparison import bootstrap, resamples
 from training.evaluation.differences import Result
 from training.evaluation.features import Extractor, Features, load_extractor
 from training.evaluation.heldout import (
@@ -24,14 +24,14 @@ from training.evaluation.heldout import (
     read_held_out,
     reference_features,
 )
-from training.evaluation.losses import losses_of
 from training.evaluation.metrics import Reference
 from training.evaluation.models import BASE, Compared
-from training.evaluation.options import EvaluationOptions
-from training.evaluation.sampling import condition, draw_images, is_guided, make_sampler, noises
-from training.frozen import DTYPES, FrozenBase, load_frozen
-from training.objective import Student
-from training.process import Process, process_of
+from training.evaluation.settings import EvaluationOptions
+from training.objective.losses import losses_of
+from training.objective.noising import Process, process_of
+from training.objective.sampling import condition, draw_images, is_guided, make_sampler, noises
+from training.objective.student import Student
+from training.options.config import TrainConfig
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmp_common import PatchError
 from training.evaluation.features import Features
-from training.evaluation.frechet import Gaussian
+from training.objective.frechet import Gaussian
 
 METRICS = ("fid", "sfid", "kid", "precision", "recall", "clip_score")
 HIGHER_IS_BETTER = ("precision", "recall", "clip_score")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from dmp_common import Patch, PatchError, attach
 from dmp_common.patch.serialize import opened, parse_json
-from training.families.dit import DiT
-from training.frozen import TEXT_FILE, TIME_FILE, FrozenBase
-from training.lora import remove_lora
-from training.methods import DIFFUSERS_SHIFT, JointMethod
+from training.base.families.dit import DiT
+from training.base.frozen import TEXT_FILE, TIME_FILE, FrozenBase
+from training.methods.lora import remove_lora
+from training.methods.methods import DIFFUSERS_SHIFT, JointMethod
 
 KINDS = ("dmp", "prompt", "lora", "full", "joint")
 BASE = "base"  # the label of the base itself

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from dmp_common import PatchError
 from dmp_common.patch.serialize import write_atomically
-from training.evaluation.compare import Difference
+from training.evaluation.comparison import Difference
 from training.evaluation.controls import Controls
 from training.evaluation.differences import Judged
 from training.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from training.evaluation.models import BASE, Compared, base_parameters
-from training.previews import as_image
+from training.run.previews import as_image
 
 FORMAT = 1
 _SMALLEST = 64  # pixels of a side in the grid of samples

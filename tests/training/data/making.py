@@ -18,7 +18,7 @@ from PIL import Image
 from training.data.batch import Batch, Data, Position
 from training.data.build import open_data
 from training.data.kind import DataKind
-from training.data.options import DataOptions
+from training.options.data_options import DataOptions
 
 CAPTIONS = DataKind("caption", resolution=32, multiple=8)
 LABELS = DataKind("label", resolution=16, multiple=8, num_classes=4, null_label=4, square=True)

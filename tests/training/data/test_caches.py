@@ -15,7 +15,7 @@ from dmp_common import PatchError
 from tests.training.data import making
 from tests.training.data.making import CAPTIONS, NOTHING, Encoders, epoch, opened, picture
 from training.data.batch import Data
-from training.data.cachefiles import DamagedError, TensorCache, key_of
+from training.data.caching.tensor_cache import DamagedError, TensorCache, key_of
 
 ON_DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
 IN_MEMORY = {"cache_latents": True, "cache_text_encoder_outputs": True}

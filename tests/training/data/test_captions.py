@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data import draws
-from training.data.captions import CaptionRules, caption_text, chosen, is_dropped, possible
+from training.data.captions.caption_rules import (
+    CaptionRules,
+    caption_text,
+    chosen,
+    is_dropped,
+    possible,
+)
 
 TAGS = st.lists(st.text("abcxyz ", min_size=1, max_size=6).map(str.strip).filter(bool), max_size=9)
 

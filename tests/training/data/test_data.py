@@ -15,7 +15,7 @@ from dmp_common import PatchError
 from tests.training.data import making
 from tests.training.data.making import CAPTIONS, LABELS, NOTHING, assert_equal, epoch, keys, opened
 from training.data.batch import Data, Position
-from training.data.digits_data import KIND as DIGITS
+from training.data.sources.digits import KIND as DIGITS
 
 SOURCES = ["folder", "repeats", "classes", "plain", "config", "shards", "parquet", "disk", "digits"]
 
@@ -196,7 +196,7 @@ def test_the_global_generator_is_left_alone(place: Path, name: str) -> None:
 @pytest.mark.slow
 def test_workers_may_be_spawned(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows and macOS: everything that goes to a worker can be pickled."""
-    from training.data import loading
+    from training.data import items as loading
 
     data = source(place, "folder")
     expected = next(data.batches(global_batch=4))

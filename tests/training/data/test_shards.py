@@ -31,7 +31,7 @@ from tests.training.data.making import (
     shard_of,
     take,
 )
-from training.data import lanes, remote, shards, streaming
+from training.data.stream import lanes, remote, shards, streaming
 
 pytest.importorskip("webdataset")
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dmp_common import PatchError
 from training.evaluation.features import Extractor, Inception, load_extractor
-from training.evaluation.frechet import sfid
 from training.evaluation.metrics import within
+from training.objective.frechet import sfid
 
 
 class Means(nn.Module):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from training.evaluation.frechet import frechet_distance
-from training.evaluation.losses import denoising_loss_by_bin
-from training.evaluation.sampling import sample
+from training.objective.frechet import frechet_distance
+from training.objective.losses import denoising_loss_by_bin
+from training.objective.sampling import sample
 
 
 class ConstantModel(torch.nn.Module):

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from training.command_line import resolve
 from training.data.batch import Batch, Position
 from training.data.build import open_data
-from training.data.digits_data import KIND
-from training.draws import Draws
+from training.data.sources.digits import KIND
 from training.evaluation.heldout import HeldOut, once
-from training.inputs import Inputs
+from training.objective.inputs import Inputs
+from training.objective.noise import Draws
+from training.options.command_line import resolve
 
 
 class Repeating:

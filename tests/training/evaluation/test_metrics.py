@@ -8,7 +8,7 @@ import torch
 from scipy import linalg, stats
 from torch import Tensor
 
-from training.evaluation.compare import (
+from training.evaluation.comparison import (
     bootstrap,
     bootstrap_interval,
     over_seeds,
@@ -17,8 +17,8 @@ from training.evaluation.compare import (
     welch_interval,
 )
 from training.evaluation.features import Features, spatial_features
-from training.evaluation.frechet import fid, sfid
 from training.evaluation.metrics import Reference, kid, within
+from training.objective.frechet import fid, sfid
 
 
 def drawn(count: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from tests.training.conftest import Go
-from training.command_line import resolve
+from training.base.frozen import FrozenBase, load_frozen
 from training.evaluation.controls import check_controls
 from training.evaluation.models import Spec, load_compared
-from training.frozen import FrozenBase, load_frozen
+from training.options.command_line import resolve
 
 
 def frozen_base(folder: Path) -> FrozenBase:
@@ -75,7 +75,7 @@ def test_another_kind_is_an_error(method: str, kind: str, message: str, go: Go) 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_model_of_another_base_is_an_error(method: str, go: Go) -> None:
-    from training.loading import DIGITS_BASE
+    from training.base.loading import DIGITS_BASE
 
     compared = load_compared(trained(go, method))
     digits = load_frozen(resolve({"base": "digits"}))

@@ -1,0 +1,250 @@
+"""The command from end to end on a tiny model of every base, from pictures to a patch in use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from dmp_common import Patch, attach
+from tests.tiny import FAMILIES
+from tests.training.conftest import Folders, Train
+from tests.training.tinybases import TRAINED
+from training.run.metadata import git_revision
+
+
+def prompts(folder: Path, text: str) -> list[str]:
+    path = folder / "prompts.txt"
+    path.write_text(text, encoding="utf-8")
+    return ["--sample_prompts", str(path)]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_base_trains_validates_and_shows(name: str, train: Train, tmp_path: Path) -> None:
+    line = "1 --s 2" if name == "dit" else "a red cat --s 2 --w 16 --h 16 --d 5"
+    out = train(
+        name,
+        *("--validation_split", "0.3", "--validate_every_n_steps", "3"),
+        *("--validation_bins", "2", "--train_batch_size", "2"),
+        *prompts(tmp_path, line),
+    )
+    own = f"tiny-{name}-dmp"
+    patch = Patch.load(out / f"{own}.safetensors")
+    assert patch.base is FAMILIES[name].base
+    assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+    expected = {"sd21": "v_prediction", "sd3": "flow", "sd35": "flow", "flux": "flow"}
+    assert patch.variant.prediction == expected.get(name, "epsilon")
+    validation = json.loads(patch.metadata["ss_dmp_validation"])
+    # A patch of zeros is the base; after training it is something else.
+    assert validation["0"] == pytest.approx(validation["base"], rel=1e-6)
+    assert validation["3"] != validation["base"]
+    with Image.open(out / "sample" / f"{own}-step00000003-00.png") as picture:
+        assert picture.width > 2 * picture.height  # base, a line, trained
+        halves = [
+            picture.crop((x, 0, x + picture.height, picture.height))
+            for x in (0, picture.width - picture.height)
+        ]
+    assert halves[0].tobytes() != halves[1].tobytes()
+    with Image.open(out / f"{own}-gate.png") as gate:
+        assert min(gate.size) > 200
+    # The file is of use: attached to the base, it changes what the base predicts.
+    tiny = FAMILIES[name]
+    model = tiny.model()
+    before = tiny.run(model)
+    with attach(model, patch):
+        assert not torch.equal(tiny.run(model), before)
+
+
+def test_metadata(train: Train) -> None:
+    out = train("sd15", "--seed", "9", "--enable_bucket", "--min_bucket_reso", "16")
+    with safe_open(out / "tiny-sd15-dmp.safetensors", "pt") as file:
+        header = file.metadata()
+    assert "ss_network_module" not in header
+    assert header["ss_base_model_version"] == "tiny-sd15"
+    assert header["ss_seed"] == "9"
+    assert header["ss_num_train_images"] == "6"
+    assert header["modelspec.prediction_type"] == "epsilon"
+    assert header["modelspec.resolution"] == "16x16"
+    assert header["ss_steps"] == "3"
+    assert sum(row["count"] for row in json.loads(header["ss_bucket_info"])) == 6
+    assert "pictures" in header["ss_dataset_dirs"]
+    recorded = json.loads(header["ss_dmp_config"])
+    assert recorded["enable_bucket"] is True
+    assert "huggingface_token" not in recorded
+    revision = git_revision(Path(__file__).parent)  # None in a source distribution
+    assert header.get("ss_dmp_git_revision") == revision
+    assert revision is None or len(revision.rstrip("+")) == 40
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit"])
+def test_lora(name: str, train: Train, folders: Folders) -> None:
+    out = train(name, "--method", "lora", "--train_batch_size", "2", "--learning_rate", "0.01")
+    path = out / f"tiny-{name}-lora.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    prefix = "unet." if name == "sd15" else "transformer."
+    assert all(key.startswith(prefix) for key in tensors)
+    size = sum(tensor.numel() for tensor in tensors.values())
+    with torch.device("meta"):
+        wanted = Patch.create(FAMILIES[name].base).saved_parameters
+    rank = json.loads(header["lora_adapter_metadata"])[f"{prefix}r"]
+    assert abs(size - wanted) <= size / rank / 2 + 1  # the nearest rank
+    if name == "sd15":  # diffusers' own loader takes it, and it does something
+        model = FAMILIES[name].model()
+        before = FAMILIES[name].run(model)
+        model.load_lora_adapter(tensors, prefix="unet")
+        assert not torch.equal(FAMILIES[name].run(model), before)
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit"])
+def test_full(name: str, train: Train, folders: Folders) -> None:
+    out = train(name, "--method", "full", "--train_batch_size", "2", "--learning_rate", "1e-3")
+    part = "unet" if name == "sd15" else "transformer"
+    cls = type(FAMILIES[name].model())
+    trained = cls.from_pretrained(out / f"tiny-{name}-full", subfolder=part)
+    base = cls.from_pretrained(folders(name), subfolder=part)
+    moved = [
+        key
+        for key, value in trained.state_dict().items()
+        if not torch.equal(value, base.state_dict()[key])
+    ]
+    assert len(moved) > len(base.state_dict()) / 2
+    diffusers.DDIMScheduler.from_pretrained(out / f"tiny-{name}-full", subfolder="scheduler")
+    if name == "dit":  # one time embedding for all blocks, as the gate takes it for granted
+        first, last = (trained.transformer_blocks[n].norm1.emb for n in (0, 2))
+        for value, other in zip(first.parameters(), last.parameters(), strict=True):
+            assert torch.equal(value, other)
+
+
+def test_joint_trains_the_weights_and_a_patch(train: Train, folders: Folders) -> None:
+    """As in training from scratch with DMP: both move, and the folder holds both."""
+    out = train("dit", "--method", "joint", "--train_batch_size", "2", "--learning_rate", "1e-3")
+    folder = out / "tiny-dit-joint"
+    cls = type(FAMILIES["dit"].model())
+    trained = cls.from_pretrained(folder, subfolder="transformer")
+    base = cls.from_pretrained(folders("dit"), subfolder="transformer").state_dict()
+    moved = [
+        key for key, value in trained.state_dict().items() if not torch.equal(value, base[key])
+    ]
+    assert len(moved) > len(base) / 2
+    patch = Patch.load(folder / "patch.safetensors")
+    assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+    before = FAMILIES["dit"].run(trained)
+    with attach(trained, patch):
+        assert not torch.equal(FAMILIES["dit"].run(trained), before)
+
+
+def test_prompt_tuning_has_no_gate(train: Train) -> None:
+    out = train("sd15", "--method", "prompt")
+    patch = Patch.load(out / "tiny-sd15-prompt.safetensors")
+    assert patch.variant.gate == "none"
+    assert all(name.startswith("prompts.") for name in patch.tensors())
+
+
+def test_text_conditional_dit(train: Train, folders: Folders, tmp_path: Path) -> None:
+    """Trained with all weights first; patches are then made for what that left."""
+    text = ["--text_conditional", "--text_encoder", str(folders("sd15"))]
+    out = train("dit", *text, "--method", "full", data="pictures")
+    full = out / "tiny-dit-full"
+    weights = ["--pretrained_model_name_or_path", str(full), "--vae", str(folders("dit"))]
+    train(
+        "dit",
+        *(*text, *weights, "--condition", "t+y", "--importance_weight", "0.1"),
+        *prompts(tmp_path, "a red cat --s 2 --n a blue dog"),
+        data="pictures",
+    )
+    patch = Patch.load(out / "tiny-dit-dmp.safetensors")
+    assert patch.variant.condition == "t+y"
+    assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+
+
+def test_untrained_text_embedding_is_refused(
+    train: Train, folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--text_conditional", "--text_encoder", str(folders("sd15"))]
+    train("dit", *text, data="pictures", code=1)
+    assert "train it with --text_conditional --method full first" in capsys.readouterr().err
+
+
+def test_unconditional_dit(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    out = train("dit", "--unconditional", "--condition", "t+y", data="pictures")
+    assert Patch.load(out / "tiny-dit-dmp.safetensors").variant.condition == "t+y"
+    train("sd15", "--unconditional", code=1)
+    assert "--unconditional with a DiT only" in capsys.readouterr().err
+
+
+def test_caches_change_nothing(train: Train) -> None:
+    cached = ["--cache_latents", "--cache_text_encoder_outputs", "--train_batch_size", "2"]
+    name = "tiny-sd15-dmp.safetensors"
+    plain = Patch.load(train("sd15", "--train_batch_size", "2") / name).tensors()
+    other = Patch.load(train("sd15", *cached) / name).tensors()
+    for key, tensor in plain.items():
+        # Encoded in other batches: Adam makes much of rounding where a gradient is nearly 0.
+        assert (tensor - other[key]).norm() < 1e-3 * tensor.norm(), key
+
+
+def test_dry_run_tells_and_leaves_nothing(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    out = train("sdxl", "--dry_run", "--cache_latents_to_disk", "--train_batch_size", "2")
+    printed = capsys.readouterr().out
+    for told in (
+        "max_train_steps = 3",
+        "6 images",
+        "16x16",
+        "effective batch: 2",
+        "captions: 6 images with, 0 without",
+        "estimated memory",
+        "one step:",
+        "nothing was saved",
+    ):
+        assert told in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--min_snr_gamma", "5", "--noise_offset", "0.1"],
+        ["--zero_terminal_snr", "--min_snr_gamma", "5"],
+        ["--debiased_estimation_loss", "--zero_terminal_snr"],
+        ["--p2_gamma", "1", "--v_parameterization"],
+        ["--max_token_length", "225", "--clip_skip", "2"],
+        ["--optimizer_type", "Adafactor", "--gradient_checkpointing"],
+        ["--recipe", "paper", "--global_batch_size", "2", "--gradient_accumulation_steps", "2"],
+        ["--mixed_precision", "bf16", "--dmp_sites", "decoder"],
+    ],
+    ids=lambda options: options[0],
+)  # fmt: skip
+def test_options_of_unets(options: list[str], train: Train) -> None:
+    patch = Patch.load(train("sd15", *options) / "tiny-sd15-dmp.safetensors")
+    assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--timestep_sampling", "flux_shift"],
+        ["--timestep_sampling", "shift", "--discrete_flow_shift", "2"],
+        ["--weighting_scheme", "logit_normal"],
+        ["--weighting_scheme", "cosmap", "--mixed_precision", "bf16"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_options_of_flow_models(options: list[str], train: Train) -> None:
+    patch = Patch.load(train("flux", *options) / "tiny-flux-dmp.safetensors")
+    assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+
+
+@pytest.mark.slow
+def test_compiled_base_trains_alike(train: Train) -> None:
+    """The patch is attached first, so that its hooks are in the compiled graph."""
+    name = "tiny-dit-dmp.safetensors"
+    plain = Patch.load(train("dit") / name).tensors()
+    compiled = Patch.load(train("dit", "--torch_compile", "--dynamo_backend", "eager") / name)
+    for key, tensor in plain.items():
+        assert torch.allclose(tensor, compiled.tensors()[key], atol=1e-5), key

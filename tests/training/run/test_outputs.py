@@ -1,0 +1,128 @@
+"""What a run shows: previews, logs, heat maps, the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dmp_common import PatchError
+from tests.training.conftest import Go, Start
+from training.run.previews import as_image, read_prompts
+from training.run.publishing import push
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_prompts_are_read_as_kohya_writes_them(start: Start, tmp_path: Path) -> None:
+    text = "# classes\n\n3 --w 16 --h 16 --d 7 --s 9 --l 2.5\n  4\n"
+    run, _ = start(sample_prompts=write(tmp_path / "p.txt", text), sample_steps=3, seed=11)
+    run.method.remove()
+    first, second = read_prompts(run.config, run.frozen)
+    assert (first.text, first.width, first.height) == ("3", 16, 16)
+    assert (first.seed, first.steps, first.scale) == (7, 9, 2.5)
+    assert (second.text, second.seed, second.steps, second.scale) == ("4", 12, 3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a prompt in"),
+        ("ten", "expected a class id"),
+        ("10", "class 10 of 10"),
+        ("1 --s 0", "below 1"),
+        ("1 --q 3", "--q"),
+        ("1 --w wide", "wide"),
+        ("1 --w 16 --h 8", "takes squares only"),
+    ],
+)
+def test_bad_prompts(text: str, message: str, start: Start, tmp_path: Path) -> None:
+    with pytest.raises(PatchError) as caught:
+        start(sample_prompts=write(tmp_path / "p.txt", text))
+    assert message in str(caught.value)
+
+
+def test_previews_of_classes_need_no_file(go: Go) -> None:
+    _, events = go(sample_every_n_steps=2, sample_steps=2, sample_at_first=True)
+    names = sorted(path.name for path in (events.outputs.folder / "sample").iterdir())
+    assert len(names) == 3 * 8  # before, at 2, at 4; the first eight classes
+    # Before the first step both halves are the base.
+    with Image.open(events.outputs.folder / "sample" / names[0]) as picture:
+        side = picture.height
+        left = picture.crop((0, 0, side, side)).tobytes()
+        right = picture.crop((picture.width - side, 0, picture.width, side)).tobytes()
+    assert left == right
+
+
+def test_as_image_keeps_levels_and_colours() -> None:
+    picture = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 2, 2)
+    grey = as_image(picture)
+    assert (grey.mode, grey.getpixel((0, 0)), grey.getpixel((255, 255))) == ("L", 0, 255)
+    colour = as_image(
+        torch.stack([torch.ones(300, 300), -torch.ones(300, 300), torch.zeros(300, 300)])
+    )
+    assert (colour.mode, colour.size) == ("RGB", (300, 300))
+    assert colour.getpixel((5, 5)) == (255, 0, 128)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_gets_losses_pictures_and_gate(start: Start) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from training.run.loop import train
+    from training.run.scale import make_accelerator
+
+    run, events = start(
+        validate_every_n_steps=2, sample_every_n_steps=4, sample_steps=2, save_every_n_steps=2,
+        log_with="tensorboard", cpu=True,
+    )  # fmt: skip
+    folder = Path(run.config.output_dir) / "logs"
+    run.accelerator.__dict__.update(make_accelerator(run.config, str(folder)).__dict__)
+    run.accelerator.init_trackers("run", {"seed": 0})
+    train(run, events)
+    run.method.remove()
+    run.accelerator.end_training()
+    logged = EventAccumulator(str(folder / "run"), size_guidance={"images": 0}).Reload()
+    scalars = set(logged.Tags()["scalars"])
+    assert {"loss/denoising", "lr", "time/step", "memory/GiB", "validation/loss"} <= scalars
+    assert [event.step for event in logged.Scalars("validation/loss")] == [0, 2, 4]
+    images = logged.Tags()["images"]
+    assert "gate/0" in images
+    assert "base left, trained right/0" in images
+
+
+def test_progress_line_has_what_users_look_for(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
+    go(max_train_steps=3)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    for part in ("loss=", "lr=1.00e-03", "s/step=", "GiB=", "3/3"):
+        assert part in line
+
+
+def test_result_is_pushed_with_a_card_that_shows_it(
+    go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload itself is tested with the hub client in tests/dmp_common/test_hub.py."""
+    sent: dict[str, object] = {}
+
+    def push_to_hub(path: Path, repository: str, **options: object) -> str:
+        sent.update(options, path=path, repository=repository)
+        assert all(Path(str(picture)).is_file() for picture in options["pictures"].values())
+        return "address"
+
+    monkeypatch.setattr("training.run.publishing.push_to_hub", push_to_hub)
+    run, events = go(
+        sample_every_n_steps=4, sample_steps=2, huggingface_repo_id="someone/patch",
+        huggingface_private=True,
+    )  # fmt: skip
+    assert push(run.config, run, events.outputs.path()) == "address"
+    assert (sent["repository"], sent["private"]) == ("someone/patch", True)
+    assert sent["path"] == events.outputs.path()
+    shown = sent["pictures"]
+    assert [name.startswith("Base left") for name in shown] == [True] * 4 + [False]
+    assert all("-step00000004-" in str(path) for path in list(shown.values())[:4])

@@ -1,0 +1,198 @@
+"""A killed run goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmp_common import PatchError
+from tests.training.conftest import Go, Start, patch_of
+from training.run.events import restore
+from training.run.state import find_states, load_state, save_state, state_folder
+
+ROOT = Path(__file__).resolve().parents[3]
+OWN = "tiny-digits-dmp"
+STATE = {"save_state": True, "save_every_n_steps": 2, "max_train_steps": 6}
+OPTIONS = {
+    "AdamW": {"lr_scheduler": "cosine", "load_weight": 0.1, "importance_weight": 0.1},
+    "accumulated": {"gradient_accumulation_steps": 2, "validate_every_n_steps": 3,
+                    "keep_best": True},
+    "SGDNesterov": {"optimizer_type": "SGDNesterov", "ema_decay": 0.0},
+    "Adafactor": {"optimizer_type": "Adafactor", "lr_warmup_steps": 3},
+    "lora": {"method": "lora", "network_dim": 2},
+    "full": {"method": "full", "learning_rate": 1e-4},
+    "joint": {"method": "joint", "learning_rate": 1e-4, "load_weight": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_continuation_equals_the_uninterrupted_run(
+    name: str, go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    options = {**STATE, **OPTIONS[name]}
+    _, events = go(**options)
+    whole = read_all(events.outputs.folder)
+    # What a kill between steps 4 and 6 leaves: the states up to 4, and half of one.
+    for path in events.outputs.folder.iterdir():
+        if "step00000002" not in path.name and "step00000004" not in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    own = events.outputs.path().stem if events.outputs.path().suffix else events.outputs.path().name
+    half = events.outputs.folder / f".{own}-step00000006-state.tmp"
+    half.mkdir()
+    (half / "values.safetensors").write_bytes(b"half")
+    run, events = go(**options, resume="latest")
+    assert run.step == 6
+    again = read_all(events.outputs.folder)
+    assert set(again) == set(whole)
+    for file, data in whole.items():
+        assert data == again[file], file
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    """Every file with its bytes; torch's own container of the optimiser is compared by values."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "rest.pt":
+            files[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return files
+
+
+def test_state_holds_optimiser_schedule_and_average(start: Start, go: Go) -> None:
+    first, events = go(**STATE, lr_scheduler="cosine")
+    folder = find_states(events.outputs.folder, OWN)[6]
+    second, _ = start(**STATE, lr_scheduler="cosine", seed=0)
+    second.method.remove()
+    restore(second, load_state(folder))
+    for group in ("state", "param_groups"):
+        assert_same(
+            first.optimiser.optimizer.state_dict()[group],
+            second.optimiser.optimizer.state_dict()[group],
+        )
+    assert first.schedule.state_dict() == second.schedule.state_dict()
+    assert_same(first.average.state_dict(), second.average.state_dict())
+    assert first.position == second.position
+
+
+def assert_same(a: object, b: object) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert set(a) == set(b)
+        for key, value in a.items():
+            assert_same(value, b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 5}, "seed 0 (now 5)"),
+        ({"train_batch_size": 8}, "images of a step 16 (now 8)"),
+        ({"optimizer_type": "Adafactor"}, "optimizer_type 'AdamW' (now 'Adafactor')"),
+        ({"across_depth": "uniform"}, "variant"),
+        ({"max_train_steps": 2}, "raise --max_train_steps"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_run_is_not_continued(
+    changed: dict[str, object], message: str, go: Go, start: Start
+) -> None:
+    go(save_state=True, max_train_steps=2, output_name=OWN)
+    options = {"max_train_steps": 4, **changed}
+    with pytest.raises(PatchError) as caught:
+        start(resume="latest", output_name=OWN, **options)
+    assert message in str(caught.value)
+
+
+def test_damaged_states_are_refused(go: Go) -> None:
+    _, events = go(save_state=True, max_train_steps=2)
+    folder = state_folder(events.outputs.folder, OWN, 2)
+    rest = folder / "rest.pt"
+    data = rest.read_bytes()
+    for broken in (data[:100], b"", b"cos\nsystem\n(S'echo'\ntR."):
+        rest.write_bytes(broken)
+        with pytest.raises(PatchError, match="found none that is whole"):
+            load_state(folder)
+    rest.write_bytes(data)
+    load_state(folder)
+
+
+def test_saving_a_state_never_loses_the_old_one(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, events = go(save_state=True, max_train_steps=2)
+    folder = state_folder(events.outputs.folder, OWN, 2)
+    state = load_state(folder)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.run.state.torch.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_state(folder, state)
+    assert load_state(folder).step == run.step
+
+
+@pytest.mark.slow
+def test_killed_process_is_continued_byte_by_byte(digits_base: Path, tmp_path: Path) -> None:
+    """A real process, ended without warning in the middle of its steps."""
+    command = [
+        sys.executable, "-c",
+        "import sys; from tests.training import conftest; from training.train_dmp import main; "
+        "sys.exit(main(sys.argv[1:]))",
+        "--base", "tiny-digits", "--pretrained_model_name_or_path", str(digits_base),
+        "--dataset_name", "digits", "--train_batch_size", "16", "--save_state",
+        "--save_every_n_steps", "2", "--max_train_steps", "100", "--output_dir", "out", "--cpu",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "SOURCE_DATE_EPOCH": "1700000000",
+        "OMP_NUM_THREADS": "1",
+    }
+    results = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL
+            )
+            deadline = time.monotonic() + 120
+            while len(find_states(folder / "out", OWN)) < 4 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.kill()
+            process.wait()
+            assert process.returncode != 0
+            assert not (folder / "out" / f"{OWN}.safetensors").exists()
+        extra = ["--resume", "latest"] if name == "killed" else []
+        done = subprocess.run(
+            [*command, *extra], cwd=folder, env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("resumed after step" in done.stdout) == (name == "killed")
+        results[name] = (folder / "out" / f"{OWN}.safetensors").read_bytes()
+    # The repository may have been committed to in between.
+    revision = re.compile(rb'"ss_dmp_git_revision":"[0-9a-f]*\+?"')
+    assert revision.sub(b"", results["whole"]) == revision.sub(b"", results["killed"])
+
+
+def test_patch_after_resume_is_that_of_the_run(go: Go) -> None:
+    whole, _ = go(max_train_steps=4)
+    go(max_train_steps=2, save_state=True)
+    rest, _ = go(max_train_steps=4, resume="latest")
+    for name, tensor in patch_of(whole).tensors().items():
+        assert torch.equal(tensor, patch_of(rest).tensors()[name])

@@ -1,0 +1,50 @@
+"""Which base are these weights? For --base auto."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import torch
+
+from dmp_common import Base, PatchError, detect_base, known_bases
+from dmp_common.bases.detect import bases_of_shapes
+from dmp_common.tools.modelfiles import tensor_shapes
+from training.base.families.checkpoint import read_shapes
+from training.base.loading import Source
+
+
+def detect_source(source: Source) -> Base:
+    """The base of some weights, by their structure; no values are read.
+
+    Raises:
+        PatchError: weights of no known base, or a hub id whose configuration tells nothing.
+    """
+    path = Path(source.place)
+    if not path.exists():
+        return _of_repository(source.place)
+    pickled = path.suffix in (".pt", ".pth", ".ckpt")
+    found = bases_of_shapes(read_shapes(path) if pickled else tensor_shapes(path))
+    if not found:
+        raise _unknown(source.place)
+    return found[0]
+
+
+def _of_repository(place: str) -> Base:
+    """From the configuration alone: the model is built without memory for its weights."""
+    for folder in ("transformer", "unet"):
+        try:
+            config = diffusers.UNet2DConditionModel.load_config(place, subfolder=folder)
+        except OSError:
+            continue
+        with torch.device("meta"):
+            return detect_base(getattr(diffusers, config["_class_name"]).from_config(config))
+    raise _unknown(place)
+
+
+def _unknown(place: str) -> PatchError:
+    names = ", ".join(base.name for base in known_bases())
+    return PatchError(
+        f"expected weights of one of the bases {names}, found others at {place}: say which with "
+        "--base, or choose other weights."
+    )

@@ -1,0 +1,75 @@
+"""What the trainer must know of a family of bases, besides what `dmp_common` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch.nn as nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from training.options.config import TrainConfig
+
+Given = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of bases: what there is to load, how to call it, what it is told.
+
+    Args:
+        denoiser: folder of the denoiser in a diffusers pipeline.
+        model: its class in diffusers.
+        pipeline: the class that reads single files with everything in them; "" for none.
+        vae: whether the family works on latents.
+        encoders: text encoders by folder, with their classes in transformers. The tokenizer of
+            `text_encoder_2` is `tokenizer_2`, and so on.
+        conditioning: what a sample is told besides the timestep.
+        resolution: of the base in pixels, where its configuration does not tell.
+        multiple: sides of images are multiples of it.
+        square: the model takes square inputs only.
+        guidance: usual scale of classifier-free guidance in previews, 1 for none.
+        scheduler: configuration of the noise schedule, where the weights come without one.
+        vae_id: the usual VAE, where the weights come without one.
+    """
+
+    denoiser: Literal["unet", "transformer"]
+    model: str
+    pipeline: str = ""
+    vae: bool = True
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    conditioning: Literal["caption", "label"] = "caption"
+    resolution: int = 1024
+    multiple: int = 64
+    square: bool = False
+    guidance: float = 7.5
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    vae_id: str | None = None
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """The model's output (B, C or 2C, H, W).
+
+        Args:
+            noisy: (B, C, H, W).
+            t: (B,) on the scale 0..1000.
+            given: what `encode_text` said, "labels" (B,), and "sizes" (B, 6): original height and
+                width, top and left of the crop, target height and width, in pixels.
+        """
+        raise NotImplementedError
+
+    def encode_text(
+        self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
+    ) -> dict[str, Tensor]:
+        """What the text encoders say of B captions: tensors (B, ...) by name.
+
+        Args:
+            parts: text encoders and tokenizers, by folder.
+        """
+        raise NotImplementedError
+
+
+def like(given: Tensor, noisy: Tensor) -> Tensor:
+    """A condition in the precision of the model's input."""
+    return given.to(noisy.device, noisy.dtype)

@@ -1,0 +1,117 @@
+"""Which base is of which family. A new base of a known family is one line here."""
+
+from __future__ import annotations
+
+from dmp_common import Base, PatchError
+from training.base.families.dit import DiT
+from training.base.families.family import Family
+from training.base.families.transformer import SD3, Flux, PixArt
+from training.base.families.unet import UNet, UNetXL
+
+_LINEAR = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "variance_type": "learned_range",
+}
+
+_UNET = {
+    "denoiser": "unet",
+    "model": "UNet2DConditionModel",
+    "pipeline": "StableDiffusionPipeline",
+    "encoders": {"text_encoder": "CLIPTextModel"},
+}
+SD1 = UNet(**_UNET)
+SDXL = UNetXL(
+    **{
+        **_UNET,
+        "pipeline": "StableDiffusionXLPipeline",
+        "encoders": {
+            "text_encoder": "CLIPTextModel",
+            "text_encoder_2": "CLIPTextModelWithProjection",
+        },
+    },
+)
+# Classes come from the data; with --text_conditional there is a text encoder besides.
+DIT = DiT(
+    denoiser="transformer",
+    model="DiTTransformer2DModel",
+    conditioning="label",
+    square=True,
+    guidance=4.0,
+    scheduler=_LINEAR,
+    vae_id="stabilityai/sd-vae-ft-ema",
+)
+DIGITS = DiT(
+    denoiser="transformer",
+    model="DiTTransformer2DModel",
+    vae=False,
+    conditioning="label",
+    multiple=2,
+    square=True,
+    guidance=1.0,
+)
+PIXART = PixArt(
+    denoiser="transformer",
+    model="PixArtTransformer2DModel",
+    encoders={"text_encoder": "T5EncoderModel"},
+    multiple=32,
+    guidance=4.5,
+    scheduler=_LINEAR,
+)
+STABLE3 = SD3(
+    denoiser="transformer",
+    model="SD3Transformer2DModel",
+    pipeline="StableDiffusion3Pipeline",
+    encoders={
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    },
+    guidance=7.0,
+)
+FLUX = Flux(
+    denoiser="transformer",
+    model="FluxTransformer2DModel",
+    pipeline="FluxPipeline",
+    encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+    guidance=1.0,  # told to the model, see Previews
+)
+
+_FAMILIES: dict[str, Family] = {
+    "digits": DIGITS,
+    "cifar10": DIGITS,
+    "cifar10-s": DIGITS,
+    "sd15": SD1,
+    "sd21": SD1,
+    "sdxl": SDXL,
+    **{f"dit-{size}/{p}": DIT for size in ("s", "b", "l", "xl") for p in (2, 4, 8)},
+    "pixart": PIXART,
+    "sd3": STABLE3,
+    "sd35-medium": STABLE3,
+    "sd35-large": STABLE3,
+    "flux": FLUX,
+}
+
+
+def register_family(base: Base | str, family: Family) -> None:
+    """Says of which family a base is that was added with `register_base`."""
+    _FAMILIES[base if isinstance(base, str) else base.name] = family
+
+
+def family_of(base: Base) -> Family:
+    """The family of a base.
+
+    Raises:
+        PatchError: the trainer knows none.
+    """
+    if base.name not in _FAMILIES:
+        raise PatchError(
+            f"expected a base the trainer knows ({', '.join(_FAMILIES)}), found {base.name}: "
+            "add it to training/base/families/table.py."
+        )
+    return _FAMILIES[base.name]

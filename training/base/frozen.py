@@ -1,0 +1,298 @@
+"""The frozen base a patch is trained on: its model, the parts around it, its facts."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common import Base, PatchError, get_base
+from dmp_common.bases.base import Naming
+from dmp_common.bases.detect import require_base
+from dmp_common.bases.timesteps import frequency_shift
+from dmp_common.patch.serialize import parse_json, read_bounded
+from training.base.families import dit
+from training.base.families.family import Family
+from training.base.families.table import family_of
+from training.base.loading import Loader, find_source
+from training.data.kind import DataKind
+from training.objective.noising import is_flow
+from training.options.config import TrainConfig
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MAX_FACTS = 1024**2  # bytes; it has two numbers
+TEXT_FILE = "text_conditioning.json"  # in the folder of a text-conditional DiT
+TIME_FILE = "time_embedding.json"  # in the folder of a DiT that came from an original checkpoint
+
+
+@dataclass
+class FrozenBase:
+    """A base with its weights, in evaluation mode and without gradients of its own.
+
+    Args:
+        model: the denoiser.
+        scheduler: diffusers scheduler; names the prediction type and the noise schedule.
+        base, naming, family: what the model is.
+        vae: None for a base of pixels.
+        encoders: text encoders and tokenizers, by folder in a diffusers pipeline.
+        unconditional: every image gets the null class.
+    """
+
+    model: nn.Module
+    scheduler: Any
+    base: Base
+    naming: Naming
+    family: Family
+    vae: Any = None
+    encoders: dict[str, Any] = field(default_factory=dict)
+    unconditional: bool = False
+
+    @property
+    def prediction(self) -> str:
+        """epsilon, v_prediction, sample or flow."""
+        if is_flow(self.scheduler):
+            return "flow"
+        return str(self.scheduler.config.prediction_type)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a patch must record of the model it was trained on."""
+        return {
+            "prediction": self.prediction,
+            "frequency_shift": frequency_shift(self.model, self.base, self.naming),
+        }
+
+    @property
+    def channels(self) -> int:
+        """Of the latent, or of the pixels of a base without VAE."""
+        if self.vae is not None:
+            return int(self.vae.config.latent_channels)
+        return int(self.model.config.in_channels)
+
+    @property
+    def learns_sigma(self) -> bool:
+        """Whether the model also predicts the variance of the reverse process."""
+        config: Any = self.model.config
+        return getattr(config, "out_channels", None) == 2 * config.in_channels
+
+    @property
+    def null_label(self) -> int | None:
+        """Class id that means "no class", for a base with classes."""
+        return dit.null_label(self.model) if self.conditioning != "caption" else None
+
+    @property
+    def conditioning(self) -> str:
+        """caption, label or none."""
+        if self.family.conditioning == "caption" or dit.takes_text(self.model):
+            return "caption"
+        return "none" if self.unconditional or dit.null_label(self.model) == 0 else "label"
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side over cells of the latent."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def kind(self) -> DataKind:
+        """What this base eats."""
+        size = getattr(self.model.config, "sample_size", None)
+        resolution = size * self.factor if isinstance(size, int) else self.family.resolution
+        labelled = self.conditioning == "label"
+        return DataKind(
+            conditioning=self.conditioning,  # type: ignore[arg-type]
+            channels=3 if self.vae is not None else self.channels,
+            resolution=resolution,
+            multiple=self.family.multiple,
+            num_classes=dit.null_label(self.model) if labelled else None,
+            null_label=self.null_label,
+            square=self.family.square,
+        )
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Samples (B, C, h, w) of latents at the model's scale, from the VAE's moments.
+
+        Args:
+            moments: (B, 2C, h, w), means and standard deviations.
+            noise: (B, C, h, w), standard normal.
+        """
+        mean, std = moments.chunk(2, dim=1)
+        config = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return (mean + std * noise - shift) * config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1], float32 on the CPU, of what the model made."""
+        if self.vae is None:
+            return latents.float().clamp(-1, 1).cpu()
+        config, like = self.vae.config, next(self.vae.parameters())
+        z = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        with torch.no_grad():
+            images = [
+                self.vae.decode(one.unsqueeze(0).to(like.device, like.dtype)).sample for one in z
+            ]
+        return torch.cat(images).float().clamp(-1, 1).cpu()
+
+    def to(self, device: torch.device) -> FrozenBase:
+        """Moves everything."""
+        for part in (self.model, self.vae, *self.encoders.values()):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
+    def release_encoders(self) -> None:
+        """Gives the memory of the text encoders back, once every caption is encoded."""
+        self.encoders.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def load_frozen(config: TrainConfig) -> FrozenBase:
+    """Loads the base a configuration asks for; with --base auto, whichever the weights are.
+
+    Raises:
+        PatchError: no weights where they should be, or those of another base.
+    """
+    base = None if config.base == "auto" else get_base(config.base)
+    source = find_source(config, base)
+    if base is None:
+        base = find_base(config)
+    family = family_of(base)
+    dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
+    loader = Loader(config, base, family, source, dtype)
+    text = _text_facts(Path(source.place))
+    _check_text(config, family, text)
+    model = _text_dit(loader, text) if text else loader.denoiser()
+    if isinstance(family, dit.DiT):
+        _set_time_embedding(model, Path(source.place) / TIME_FILE)
+    frozen = FrozenBase(
+        model=model,
+        scheduler=_adjusted(loader.scheduler(), config),
+        base=base,
+        naming=require_base(model, base),
+        family=family,
+        vae=loader.vae() if family.vae else None,
+        unconditional=config.unconditional,
+    )
+    if config.text_conditional or frozen.conditioning == "caption":
+        text_config = config.model_copy(update={"text_conditional": isinstance(family, dit.DiT)})
+        loader.config = text_config
+        frozen.encoders = loader.encoders()
+    if config.text_conditional and not dit.takes_text(model):
+        dit.use_text(model, frozen.encoders["text_encoder"].config.hidden_size)
+    for part in (model, frozen.vae, *frozen.encoders.values()):
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    return frozen
+
+
+def find_base(config: TrainConfig) -> Base:
+    """The base of --base auto, from the structure of the weights.
+
+    Raises:
+        PatchError: no base fits.
+    """
+    from training.base.detection import detect_source
+
+    return detect_source(find_source(config, None))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """The entries of a small JSON file."""
+    facts = parse_json(read_bounded(path, _MAX_FACTS, "a small JSON file"))
+    if not isinstance(facts, dict):
+        raise ValueError("JSON that is no object")
+    return facts
+
+
+def _text_facts(folder: Path) -> dict[str, Any] | None:
+    """What the folder of a text-conditional DiT says about its text."""
+    path = folder / TEXT_FILE
+    if not path.is_file():
+        return None
+    try:
+        facts = _facts(path)
+        return {"size": int(facts["size"]), "frequency_shift": float(facts["frequency_shift"])}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise PatchError(
+            f"expected the size of the text embedding in {path}, found {error!r}: get the folder "
+            "again."
+        ) from error
+
+
+def _set_time_embedding(model: nn.Module, path: Path) -> None:
+    """Gives a DiT trained from an original checkpoint the constant of its time embedding, which
+    diffusers' own configuration cannot hold."""
+    if not path.is_file():
+        return
+    try:
+        shift = float(_facts(path)["frequency_shift"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise PatchError(
+            f"expected the frequency shift of the time embedding in {path}, found {error!r}: get "
+            "the folder again."
+        ) from error
+    dit.set_frequency_shift(model, shift)
+
+
+def _check_text(config: TrainConfig, family: Family, text: dict[str, Any] | None) -> None:
+    if config.text_conditional and not isinstance(family, dit.DiT):
+        raise PatchError(
+            f"expected --text_conditional with a DiT only, found base {config.base}, which takes "
+            "captions anyway: leave it out."
+        )
+    if config.text_conditional and text is None and not config.trains_base:
+        raise PatchError(
+            "expected a DiT whose text embedding is trained, found one for classes: train it with "
+            "--text_conditional --method full first, then name that folder as "
+            "--pretrained_model_name_or_path."
+        )
+    if config.unconditional and not isinstance(family, dit.DiT):
+        raise PatchError(
+            f"expected --unconditional with a DiT only, found base {config.base}: leave it out; "
+            "--caption_dropout_rate 1 trains on empty captions."
+        )
+
+
+def _text_dit(loader: Loader, text: dict[str, Any]) -> Any:
+    """A DiT with a text embedding, from the folder that --method full leaves."""
+    import diffusers
+    from safetensors.torch import load_file
+
+    folder = Path(loader.source.place) / loader.family.denoiser
+    cls = diffusers.DiTTransformer2DModel
+    model = cls.from_config(cls.load_config(folder))
+    dit.use_text(model, text["size"])
+    dit.set_frequency_shift(model, text["frequency_shift"])
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, RuntimeError) as error:
+        raise PatchError(
+            f"expected the weights of a text-conditional DiT at {weights}, found "
+            f"{' '.join(str(error).split())[:200]}: get the folder again."
+        ) from error
+    return model.to(loader.dtype)
+
+
+def _adjusted(scheduler: Any, config: TrainConfig) -> Any:
+    """The scheduler with the wishes of the command line."""
+    changes: dict[str, Any] = {}
+    if config.v_parameterization:
+        changes["prediction_type"] = "v_prediction"
+    if config.zero_terminal_snr:
+        changes["rescale_betas_zero_snr"] = True
+    if changes and is_flow(scheduler):
+        raise PatchError(
+            "expected a base with epsilon or v prediction for --v_parameterization and "
+            "--zero_terminal_snr, found a flow model: leave them out."
+        )
+    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
+
+
+__all__ = ["DTYPES", "TEXT_FILE", "TIME_FILE", "FrozenBase", "find_base", "load_frozen"]

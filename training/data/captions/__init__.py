@@ -1,0 +1,1 @@
+"""Captions: the files they are in, and what becomes of them in each epoch."""

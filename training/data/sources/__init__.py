@@ -1,0 +1,1 @@
+"""Where images come from: folders, dataset files, Hugging Face, the bundled digits."""

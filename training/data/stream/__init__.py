@@ -1,0 +1,1 @@
+"""Tar shards that are read front to back."""

@@ -1,0 +1,190 @@
+"""The samples of shards as the trainer sees them: what belongs to them, and in which order."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dmp_common import PatchError
+from dmp_common.errors import file_error
+from dmp_common.patch.serialize import parse_json
+from training.data import draws
+from training.data.captions.caption_files import COLUMNS
+from training.data.images import upright_size
+from training.data.items import Item, Recipe
+from training.data.kind import DataKind
+from training.data.samples import Sample, Subset
+from training.data.sizes import Size
+from training.data.stream.lanes import Visit, count_of, pooled, samples_of, visits
+from training.data.stream.shards import Counts, Raw, Shard
+
+_EMPTY = 64  # passes over all data without an image, after which there are none
+
+
+class BytesStore:
+    """Images that came with their sample: a place is a name and bytes."""
+
+    def open(self, place: tuple[str, bytes]) -> BinaryIO:
+        """The image."""
+        return io.BytesIO(place[1])
+
+    def name(self, place: tuple[str, bytes]) -> str:
+        """Shard and sample."""
+        return place[0]
+
+    def fingerprint(self, place: tuple[str, bytes]) -> str:
+        """Never cached."""
+        raise io.UnsupportedOperation("streams are not cached")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a worker needs to know.
+
+    Args:
+        shards: of this split.
+        recipe: from samples to batches.
+        pool: images among which the next is drawn, over all lanes.
+        counts_folder: where counts of remote shards are kept.
+        buckets: sizes to draw a batch's size from, one for each image that was looked at; empty
+            where all batches have one size.
+    """
+
+    shards: tuple[Shard, ...]
+    subset: Subset
+    recipe: Recipe
+    options: Any
+    pool: int
+    counts_folder: Path | None = None
+    buckets: tuple[Size, ...] = ()
+
+    def bucket(self, batch: int) -> Size | None:
+        """The size of a global batch, which all lanes know without asking."""
+        if not self.buckets:
+            return None
+        return self.buckets[draws.below(len(self.buckets), self.recipe.seed, batch, "bucket")]
+
+    def lane(self, lane: int, lanes: int, each: int, start: int) -> Iterator[list[Item]]:
+        """The items of a lane, `each` to a batch, from global batch `start` on."""
+        counts = Counts(self.counts_folder)
+        items = self._items(lane, lanes, each, start * each, counts)
+        while True:
+            yield list(itertools.islice(items, each))
+
+    def _items(self, lane: int, lanes: int, each: int, skip: int, counts: Counts) -> Iterator[Item]:
+        number, empty = 0, 0  # items of the lane so far; visits in a row without any
+        seed, shuffle = self.recipe.seed, self.recipe.augment
+        for visit in visits(self.shards, lane, lanes, seed, shuffle):
+            first = number
+            if number < skip:
+                count = count_of(visit, counts)
+                if number + count <= skip:
+                    number += count
+                    continue
+            for item in self._of_visit(visit, lanes, each, number, counts):
+                number += 1
+                if number > skip:
+                    yield item
+            empty = empty + 1 if number == first else 0
+            if empty > _EMPTY * len(self.shards) * visit.parts:
+                raise PatchError(
+                    f"expected images in the {len(self.shards)} shards, found none any more: check "
+                    "--webdataset."
+                )
+
+    def _of_visit(
+        self, visit: Visit, lanes: int, each: int, first: int, counts: Counts
+    ) -> Iterator[Item]:
+        def pick(pool: Sequence[Item], taken: int) -> int:
+            bucket = self.bucket((first + taken) // each)
+            draw = (self.recipe.seed, visit.epoch, visit.shard.name, visit.part, taken)
+            if bucket is None:
+                return draws.below(len(pool), *draw) if self.recipe.augment else 0
+            ratio = math.log(bucket[0] / bucket[1])
+            away = [abs(math.log(i.sample.size[0] / i.sample.size[1]) - ratio) for i in pool]
+            near = [n for n, distance in enumerate(away) if distance <= min(away) + 1e-9]
+            return near[draws.below(len(near), *draw)]
+
+        size = max(1, self.pool // lanes) if self.recipe.augment or self.buckets else 1
+        raws = samples_of(visit, counts)
+        items = (self.item(raw, visit) for raw in raws)
+        for taken, item in enumerate(pooled(items, size, pick)):
+            bucket = self.bucket((first + taken) // each)
+            yield replace(item, sample=replace(item.sample, bucket=bucket)) if bucket else item
+
+    def item(self, raw: Raw, visit: Visit) -> Item:
+        """A sample with what goes with it.
+
+        Raises:
+            PatchError: it is broken, or has no caption or class.
+        """
+        name = f"{visit.shard.place}!{raw.key}"
+        captions, label = describe(raw, name, self.recipe.kind, self.subset, self.options)
+        key = f"{visit.shard.name}!{raw.key}"
+        try:
+            size = upright_size(io.BytesIO(raw.image), name)
+        except PatchError:
+            if not self.options.skip_broken:
+                raise
+            size = self.subset.sizes.resolution  # `Recipe` finds it broken again, and says so
+        sample = Sample(key, (name, raw.image), size, self.subset, captions, label)
+        return Item(sample, visit.epoch)
+
+
+def describe(
+    raw: Raw, name: str, kind: DataKind, subset: Subset, options: Any
+) -> tuple[tuple[str, ...], int | None]:
+    """Captions and label of a sample, from .txt, .caption, .json and .cls.
+
+    Raises:
+        PatchError: what the base needs is not there, or not understood.
+    """
+    try:
+        about = parse_json(raw.parts["json"]) if "json" in raw.parts else {}
+        about = about if isinstance(about, dict) else {}
+        if kind.conditioning == "label":
+            value = raw.parts["cls"].decode() if "cls" in raw.parts else about.get("label")
+            if value is None:
+                raise PatchError(
+                    f"expected a class in {name} (.cls, or label in .json), found none."
+                )
+            return (), _checked_label(int(value), name, kind)
+        if kind.conditioning == "none":
+            return (), None
+        text = next((raw.parts[e].decode("utf-8-sig") for e in ("txt", "caption", "text")
+                     if e in raw.parts), None)  # fmt: skip
+    except (ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, PatchError):
+            raise
+        expected = "text, JSON or a number"
+        raise file_error(name, expected, error, "correct or remove this sample") from error
+    if text is not None:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        captions = tuple(lines if subset.captions.enable_wildcard else lines[:1])
+    else:
+        names = (options.caption_column,) if options.caption_column else COLUMNS
+        value = next((about[n] for n in names if about.get(n) is not None), ())
+        values = value if isinstance(value, list | tuple) else [value]
+        plain = (str(entry).strip() for entry in values if isinstance(entry, str | int | float))
+        captions = tuple(caption for caption in plain if caption)
+    bare = not any(captions) and not subset.captions.class_tokens
+    if bare and not options.allow_empty_captions:
+        raise PatchError(
+            f"expected a caption in {name} (.txt, or caption in .json), found none: give "
+            "--caption_column, --class_tokens or --allow_empty_captions."
+        )
+    return captions, None
+
+
+def _checked_label(label: int, name: str, kind: DataKind) -> int:
+    if label < 0 or (kind.num_classes is not None and label >= kind.num_classes):
+        raise PatchError(
+            f"expected a class id below {kind.num_classes} in {name}, found {label}: check the "
+            "shards and the base."
+        )
+    return label

@@ -1,0 +1,1 @@
+"""Experiments on the trainer: the digits base, the miniatures, the paper's tables."""

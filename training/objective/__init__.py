@@ -1,0 +1,1 @@
+"""Noising, losses, weights of timesteps, and sampling: one of each."""

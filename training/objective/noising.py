@@ -1,0 +1,216 @@
+"""The noising process of a base: how clean data become noisy, and what the model is to predict.
+
+Times t are on the scale 0..1000 everywhere; a flow model's sigma is t / 1000.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmp_common import PatchError
+from training.objective.variational import Posterior
+from training.options.model_options import ObjectiveOptions
+
+
+class Discrete:
+    """Noise of a DDPM schedule: x = sqrt(a) x0 + sqrt(1 - a) noise, with a table of a.
+
+    Args:
+        scheduler: diffusers scheduler with `alphas_cumprod`; its config names the prediction.
+        options: of the objective.
+    """
+
+    def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
+        self.prediction = str(scheduler.config.prediction_type)
+        if self.prediction not in ("epsilon", "v_prediction", "sample"):
+            raise PatchError(
+                "expected prediction type epsilon, v_prediction or sample in the scheduler's "
+                f"config, found {self.prediction!r}: correct the base's configuration."
+            )
+        self.options = options
+        self.alphas = scheduler.alphas_cumprod.double()  # (T,)
+        self.posterior = Posterior(scheduler.betas.double())
+
+    def times(self, u: Tensor, z: Tensor, latent_hw: tuple[int, int]) -> Tensor:
+        """Timesteps (B,), int64, uniform over the range asked for; z is for flow models."""
+        first, end = self.options.min_timestep, min(self.options.max_timestep, len(self.alphas))
+        return (first + (u.double() * (end - first)).long()).clamp(max=end - 1)
+
+    def bin(self, number: int, bins: int, u: Tensor) -> Tensor:
+        """Timesteps (B,) in one of `bins` equal ranges, least noisy first, for validation."""
+        steps = len(self.alphas)
+        first, end = number * steps // bins, max((number + 1) * steps // bins, 1)
+        return (first + (u.double() * (end - first)).long()).clamp(max=end - 1)
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noisy data like clean (B, C, H, W) at timesteps t (B,)."""
+        signal, rest = self._scales(clean, t)
+        return signal * clean + rest * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model is to predict (B, C, H, W)."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return clean
+        signal, rest = self._scales(clean, t)
+        return signal * noise - rest * clean
+
+    def clean_from(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The clean data (B, C, H, W) that a prediction means."""
+        signal, rest = self._scales(noisy, t)
+        if self.prediction == "sample":
+            return prediction
+        if self.prediction == "epsilon":
+            return (noisy - rest * prediction) / signal
+        return signal * noisy - rest * prediction
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Weights of the squared error at timesteps t (B,), float32.
+
+        Sources: Hang et al. 2023 (min-SNR), Yu et al. 2023 (debiased), Choi et al. 2022 (P2).
+        """
+        alphas = self.alphas.to(t.device)
+        snr = alphas / (1 - alphas)
+        # Zero at the last step of a zero-terminal-SNR schedule: weights take their limits there.
+        of_velocity = 1 / (snr + 1) if self.prediction == "v_prediction" else torch.ones_like(snr)
+        options = self.options
+        if options.min_snr_gamma:
+            capped = snr.clamp(max=options.min_snr_gamma)
+            weights = {
+                "epsilon": (capped / snr).where(snr > options.min_snr_gamma, 1.0),
+                "v_prediction": capped * of_velocity,
+                "sample": capped,
+            }[self.prediction]
+        elif options.debiased_estimation_loss:
+            # As in kohya's scripts: 1 / (SNR + 1) for v; SNR at most 1000.
+            least = snr[snr > 0].min()
+            weights = snr.clamp(least, 1000.0).rsqrt()
+            if self.prediction == "v_prediction":
+                weights = of_velocity
+        elif options.p2_gamma:
+            # Defined on the error of epsilon, which is sqrt(a) that of v, and sqrt(SNR) of x0.
+            error = {
+                "epsilon": torch.ones_like(snr),
+                "v_prediction": alphas,
+                "sample": snr,
+            }[self.prediction]
+            weights = error / (options.p2_k + snr) ** options.p2_gamma
+        else:
+            weights = torch.ones_like(snr)
+        return weights[t].float()
+
+    def _scales(self, like: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        alphas = self.alphas.to(t.device)[t].reshape(-1, 1, 1, 1)
+        return alphas.sqrt().to(like.dtype), (1 - alphas).sqrt().to(like.dtype)
+
+
+class Flow:
+    """Rectified flow: x = (1 - sigma) x0 + sigma noise; the model predicts noise - x0.
+
+    Args:
+        scheduler: diffusers' FlowMatchEulerDiscreteScheduler, for its shift.
+        options: of the objective.
+    """
+
+    prediction = "flow"
+
+    def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
+        config = scheduler.config
+        own = 1.0 if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
+        self.shift = options.discrete_flow_shift or own
+        self.options = options
+
+    def times(self, u: Tensor, z: Tensor, latent_hw: tuple[int, int]) -> Tensor:
+        """Times (B,), float32, from uniform u (B,) and standard normal z (B,).
+
+        The densities are those of kohya's scripts and diffusers' SD3 training, also in that
+        `sigma` counts from the noisy end, as an index into a scheduler's timesteps does.
+        """
+        options = self.options
+        match options.timestep_sampling:
+            case "uniform":
+                sigma = u
+            case "sigmoid":
+                sigma = torch.sigmoid(options.sigmoid_scale * z)
+            case "shift":
+                sigma = self._shifted(torch.sigmoid(options.sigmoid_scale * z), self.shift)
+            case "flux_shift":
+                tokens = (latent_hw[0] // 2) * (latent_hw[1] // 2)
+                shift = math.exp(flux_shift(tokens))
+                sigma = self._shifted(torch.sigmoid(options.sigmoid_scale * z), shift)
+            case "sigma":
+                sigma = self._shifted(1 - self._density(u, z), self.shift)
+        low, high = options.min_timestep / 1000, options.max_timestep / 1000
+        return (1000 * (low + (high - low) * sigma)).clamp(1.0, 1000.0).float()
+
+    def bin(self, number: int, bins: int, u: Tensor) -> Tensor:
+        """Times (B,) in one of `bins` equal ranges, least noisy first, for validation."""
+        return (1000 * (number + u) / bins).clamp(1.0, 1000.0).float()
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noisy data like clean (B, C, H, W) at times t (B,)."""
+        sigma = self._sigma(clean, t)
+        return (1 - sigma) * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model is to predict (B, C, H, W)."""
+        return noise - clean
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Weights of the squared error at times t (B,), float32 (Esser et al. 2024)."""
+        sigma = t.float() / 1000
+        if self.options.weighting_scheme == "sigma_sqrt":
+            return sigma**-2.0
+        if self.options.weighting_scheme == "cosmap":
+            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        return torch.ones_like(sigma)
+
+    def _density(self, u: Tensor, z: Tensor) -> Tensor:
+        options = self.options
+        if options.weighting_scheme == "logit_normal":
+            return torch.sigmoid(options.logit_mean + options.logit_std * z)
+        if options.weighting_scheme == "mode":
+            return 1 - u - options.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        return u
+
+    def _shifted(self, sigma: Tensor, shift: float) -> Tensor:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    def _sigma(self, like: Tensor, t: Tensor) -> Tensor:
+        return (t.float() / 1000).reshape(-1, 1, 1, 1).to(like.dtype)
+
+
+Process = Discrete | Flow
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is of a flow model; it has no prediction type then."""
+    return "FlowMatch" in type(scheduler).__name__
+
+
+def flux_shift(tokens: int) -> float:
+    """Logarithm of the shift that Flux takes for a picture of so many tokens."""
+    return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+
+
+def process_of(scheduler: Any, options: ObjectiveOptions) -> Process:
+    """The process a scheduler describes.
+
+    Raises:
+        PatchError: an unknown prediction type, or weights that the process does not have.
+    """
+    snr = ("min_snr_gamma", "debiased_estimation_loss", "p2_gamma")
+    if not is_flow(scheduler):
+        return Discrete(scheduler, options)
+    wrong = [name for name in (*snr, "noise_offset") if getattr(options, name)]
+    if wrong:
+        raise PatchError(
+            f"expected a base with epsilon or v prediction for --{wrong[0]}, found a flow model: "
+            "use --weighting_scheme and --timestep_sampling."
+        )
+    return Flow(scheduler, options)

@@ -1,0 +1,242 @@
+"""Images drawn from a base, or from a base with what was trained on it; for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from dmp_common import PatchError
+from training.base.encoders import FrozenEncoders
+from training.base.frozen import FrozenBase
+from training.objective.losses import evaluating
+from training.objective.noise import generator
+from training.objective.noising import flux_shift, is_flow
+
+# Samplers of diffusers for discrete schedules; flow models take Euler.
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+Given = Mapping[str, Tensor]
+# The model's whole output (B, C or 2C, H, W) for noisy data, a timestep (), and what it is told.
+Predict = Callable[[Tensor, Tensor, Given], Tensor]
+
+
+def make_sampler(scheduler: Any, steps: int, tokens: int, name: str = "default") -> Any:
+    """A sampler on the schedule of a base, its timesteps set: deterministic DDIM, or Euler for
+    flow models, if no other is asked for.
+
+    Args:
+        scheduler: of the base.
+        steps: at most as many as the schedule has.
+        tokens: of a picture, for flow models that shift by them.
+        name: default, or a name in `SAMPLERS`.
+
+    Raises:
+        PatchError: a sampler that is unknown, or not for flow models.
+    """
+    if name not in ("default", *SAMPLERS):
+        raise PatchError(
+            f"expected a sampler out of default, {', '.join(SAMPLERS)}, found {name!r}: choose one."
+        )
+    if is_flow(scheduler):
+        if name not in ("default", "euler"):
+            raise PatchError(
+                f"expected sampler euler for a flow model, found {name}: leave out --sampler."
+            )
+        sampler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        if scheduler.config.get("use_dynamic_shifting"):
+            sampler.set_timesteps(steps, mu=flux_shift(tokens))
+        else:
+            sampler.set_timesteps(steps)
+        return sampler
+    settings = dict(scheduler.config)
+    if name != "ddpm":
+        # DPM-Solver would take three channels of an output with variances, whatever C is.
+        settings.pop("variance_type", None)
+    sampler = getattr(diffusers, SAMPLERS["ddim" if name == "default" else name]).from_config(
+        settings
+    )
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        # The last timestep must be seen: only there the schedule is pure noise.
+        sampler.register_to_config(timestep_spacing="trailing")
+    sampler.set_timesteps(min(steps, sampler.config.num_train_timesteps))
+    return sampler
+
+
+def denoise(
+    predict: Predict,
+    sampler: Any,
+    noise: Tensor,
+    told: Given,
+    untold: Given | None,
+    scale: float,
+    generators: Sequence[torch.Generator] = (),
+) -> Tensor:
+    """All steps from noise (B, C, H, W) to what the model makes of it, float32.
+
+    Args:
+        sampler: a scheduler of diffusers whose timesteps are set.
+        untold: what stands for no condition; None without guidance.
+        scale: w in uncond + w (cond - uncond).
+        generators: one for each item, for samplers that add noise.
+
+    Source: Ho and Salimans 2022 (guidance).
+    """
+    channels = noise.shape[1]
+    x = noise * getattr(sampler, "init_noise_sigma", 1.0)
+    stochastic = isinstance(sampler, diffusers.DDPMScheduler)
+    learned = stochastic and str(sampler.config.variance_type).startswith("learned")
+    more: dict[str, Any] = {"generator": list(generators)} if stochastic and generators else {}
+    for step in sampler.timesteps:
+        scaled = sampler.scale_model_input(x, step) if _scales(sampler) else x
+        output = predict(scaled, step, told).float()
+        prediction = output[:, :channels]
+        if untold is not None:
+            other = predict(scaled, step, untold)[:, :channels].float()
+            prediction = other + scale * (prediction - other)
+        if learned:  # the variance is the condition's, as in the official code of DiT
+            prediction = torch.cat([prediction, output[:, channels:]], dim=1)
+        x = sampler.step(prediction, step, x, **more).prev_sample
+    return x
+
+
+def _scales(sampler: Any) -> bool:
+    return hasattr(sampler, "scale_model_input")
+
+
+def draw_images(
+    frozen: FrozenBase,
+    noise: Tensor,
+    told: Given,
+    untold: Given | None,
+    *,
+    steps: int,
+    scale: float,
+    sampler: str = "default",
+    generators: Sequence[torch.Generator] = (),
+) -> Tensor:
+    """Pictures (B, C, H, W) in [-1, 1], float32 on the CPU, from noise in the model's space.
+
+    Args:
+        frozen: the base, with whatever is on it.
+        noise: (B, C, h, w) on the model's device.
+        told, untold: see `denoise`; of B samples.
+    """
+    height, width = noise.shape[-2:]
+    dtype = next(frozen.model.parameters()).dtype
+
+    def predict(x: Tensor, step: Tensor, given: Given) -> Tensor:
+        moved = {name: value.to(x.device) for name, value in given.items()}
+        t = step.to(x.device).expand(len(x))
+        return frozen.family.predict(frozen.model, x.to(dtype), t, moved)
+
+    made = make_sampler(frozen.scheduler, steps, (height // 2) * (width // 2), sampler)
+    with torch.no_grad():
+        latents = denoise(predict, made, noise, told, untold, scale, generators)
+    return frozen.decode(latents)
+
+
+def noises(names: Sequence[object], shape: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:
+    """Standard normal noise (B, *shape), and generators that go on from it, one for each name."""
+    sources = [generator("sample", name) for name in names]
+    return torch.stack([torch.randn(shape, generator=source) for source in sources]), sources
+
+
+def is_guided(frozen: FrozenBase, scale: float) -> bool:
+    """Whether a scale means a second call without condition: not for a model that is told it."""
+    told_scale = bool(getattr(frozen.model.config, "guidance_embeds", False))
+    return scale != 1.0 and not told_scale and frozen.kind.conditioning != "none"
+
+
+def condition(
+    frozen: FrozenBase,
+    encoders: FrozenEncoders,
+    text: str | None,
+    size: tuple[int, int],
+    scale: float,
+) -> dict[str, Tensor]:
+    """What the model is told of one picture (1, ...).
+
+    Args:
+        text: caption or class id; None for no class (of captions "" means none).
+        size: height and width in pixels.
+        scale: of guidance, for models that are told it.
+    """
+    height, width = size
+    given = {
+        "sizes": torch.tensor([[height, width, 0, 0, height, width]]),
+        "guidance": torch.tensor([scale]),
+    }
+    if frozen.kind.conditioning == "caption":
+        return {**given, **encoders.encode_text([text or ""])}
+    labelled = frozen.kind.conditioning == "label" and text is not None
+    label = int(text) if labelled and text is not None else frozen.null_label
+    return {**given, "labels": torch.tensor([label])}
+
+
+def sample(
+    model: nn.Module,
+    scheduler: SchedulerMixin,
+    labels: Tensor,
+    *,
+    seed: int,
+    steps: int = 50,
+    guidance_scale: float = 1.0,
+    null_label: int | None = None,
+    sampler: str = "default",
+    batch_size: int = 500,
+) -> Tensor:
+    """Draw one image per label of a pixel model, classifier-free guided.
+
+    Args:
+        model: diffusers model with `config.in_channels` and `config.sample_size`.
+        scheduler: any diffusers scheduler; the sampler takes over its betas and prediction type.
+        labels: (B,) class ids.
+        seed: decides the initial noise alone; image i is comparable between two models.
+        guidance_scale: w in uncond + w (cond - uncond); 1 evaluates the conditional branch only.
+        null_label: class id that means "no class"; by default the DiT's number of classes.
+        sampler: a deterministic one, see `make_sampler`; DDIM if none is named.
+
+    Returns:
+        (B, C, H, W) float32 on the CPU, clipped to [-1, 1].
+
+    Raises:
+        ValueError: labels are not (B,), or guidance is asked for without a null label.
+
+    Source: Song et al. 2021 (DDIM); Ho and Salimans 2022 (guidance).
+    """
+    if labels.ndim != 1 or labels.numel() == 0:
+        raise ValueError(f"expected labels (B,) with B >= 1, found shape {tuple(labels.shape)}")
+    if null_label is None:
+        null_label = getattr(model.config, "num_embeds_ada_norm", None)
+    if guidance_scale != 1 and null_label is None:
+        raise ValueError("guidance needs the model's null class: pass null_label")
+    size = model.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (labels.shape[0], model.config.in_channels, height, width)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    like = next(model.parameters())
+
+    def predict(x: Tensor, step: Tensor, given: Given) -> Tensor:
+        t = step.to(x.device).expand(len(x))
+        y = given["labels"].to(x.device)
+        return model(x.to(like.dtype), timestep=t, class_labels=y).sample
+
+    parts = []
+    with evaluating(model):
+        for x, y in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
+            null = None if guidance_scale == 1 else {"labels": torch.full_like(y, null_label)}
+            made = make_sampler(scheduler, steps, height * width, sampler)
+            told = {"labels": y}
+            x = denoise(predict, made, x.to(like.device), told, null, guidance_scale)
+            parts.append(x.float().cpu())
+    return torch.cat(parts).clamp(-1, 1)

@@ -1,0 +1,104 @@
+"""The trainer's configuration: one pydantic model, which also makes the command line.
+
+Names are kohya's wherever kohya has the thing. `command_line.py` says where a value comes from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict, model_validator
+
+from training.options.data_options import DataOptions
+from training.options.model_options import ModelOptions, ObjectiveOptions, PatchOptions
+from training.options.run_options import OptimisationOptions, OutputOptions, ScaleOptions
+
+SECRETS = ("huggingface_token",)  # never written anywhere
+_RUN_ONLY = (*SECRETS, "config_file", "output_config", "dry_run", "resume")
+
+
+class TrainConfig(
+    OutputOptions,
+    ScaleOptions,
+    OptimisationOptions,
+    ObjectiveOptions,
+    DataOptions,
+    PatchOptions,
+    ModelOptions,
+):
+    """Everything one run depends on. (pydantic lists the fields of the last base first.)"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the weights of the base are trained too."""
+        return self.method in ("full", "joint")
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """The options of `Patch.create`."""
+        names = ("gate", "selection", "across_depth", "mix", "condition", "prompt_init")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options["timesteps"] = (self.min_timestep, self.max_timestep)
+        if self.method == "prompt":
+            options["gate"] = "none"
+        else:
+            options |= {name: getattr(self, name) for name in ("grids", "gate_unit", "gate_form")}
+        if self.gate_init is not None:
+            options["gate_init"] = self.gate_init
+        if self.grid is not None:
+            options["grid"] = self.grid
+        if self.dmp_depth is not None:
+            options["sites"] = self.dmp_depth
+        elif self.dmp_sites is not None:
+            named = self.dmp_sites.split(",")
+            options["sites"] = named if len(named) > 1 or "." in named[0] else named[0]
+        return options
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that describe a run, for files: without secrets and one-off wishes."""
+        return self.model_dump(mode="json", exclude=set(_RUN_ONLY))
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        for wrong, message in (
+            (
+                self.dmp_depth is not None and self.dmp_sites is not None,
+                "dmp_depth and dmp_sites both choose the sites: give one of them",
+            ),
+            (
+                self.min_timestep >= self.max_timestep,
+                "min_timestep must be below max_timestep",
+            ),
+            (
+                self.method != "lora" and (self.network_dim or self.network_alpha) is not None,
+                "network_dim and network_alpha belong to --method lora; the size of a patch is set "
+                "by --dmp_sites, --dmp_depth and --grid",
+            ),
+            (
+                self.network_weights is not None and self.method not in ("dmp", "prompt"),
+                "network_weights names a patch to go on from: use --method dmp or prompt",
+            ),
+            (
+                sum((bool(self.min_snr_gamma), self.debiased_estimation_loss, bool(self.p2_gamma)))
+                > 1,
+                "min_snr_gamma, debiased_estimation_loss and p2_gamma exclude each other: give one",
+            ),
+            (
+                self.text_conditional and self.unconditional,
+                "text_conditional and unconditional exclude each other: give one",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    def model_post_init(self, _: Any) -> None:
+        """Fills the base and the method into the names that hold a place for them."""
+        places = {"{base}": self.base.replace("/", "-"), "{method}": self.method}
+        for name in ("output_dir", "output_name"):
+            value = getattr(self, name)
+            for place, text in places.items():
+                value = value.replace(place, text)
+            object.__setattr__(self, name, value)

@@ -1,0 +1,112 @@
+"""The dry run: what a configuration means, and one step of it."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from training.objective.inputs import encode
+from training.options.command_line import as_toml
+from training.run.loop import Run
+from training.run.scale import peak_memory
+
+
+def dry_run(run: Run) -> None:
+    """Prints configuration, data, sizes and memory, and does one step; nothing is saved."""
+    config, accelerator = run.config, run.accelerator
+    start = time.perf_counter()
+    held, loss = _one_step(run)
+    seconds = time.perf_counter() - start
+    if accelerator.is_main_process:
+        print("\n".join([as_toml(config), *_about(run), *_memory(run, held)]))
+        print(
+            f"one step: {seconds:.2f} s (the first is slower), loss {loss:.4f}, peak "
+            f"{_gib(peak_memory(run.device))} of this process"
+        )
+        print("dry run: nothing was saved")
+    run.method.remove()
+    folder = Path(config.output_dir)
+    if accelerator.is_main_process and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _one_step(run: Run) -> tuple[int, float]:
+    """Does one optimiser step; returns bytes kept for backward, and the loss."""
+    config, accelerator = run.config, run.accelerator
+    batches = run.data.batches(
+        global_batch=config.train_batch_size * accelerator.num_processes,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    run.wrapped.train()
+    held = _Held(run.student)
+    for batch in islice(batches, 1):
+        names = [(config.seed, "dry run", row) for row in range(len(batch))]
+        inputs = encode(batch, run.encoders, config, names, run.device)
+        draws = inputs.draws
+        t = run.process.times(draws.u, draws.z, tuple(inputs.clean.shape[-2:]))
+        with held, accelerator.autocast():
+            losses = run.wrapped(inputs.clean, draws.noise, t, inputs.given, inputs.weights, 0)
+        accelerator.backward(losses["loss"])
+        run.optimiser.step()
+        run.optimiser.zero_grad()
+    return held.bytes, float(losses["denoising"].detach())
+
+
+class _Held(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes a forward pass keeps for its backward pass, weights left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._seen: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        """So far."""
+        return sum(self._seen.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def _about(run: Run) -> list[str]:
+    config, world = run.config, run.accelerator.num_processes
+    at_once = config.train_batch_size * world
+    base = sum(p.numel() for p in run.frozen.model.parameters())
+    saved = run.method.saved_parameters()
+    return [
+        run.data.summary().text(at_once),
+        f"effective batch: {at_once * config.gradient_accumulation_steps} "
+        f"({config.train_batch_size} x {world} processes x {config.gradient_accumulation_steps} "
+        "accumulated)",
+        f"steps: {run.total:,}",
+        f"base: {run.frozen.base.name}, {base:,} parameters, predicts {run.frozen.prediction}"
+        + (" and learns sigma" if run.frozen.learns_sigma else ""),
+        f"trained ({config.method}): {saved:,} parameters in the file ({saved / base:.2%})",
+    ]
+
+
+def _memory(run: Run, held: int) -> list[str]:
+    """The estimate: weights, trained values with their copies, and what a step keeps."""
+    parts = [run.frozen.model, run.frozen.vae, *run.frozen.encoders.values()]
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    copies = 4 if run.average.ema is None else 5  # values, gradients, two moments, average
+    trained = sum(p.numel() for p in run.method.trainable().values()) * 4 * copies
+    return [
+        f"estimated memory: weights {_gib(weights)} + trained values with optimiser "
+        f"{_gib(trained)} + kept for backward {_gib(held)} = {_gib(weights + trained + held)}"
+    ]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

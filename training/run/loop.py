@@ -1,0 +1,187 @@
+"""The training loop: one page, top to bottom."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dmp_common import PatchError
+from training.base.encoders import FrozenEncoders
+from training.base.frozen import FrozenBase
+from training.data.batch import Batch, Data, Position
+from training.methods.methods import Method
+from training.objective.inputs import Inputs, encode
+from training.objective.noising import Process
+from training.objective.student import Student
+from training.options.config import TrainConfig
+from training.run.average import Average
+from training.run.progress import Progress, rate_of
+from training.run.scale import average_gradients
+from training.run.state import History
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, ready to go.
+
+    Args:
+        config: with the accumulation and number of steps resolved.
+        accelerator: devices, precision, accumulation.
+        frozen: the base.
+        method: what is trained, on the base.
+        process: how data become noisy.
+        encoders: of the base.
+        data: the training split.
+        wrapped: the student, as the accelerator has it.
+        optimiser, schedule, average: how the values move.
+        sharded: whether the base is sharded over the processes.
+        total: optimiser steps in all.
+        step, position: what is done, and the next global batch.
+        history: what happened.
+        best: averaged values of the step that validated best, where it is kept.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    frozen: FrozenBase
+    method: Method
+    process: Process
+    encoders: FrozenEncoders
+    data: Data
+    wrapped: Any
+    optimiser: Any
+    schedule: Any
+    average: Average
+    sharded: bool
+    total: int
+    step: int
+    position: Position
+    history: History
+    best: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.accelerator.device
+
+    @property
+    def student(self) -> Student:
+        """The student itself."""
+        student: Student = self.accelerator.unwrap_model(self.wrapped)
+        return student
+
+
+class Events:
+    """What happens beside the steps; see `training/run/events.py`."""
+
+    def before(self, run: Run, progress: Progress) -> None:
+        """Before the first step."""
+
+    def after_step(self, run: Run, progress: Progress, epoch_ended: bool) -> None:
+        """After every optimiser step."""
+
+
+def train(run: Run, events: Events) -> None:
+    """Trains until `run.total` steps are done.
+
+    Raises:
+        PatchError: a loss is not finite; it names the sample, and no file is written.
+    """
+    config, accelerator = run.config, run.accelerator
+    batches = _batches(run)
+    micro = run.step * config.gradient_accumulation_steps
+    run.wrapped.train()
+    with Progress(config, accelerator, run.step, run.total) as progress:
+        events.before(run, progress)
+        progress.pause()
+        while run.step < run.total:
+            epoch, sums = run.position.epoch, Counter[str]()
+            for _ in range(config.gradient_accumulation_steps):
+                batch = next(batches)
+                inputs = encode(batch, run.encoders, config, _names(run, batch, micro), run.device)
+                with accelerator.accumulate(run.wrapped):
+                    losses = losses_of(run, inputs, micro)
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients:
+                        update(run)
+                sums.update({name: float(value.detach()) for name, value in losses.items()})
+                micro += 1
+            run.step, run.position = run.step + 1, batch.next
+            run.average.update()
+            run.history.losses = _mean(run, sums)
+            progress.step(run.step, epoch, run.history.losses, rate_of(run.optimiser))
+            events.after_step(run, progress, run.position.epoch > epoch)
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    config, accelerator = run.config, run.accelerator
+    return run.data.batches(
+        global_batch=config.train_batch_size * accelerator.num_processes,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start=run.position,
+        workers=config.max_data_loader_n_workers,
+        persistent=config.persistent_data_loader_workers,
+    )
+
+
+def _names(run: Run, batch: Batch, micro: int) -> list[tuple[object, ...]]:
+    """What each sample's draws depend on: seed, micro-step, position in the global batch."""
+    first = run.accelerator.process_index * len(batch)
+    return [(run.config.seed, "sample", micro, first + row) for row in range(len(batch))]
+
+
+def losses_of(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
+    """The losses of this process's samples, checked."""
+    draws = inputs.draws
+    t = run.process.times(draws.u, draws.z, tuple(inputs.clean.shape[-2:]))
+    given, weights = inputs.given, inputs.weights
+    with run.accelerator.autocast():
+        losses = run.wrapped(inputs.clean, draws.noise, t, given, weights, micro)
+    samples = losses.pop("samples").detach()
+    bad = ~(samples.isfinite() & losses["loss"].isfinite())
+    # All processes must stop, or the others wait for this one for ever.
+    anywhere = run.accelerator.reduce(bad.any().float(), reduction="sum")
+    if anywhere > 0:
+        raise _not_finite(run, inputs, t, samples, losses)
+    return losses
+
+
+def _mean(run: Run, sums: Mapping[str, float]) -> dict[str, float]:
+    """Mean losses of an optimiser step over its micro-steps and all processes."""
+    values = torch.tensor(list(sums.values()), device=run.device)
+    values = run.accelerator.reduce(values, reduction="mean")
+    return dict(zip(sums, (values / run.config.gradient_accumulation_steps).tolist(), strict=True))
+
+
+def update(run: Run) -> None:
+    """One optimiser step with the gradients that are there."""
+    accelerator, config = run.accelerator, run.config
+    if run.sharded:
+        average_gradients(run.method.trainable().values())
+    if config.max_grad_norm:
+        accelerator.clip_grad_norm_(run.method.trainable().values(), config.max_grad_norm)
+    run.optimiser.step()
+    if not accelerator.optimizer_step_was_skipped:
+        run.schedule.step()
+    run.optimiser.zero_grad()
+
+
+def _not_finite(
+    run: Run, inputs: Inputs, t: Tensor, samples: Tensor, losses: dict[str, Tensor]
+) -> PatchError:
+    bad = [row for row, fine in enumerate(samples.isfinite().tolist()) if not fine]
+    named = ", ".join(f"{inputs.keys[row]} (timestep {float(t[row]):.0f})" for row in bad[:4])
+    parts = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
+    where = f"sample {named}" if named else "no sample by itself"
+    return PatchError(
+        f"expected finite losses, found {parts} at step {run.step + 1}, {where}: look at that "
+        "image, lower --learning_rate or --gate_lr_factor, or use --mixed_precision bf16 instead "
+        "of fp16; no file was overwritten."
+    )

@@ -1,0 +1,147 @@
+"""What a run leaves on disk along the way: files, states, heat maps, previews."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dmp_common import PatchError
+from dmp_common.bases.timesteps import embed_timesteps
+from dmp_common.tools.heatmap import save_heatmap
+from dmp_common.tools.timefile import even_timesteps
+from training.base.frozen import FrozenBase
+from training.methods.methods import Method, PatchMethod
+from training.options.config import TrainConfig
+from training.run.state import find_states
+
+DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_STATE_COPIES = 4  # values, average, and Adam's two moments
+
+
+class Outputs:
+    """The folder of a run.
+
+    Args:
+        config: names and precision.
+        method: what is saved.
+        frozen: the base, for the heat map.
+    """
+
+    def __init__(self, config: TrainConfig, method: Method, frozen: FrozenBase) -> None:
+        self.config, self.method, self.frozen = config, method, frozen
+        self.folder = Path(config.output_dir)
+
+    def path(self, step: int | None = None) -> Path:
+        """Of the file after a step (kohya's name), or of the final one."""
+        suffix = "" if step is None else f"-step{step:08d}"
+        return self.folder / f"{self.config.output_name}{suffix}{self.method.ending}"
+
+    def save(self, step: int | None, metadata: dict[str, str]) -> Path:
+        """Writes the file of the method as it is now, and the heat map of its gate."""
+        path = self.path(step)
+        self.method.save(path, metadata, DTYPES[self.config.save_precision])
+        if isinstance(self.method, PatchMethod):
+            self.heatmap(path.with_name(f"{path.stem}-gate.png"))
+        return path
+
+    def heatmap(self, path: Path) -> None:
+        """The gate by timestep and prompt, and as maps over the picture."""
+        assert isinstance(self.method, PatchMethod)
+        patch, frozen = self.method.patch, self.frozen
+        timesteps = even_timesteps()
+        labels = None
+        if patch.variant.condition == "t+y":
+            # Pooled text 0 is as good as any; a class is the first.
+            table = frozen.model.get_submodule(
+                f"{frozen.base.times[frozen.naming].labels}.embedding_table"
+            )
+            size = getattr(table, "in_features", None)
+            like = next(frozen.model.parameters())
+            labels = (
+                torch.zeros(len(timesteps), dtype=torch.long)
+                if size is None
+                else torch.zeros(len(timesteps), size, dtype=like.dtype)
+            )
+        with torch.no_grad():
+            e = embed_timesteps(frozen.model, frozen.base, frozen.naming, timesteps, labels)
+        training = patch.training
+        save_heatmap(path, patch.eval(), timesteps, e.float())
+        patch.train(training)
+
+    def save_previews(self, step: int, pairs: list[Image.Image]) -> list[Path]:
+        """Writes A/B pictures into the folder `sample`."""
+        folder = self.folder / "sample"
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for number, image in enumerate(pairs):
+            path = folder / f"{self.config.output_name}-step{step:08d}-{number:02d}.png"
+            image.save(path)
+            paths.append(path)
+        return paths
+
+    def prune(self, step: int) -> None:
+        """Takes away what --save_last_n_steps does not keep; the final file stays."""
+        keep = self.config.save_last_n_steps
+        if keep is None:
+            return
+        name = self.config.output_name
+        for old, folder in find_states(self.folder, name).items():
+            if old <= step - keep:
+                shutil.rmtree(folder)
+        for path in self.folder.glob(f"{name}-step*{self.method.ending}"):
+            number = path.name[len(name) + 5 :].removesuffix(self.method.ending)
+            if number.isdecimal() and int(number) <= step - keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.with_name(f"{path.stem}-gate.png").unlink(missing_ok=True)
+
+
+def require_writable(config: TrainConfig) -> None:
+    """Finds an unwritable folder before anything is loaded.
+
+    Raises:
+        PatchError: --output_dir cannot be made or written to.
+    """
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise PatchError(
+            f"expected a folder to write to, found {folder} ({error.strerror}): change "
+            "--output_dir."
+        ) from error
+
+
+def require_room(config: TrainConfig, values: int, total_steps: int) -> None:
+    """Finds a full disk before training, not at the first save.
+
+    Args:
+        values: number of trained values.
+        total_steps: of the run.
+
+    Raises:
+        PatchError: less room than the files and states of the run take.
+    """
+    folder = Path(config.output_dir)
+    free = shutil.disk_usage(folder).free
+    every = config.save_every_n_steps
+    saves = total_steps // every if every else 0
+    if every and config.save_last_n_steps:
+        saves = min(saves, config.save_last_n_steps // every + 1)
+    states = (saves if config.save_state else 0) + int(
+        config.save_state or config.save_state_on_train_end
+    )
+    files = saves + 2  # the final one, and the one being written
+    needed = 4 * values * (files + states * _STATE_COPIES)
+    if free < needed:
+        raise PatchError(
+            f"expected {needed / 2**30:.1f} GiB free in {folder} for {files} files and {states} "
+            f"states, found {free / 2**30:.1f}: make room, change --output_dir, or save less often "
+            "(--save_every_n_steps, --save_last_n_steps)."
+        )
