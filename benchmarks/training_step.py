@@ -30,12 +30,12 @@ from dmp_common import Patch, attach, get_base
 from dmp_common.bases.base import find_module
 from training.base.families.table import family_of
 from training.base.frozen import FrozenBase
-from training.methods.methods import PatchMethod
+from training.methods.patch import PatchMethod
 from training.objective.inputs import Inputs
 from training.objective.noise import draw
 from training.objective.noising import process_of
 from training.options.command_line import resolve
-from training.run.loop import losses_of, update
+from training.run.loop import step_losses, update
 from training.run.prepare import assemble
 
 RECIPES = ("stages", "clean")
@@ -78,7 +78,7 @@ class TrainerStep:
         """The forward pass; in training the hooks are not needed any more for the backward."""
         patched = isinstance(self.run.method, PatchMethod)
         with attach(self.run.frozen.model, self.patch) if patched else nullcontext():
-            return losses_of(self.run, self.inputs, 0)["loss"]
+            return step_losses(self.run, self.inputs, 0)["loss"]
 
     def __call__(self) -> None:
         """Forward, backward, update, average."""

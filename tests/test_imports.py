@@ -27,12 +27,22 @@ HOST_FILES = {
 # The floors of the core, lowest first; a module imports its own floor and those below.
 FLOORS = ("", "bases", "patch", "attach", "tools")
 TOP = ("api", "__init__", "__main__")
+# The wings of the trainer, lowest first; `run` and `evaluation` stand side by side.
+WINGS = ("options", "data", "base", "methods", "objective", "run", "evaluation", "experiments")
+APART = {("evaluation", "run")}
+MOST_FLOORS = 8
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-CORE = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in FILES
-    if path.relative_to(ROOT).parts[0] == "dmp_common"
-}
+
+
+def modules_of(package: str) -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] == package
+    }
+
+
+CORE, TRAINER = modules_of("dmp_common"), modules_of("training")
 
 
 def tree_of(path: Path) -> ast.Module:
@@ -103,27 +113,87 @@ def test_the_floors_of_the_core(module: str) -> None:
     assert not above, f"{module} imports from above"
 
 
-def test_no_circles_in_the_core() -> None:
-    graph = {
+def imports_between(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """What each module imports of the others, also inside functions."""
+    return {
         module: {
             name
             for name in names_of(without_types(tree_of(path)))
-            if name in CORE and name != module
+            if name in modules and name != module
         }
-        for module, path in CORE.items()
+        for module, path in modules.items()
     }
-    done: set[str] = set()
 
-    def visit(module: str, way: tuple[str, ...]) -> None:
-        assert module not in way, " -> ".join([*way[way.index(module) :], module])
-        if module not in done:
-            for name in sorted(graph[module]):
-                visit(name, (*way, module))
-            done.add(module)
 
-    for module in graph:
-        visit(module, ())
-    assert len(done) > 40
+def longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The longest way along the arrows.
+
+    Raises:
+        AssertionError: a circle.
+    """
+    known: dict[str, list[str]] = {}
+
+    def visit(name: str, way: tuple[str, ...]) -> list[str]:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in known:
+            below = [visit(other, (*way, name)) for other in sorted(graph[name])]
+            known[name] = [name, *max(below, key=len, default=[])]
+        return known[name]
+
+    return max((visit(name, ()) for name in graph), key=len)
+
+
+@pytest.mark.parametrize("package", ["dmp_common", "training"])
+def test_no_circles_between_files(package: str) -> None:
+    graph = imports_between(modules_of(package))
+    assert len(graph) > 40
+    longest_chain(graph)
+
+
+def test_the_longest_chain_finds_circles() -> None:
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+    with pytest.raises(AssertionError, match="a -> b -> a"):
+        longest_chain({"a": {"b"}, "b": {"a"}})
+
+
+def wing_of(module: str) -> str:
+    """The folder or file at the top of training/ that a module is in."""
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("module", [name for name in TRAINER if name.count(".") > 1])
+def test_the_wings_of_the_trainer(module: str) -> None:
+    own = wing_of(module)
+    found = {wing_of(name) for name in imports_between(TRAINER)[module] if name.count(".")}
+    above = {name for name in found if WINGS.index(name) > WINGS.index(own)}
+    assert not above, f"{module} imports from above"
+    assert not {tuple(sorted((own, name))) for name in found} & APART
+
+
+def test_the_trainer_has_few_floors() -> None:
+    """Counted among the folders and files at the top of training/."""
+    graph: dict[str, set[str]] = {}
+    for module, found in imports_between(TRAINER).items():
+        if module.count(".") and not module.endswith("__init__"):
+            others = {wing_of(name) for name in found if name.count(".")} - {wing_of(module)}
+            graph.setdefault(wing_of(module), set()).update(others)
+    assert set(graph) == {*WINGS, "train_dmp", "evaluate"}
+    chain = longest_chain(graph)
+    assert len(chain) <= MOST_FLOORS, " -> ".join(chain)
+
+
+def test_names_of_the_trainer_stand_once() -> None:
+    """Two modules, or two public functions, of one name would be taken for each other."""
+    files = [path.stem for path in TRAINER.values() if not path.stem.startswith("__")]
+    assert sorted(files) == sorted(set(files))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    defined = [
+        node.name
+        for path in TRAINER.values()
+        for node in tree_of(path).body
+        if isinstance(node, kinds) and not node.name.startswith("_") and node.name != "main"
+    ]
+    assert sorted(defined) == sorted(set(defined))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

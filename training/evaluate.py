@@ -13,9 +13,9 @@ sys.path.insert(0, str(_HERE.parent))
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    from training.evaluation.settings import parse_arguments  # --help must not wait for torch
+    from training.evaluation.settings import parse_evaluation  # --help must not wait for torch
 
-    options, config = parse_arguments(arguments)
+    options, config = parse_evaluation(arguments)
     try:
         from dmp_common import PatchError
         from training.evaluation.evaluating import evaluate

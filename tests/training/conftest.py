@@ -15,7 +15,7 @@ from dmp_common import Patch, bases, register_base
 from tests.tiny import FAMILIES
 from tests.training.tinybases import OPTIONS, make_base, make_classes, make_pictures
 from training.base.families.table import DIGITS, register_family
-from training.methods.methods import PatchMethod
+from training.methods.patch import PatchMethod
 from training.options.command_line import resolve
 from training.run.events import TrainingEvents
 from training.run.loop import Run

@@ -20,8 +20,8 @@ from training.base.families import dit
 from training.base.families.family import Family
 from training.base.families.table import family_of
 from training.base.loading import Loader, find_source
+from training.base.schedulers import is_flow
 from training.data.kind import DataKind
-from training.objective.noising import is_flow
 from training.options.config import TrainConfig
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 
 def word(*parts: object) -> int:
@@ -41,3 +42,8 @@ def permutation(count: int, *parts: object) -> npt.NDArray[np.int64]:
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         z ^= z >> np.uint64(31)
     return np.argsort(z, kind="stable").astype(np.int64)
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A generator on the CPU, seeded by what it is for."""
+    return torch.Generator().manual_seed(word(*parts))

@@ -19,7 +19,7 @@ from training.evaluation.models import BASE
 
 
 @dataclass
-class Result:
+class ModelResult:
     """What one trained model (or the base) gave.
 
     Args:
@@ -48,7 +48,7 @@ class Judged:
 
     label: str
     method: str
-    results: list[Result] = field(default_factory=list)
+    results: list[ModelResult] = field(default_factory=list)
 
     @property
     def losses(self) -> Tensor:

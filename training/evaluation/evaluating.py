@@ -10,7 +10,7 @@ from dmp_common import PatchError, get_base
 from training.base.frozen import find_base
 from training.evaluation.controls import Controls, check_controls
 from training.evaluation.differences import Judged, differences
-from training.evaluation.measure import Evaluation, measure, prepare
+from training.evaluation.measure import Evaluation, measure, prepare_evaluation
 from training.evaluation.models import BASE, Compared, Spec, load_compared
 from training.evaluation.report import Report, write_json, write_report
 from training.evaluation.settings import EvaluationOptions
@@ -40,7 +40,7 @@ def evaluate(options: EvaluationOptions, config: TrainConfig) -> Path:
             )
     _require_packages(options)
     folder = _writable(Path(options.out))
-    evaluation = prepare(options, config)
+    evaluation = prepare_evaluation(options, config)
     judged = {BASE: Judged(BASE, BASE, [measure(evaluation, None)])}
     for label, files in models.items():
         results = [measure(evaluation, model) for model in files]

@@ -211,9 +211,9 @@ def load_extractor(
         return Extractor(chosen, _named(chosen), device)
     if base != "digits":
         return None
-    from training.objective.digit_classifier import load_classifier
+    from training.objective.digit_classifier import load_digit_classifier
 
-    return Extractor("classifier of the digits", _Classifier(load_classifier()), device)
+    return Extractor("classifier of the digits", _Classifier(load_digit_classifier()), device)
 
 
 class _Classifier(nn.Module):

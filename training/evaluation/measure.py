@@ -15,7 +15,7 @@ from training.base.encoders import FrozenEncoders
 from training.base.frozen import DTYPES, FrozenBase, load_frozen
 from training.evaluation.clip import ClipScore
 from training.evaluation.comparison import bootstrap, resamples
-from training.evaluation.differences import Result
+from training.evaluation.differences import ModelResult
 from training.evaluation.features import Extractor, Features, load_extractor
 from training.evaluation.heldout import (
     NAME,
@@ -27,7 +27,7 @@ from training.evaluation.heldout import (
 from training.evaluation.metrics import Reference
 from training.evaluation.models import BASE, Compared
 from training.evaluation.settings import EvaluationOptions
-from training.objective.losses import losses_of
+from training.objective.losses import losses_by_bin
 from training.objective.noising import Process, process_of
 from training.objective.sampling import condition, draw_images, is_guided, make_sampler, noises
 from training.objective.student import Student
@@ -77,7 +77,7 @@ class Evaluation:
         return found
 
 
-def prepare(options: EvaluationOptions, config: TrainConfig) -> Evaluation:
+def prepare_evaluation(options: EvaluationOptions, config: TrainConfig) -> Evaluation:
     """Loads base, data and feature extractor, and measures the reference images."""
     config = config.model_copy(update={"variational_weight": 0.0, "noise_offset": 0.0})
     device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
@@ -128,7 +128,7 @@ def prepare(options: EvaluationOptions, config: TrainConfig) -> Evaluation:
     )  # fmt: skip
 
 
-def measure(evaluation: Evaluation, model: Compared | None) -> Result:
+def measure(evaluation: Evaluation, model: Compared | None) -> ModelResult:
     """Loss, samples and metrics of one model, or of the base."""
     options = evaluation.options
     name = BASE if model is None else f"{model.spec.label} ({model.spec.path})"
@@ -140,14 +140,14 @@ def measure(evaluation: Evaluation, model: Compared | None) -> Result:
         student = Student(frozen, None, evaluation.process, evaluation.config).eval()
         losses = torch.cat(
             [
-                losses_of(
+                losses_by_bin(
                     student, evaluation.process, inputs.to(evaluation.device),
                     bins=options.loss_bins, draws=options.loss_draws, name=(NAME, options.seed),
                 )
                 for inputs in evaluation.held_out.inputs
             ]
         )  # fmt: skip
-        result = Result(losses)
+        result = ModelResult(losses)
         if options.samples:
             _sample(evaluation, frozen, result, name)
     if not bool(losses.isfinite().all()):
@@ -158,7 +158,7 @@ def measure(evaluation: Evaluation, model: Compared | None) -> Result:
     return result
 
 
-def _sample(evaluation: Evaluation, frozen: FrozenBase, result: Result, name: str) -> None:
+def _sample(evaluation: Evaluation, frozen: FrozenBase, result: ModelResult, name: str) -> None:
     """Draws all samples; of each batch features are kept, and of the first pictures too."""
     options, parts, scores = evaluation.options, [], []
     for numbers, pictures, captions in generate(evaluation, frozen):

@@ -22,8 +22,8 @@ from dmp_common import Patch, PatchError, attach
 from dmp_common.patch.serialize import opened, parse_json
 from training.base.families.dit import DiT
 from training.base.frozen import TEXT_FILE, TIME_FILE, FrozenBase
+from training.methods.full import DIFFUSERS_SHIFT, JointMethod
 from training.methods.lora import remove_lora
-from training.methods.methods import DIFFUSERS_SHIFT, JointMethod
 
 KINDS = ("dmp", "prompt", "lora", "full", "joint")
 BASE = "base"  # the label of the base itself
@@ -127,7 +127,7 @@ class LoraModel(Compared):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self.tensors, self.metadata = read_tensors(Path(spec.path))
+        self.tensors, self.metadata = read_safetensors(Path(spec.path))
         self.parameters = sum(t.numel() for t in self.tensors.values())
         told = _json(self.metadata.get("lora_adapter_metadata"))
         self.config = {name.rpartition(".")[2]: value for name, value in told.items()}
@@ -192,7 +192,7 @@ class FullModel(Compared):
         """See `Compared.on`; the base itself is not touched."""
         self._require_same_times(frozen)
         model = copy.deepcopy(frozen.model)
-        tensors, _ = read_tensors(self.file)
+        tensors, _ = read_safetensors(self.file)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
@@ -237,7 +237,7 @@ def load_compared(spec: Spec) -> Compared:
     return LoraModel(spec) if spec.kind == "lora" else FullModel(spec)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a safetensors file.
 
     Raises:

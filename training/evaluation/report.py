@@ -19,7 +19,7 @@ from training.evaluation.controls import Controls
 from training.evaluation.differences import Judged
 from training.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from training.evaluation.models import BASE, Compared, base_parameters
-from training.run.previews import as_image
+from training.objective.pictures import as_image
 
 FORMAT = 1
 _SMALLEST = 64  # pixels of a side in the grid of samples

@@ -118,7 +118,7 @@ class EvaluationOptions(BaseModel):
         return [name for name in METRIC_NAMES if name in names]
 
 
-def parse_arguments(
+def parse_evaluation(
     arguments: Sequence[str] | None = None,
 ) -> tuple[EvaluationOptions, TrainConfig]:
     """The options of the evaluation, and those it shares with the trainer; exits with a message

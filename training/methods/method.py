@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from training.base.frozen import FrozenBase
 from training.options.config import TrainConfig
@@ -39,6 +40,15 @@ class Method(nn.Module):
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters for the optimiser."""
         return [{"params": list(self.trainable().values()), "lr": config.learning_rate}]
+
+    def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Losses of the method besides that of the prediction, by name.
+
+        Args:
+            given: what each sample of the batch is told.
+            step: the micro-step, which seeds the draws.
+        """
+        return {}
 
     @abstractmethod
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:

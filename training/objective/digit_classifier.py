@@ -43,7 +43,7 @@ class DigitClassifier(nn.Module):
         return self.classify(self.dropout(self.features(images)))
 
 
-def load_classifier(path: Path = CLASSIFIER_PATH) -> DigitClassifier:
+def load_digit_classifier(path: Path = CLASSIFIER_PATH) -> DigitClassifier:
     """The bundled classifier, trained on the training split, in eval mode and frozen.
 
     Raises:

@@ -19,7 +19,7 @@ from training.objective.student import Student
 from training.options.model_options import ObjectiveOptions
 
 
-def losses_of(
+def losses_by_bin(
     student: Student, process: Process, inputs: Inputs, *, bins: int, draws: int, name: object
 ) -> Tensor:
     """Squared error of each image of a batch in each of `bins` equal ranges of timesteps.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.data.draws import word
+from training.data.draws import generator
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,6 @@ class Draws:
     def to(self, device: torch.device) -> Draws:
         """The same on a device."""
         return Draws(*(x.to(device) for x in (self.noise, self.latent, self.u, self.z)))
-
-
-def generator(*parts: object) -> torch.Generator:
-    """A generator on the CPU, seeded by what it is for."""
-    return torch.Generator().manual_seed(word(*parts))
 
 
 def draw(

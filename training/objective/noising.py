@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
+from training.base.schedulers import flux_shift, is_flow
 from training.objective.variational import Posterior
 from training.options.model_options import ObjectiveOptions
 
@@ -186,16 +187,6 @@ class Flow:
 
 
 Process = Discrete | Flow
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler is of a flow model; it has no prediction type then."""
-    return "FlowMatch" in type(scheduler).__name__
-
-
-def flux_shift(tokens: int) -> float:
-    """Logarithm of the shift that Flux takes for a picture of so many tokens."""
-    return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
 
 
 def process_of(scheduler: Any, options: ObjectiveOptions) -> Process:

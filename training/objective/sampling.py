@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
+from training.base.schedulers import flux_shift, is_flow
+from training.data.draws import generator
 from training.objective.losses import evaluating
-from training.objective.noise import generator
-from training.objective.noising import flux_shift, is_flow
 
 # Samplers of diffusers for discrete schedules; flow models take Euler.
 SAMPLERS = {

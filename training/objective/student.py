@@ -6,14 +6,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common import importance_loss, load_loss
-from dmp_common.bases.timesteps import embed_timesteps
-from dmp_common.patch.balancing import stratified_timesteps
-from dmp_common.patch.gate import kept_prompts
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
-from training.methods.methods import Method, PatchMethod
-from training.objective.noise import generator
+from training.methods.method import Method
 from training.objective.noising import Discrete, Process
 from training.objective.relative import RelativeWeights
 from training.objective.variational import variational_term
@@ -84,7 +79,8 @@ class Student(nn.Module):
         if "variational" in parts:
             term = parts["variational"]
             losses["variational"] = (term if weights is None else term * weights).mean()
-        losses |= self._balancing(given, step)
+        if self.method is not None:
+            losses |= self.method.own_losses(given, step)
         config = self._config
         factors = {
             "denoising": 1.0,
@@ -117,50 +113,3 @@ class Student(nn.Module):
                 process.posterior, clean, means, noisy, sigma, t
             )
         return parts
-
-    def _balancing(self, given: Given, step: int) -> dict[str, Tensor]:
-        """Both balancing losses on timesteps over all that the patch has, not on the batch's."""
-        config, frozen, method = self._config, self._frozen, self.method
-        if not isinstance(method, PatchMethod) or method.patch.variant.gate == "none":
-            return {}
-        if not (config.importance_weight or config.load_weight):
-            return {}
-        patch = method.patch
-        # Not of the rank: every process sees the same, so that its gradient is that of one.
-        source = generator(config.seed, "balancing", step)
-        low, high = patch.variant.timesteps
-        t = stratified_timesteps(
-            config.balancing_timesteps, high - 1.0, generator=source, first=float(low)
-        )
-        with torch.no_grad():
-            e = embed_timesteps(
-                self.backbone, frozen.base, frozen.naming, t, self._classes(given, source, len(t))
-            )
-        losses = {}
-        if config.importance_weight:
-            losses["importance"] = importance_loss(patch.gate_weights(e))
-        if method.noise is not None:
-            k = kept_prompts(patch.variant.outputs)
-            logits = patch.gate_logits(e)
-            losses["load"] = _load(logits, method.noise(e), k, source)
-        return losses
-
-    def _classes(self, given: Given, source: torch.Generator, count: int) -> Tensor | None:
-        """Classes for a gate that sees them, of all there are; of pooled text the batch's."""
-        assert isinstance(self.method, PatchMethod)
-        if self.method.patch.variant.condition != "t+y":
-            return None
-        if "pooled" in given:
-            return given["pooled"][torch.arange(count) % len(given["pooled"])]
-        kind = self._frozen.kind
-        if kind.num_classes is None:
-            return torch.full((count,), int(kind.null_label or 0))
-        return torch.randint(0, kind.num_classes, (count,), generator=source)
-
-
-def _load(logits: Tensor, std: Tensor, k: int, source: torch.Generator) -> Tensor:
-    """The load loss with noise from the CPU's generator, wherever the gate is."""
-    if logits.device.type == "cpu":
-        return load_loss(logits, std, k, source)
-    seed = int(torch.randint(0, 2**62, (), generator=source))
-    return load_loss(logits, std, k, torch.Generator(logits.device).manual_seed(seed))

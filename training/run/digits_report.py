@@ -15,7 +15,7 @@ from dmp_common.tools.heatmap import save_heatmap
 from dmp_common.tools.timefile import even_timesteps, time_embedding_of
 from training.base.frozen import FrozenBase
 from training.data.sources.digits_images import NUM_CLASSES, DigitsSplit, load_digits_split
-from training.objective.digit_classifier import load_classifier
+from training.objective.digit_classifier import load_digit_classifier
 from training.objective.frechet import frechet_distance
 from training.objective.losses import denoising_loss_by_bin
 from training.objective.sampling import sample
@@ -29,7 +29,7 @@ _SAMPLE_SEED = 1234  # the same noise for base and patched
 
 
 @dataclass(frozen=True)
-class Measures:
+class DigitsMeasures:
     """What one model did on the test split.
 
     Args:
@@ -46,7 +46,7 @@ class Measures:
         return sum(self.loss_by_bin) / len(self.loss_by_bin)
 
 
-def write_report(
+def write_digits_report(
     config: TrainConfig, frozen: FrozenBase, patch: Patch, history: History, folder: Path
 ) -> None:
     """Writes samples.png, gate.png, report.md and report.json.
@@ -90,7 +90,9 @@ def write_report(
     )
 
 
-def _measure(frozen: FrozenBase, test: DigitsSplit, labels: Tensor) -> tuple[Measures, Tensor]:
+def _measure(
+    frozen: FrozenBase, test: DigitsSplit, labels: Tensor
+) -> tuple[DigitsMeasures, Tensor]:
     """Measures of the model as it is now, and its samples (B, 1, 8, 8)."""
     losses = denoising_loss_by_bin(
         frozen.model, frozen.scheduler, test.images, test.labels, bins=BINS, draws=_DRAWS, seed=1
@@ -103,11 +105,11 @@ def _measure(frozen: FrozenBase, test: DigitsSplit, labels: Tensor) -> tuple[Mea
         steps=_STEPS,
         sampler=_SAMPLER,
     )
-    return Measures(losses.tolist(), _features_distance(images, test.images)), images
+    return DigitsMeasures(losses.tolist(), _features_distance(images, test.images)), images
 
 
 def _features_distance(images: Tensor, reference: Tensor) -> float:
-    classifier = load_classifier()
+    classifier = load_digit_classifier()
     with torch.no_grad():
         return frechet_distance(classifier.features(images), classifier.features(reference))
 
@@ -137,8 +139,8 @@ def _against_base(history: History) -> str:
 def _text(
     config: TrainConfig,
     history: History,
-    base: Measures,
-    patched: Measures,
+    base: DigitsMeasures,
+    patched: DigitsMeasures,
     floor: float,
     samples: int,
 ) -> str:

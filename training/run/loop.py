@@ -15,7 +15,7 @@ from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
 from training.data.batch import Batch, Data, Position
-from training.methods.methods import Method
+from training.methods.method import Method
 from training.objective.inputs import Inputs, encode
 from training.objective.noising import Process
 from training.objective.student import Student
@@ -106,7 +106,7 @@ def train(run: Run, events: Events) -> None:
                 batch = next(batches)
                 inputs = encode(batch, run.encoders, config, _names(run, batch, micro), run.device)
                 with accelerator.accumulate(run.wrapped):
-                    losses = losses_of(run, inputs, micro)
+                    losses = step_losses(run, inputs, micro)
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients:
                         update(run)
@@ -137,7 +137,7 @@ def _names(run: Run, batch: Batch, micro: int) -> list[tuple[object, ...]]:
     return [(run.config.seed, "sample", micro, first + row) for row in range(len(batch))]
 
 
-def losses_of(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
+def step_losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
     """The losses of this process's samples, checked."""
     draws = inputs.draws
     t = run.process.times(draws.u, draws.z, tuple(inputs.clean.shape[-2:]))

@@ -14,7 +14,8 @@ from dmp_common.bases.timesteps import embed_timesteps
 from dmp_common.tools.heatmap import save_heatmap
 from dmp_common.tools.timefile import even_timesteps
 from training.base.frozen import FrozenBase
-from training.methods.methods import Method, PatchMethod
+from training.methods.method import Method
+from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig
 from training.run.state import find_states
 

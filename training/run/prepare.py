@@ -13,7 +13,9 @@ from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase, load_frozen
 from training.data.batch import Data, Position
 from training.data.build import Split, open_data
-from training.methods.methods import METHODS, Method, PatchMethod
+from training.methods.known import METHODS
+from training.methods.method import Method
+from training.methods.patch import PatchMethod
 from training.objective.noising import Process, process_of
 from training.objective.relative import RelativeWeights, relative_config, warn_of_rounding
 from training.objective.student import Student

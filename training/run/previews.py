@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,13 +14,13 @@ from torch import Tensor
 from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
-from training.objective.noise import generator
+from training.data.draws import generator
+from training.objective.pictures import as_image
 from training.objective.sampling import condition, draw_images, is_guided
 from training.options.config import TrainConfig
 
 _OPTION = re.compile(r"\s--([a-z]+)\s+")
 _CLASSES = 8  # previews of a base with classes, where no file says which
-_SMALL = 256  # pictures are enlarged to at least this many pixels a side
 
 
 @dataclass(frozen=True)
@@ -175,12 +174,3 @@ def _beside(left: Tensor, right: Tensor) -> Image.Image:
     """Two pictures (C, H, W) side by side, with a line between them."""
     gap = torch.ones(left.shape[0], left.shape[1], max(1, left.shape[2] // 64))
     return as_image(torch.cat([left, gap, right], dim=2))
-
-
-def as_image(picture: Tensor) -> Image.Image:
-    """A picture (C, H, W) in [-1, 1], grey or in colour; small ones are enlarged."""
-    levels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    array = levels.permute(1, 2, 0).numpy()
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else np.ascontiguousarray(array))
-    factor = max(1, _SMALL // min(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

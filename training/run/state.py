@@ -21,7 +21,7 @@ from torch import Tensor
 from dmp_common import PatchError
 from dmp_common.patch.serialize import parse_json
 from training.data.batch import Position
-from training.methods.methods import replace_folder
+from training.methods.full import replace_folder
 from training.options.config import TrainConfig
 
 _FORMAT = 1

@@ -101,9 +101,11 @@ def _after(prepared: Run, events: TrainingEvents) -> None:
     """Report, hub, and how to go on."""
     config, path = prepared.config, events.outputs.path()
     if config.report_samples and prepared.frozen.base.name == "digits":
-        from training.run.digits_report import write_report
+        from training.run.digits_report import write_digits_report
 
-        write_report(config, prepared.frozen, Patch.load(path), prepared.history, path.parent)
+        write_digits_report(
+            config, prepared.frozen, Patch.load(path), prepared.history, path.parent
+        )
     if config.huggingface_repo_id is not None:
         address = push(config, prepared, path)
         print(f"pushed to {address}")

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from training.base.encoders import FrozenEncoders
 from training.data.batch import Data, Position
 from training.objective.inputs import Inputs, encode
-from training.objective.losses import losses_of
+from training.objective.losses import losses_by_bin
 from training.objective.noising import Process
 from training.objective.student import Student
 from training.options.config import TrainConfig
@@ -62,7 +62,7 @@ class Validation:
         sums = torch.zeros(bins + 1, dtype=torch.float64)  # of the errors; of the weights
         with self.accelerator.autocast():
             for kept in self.batches:
-                losses = losses_of(
+                losses = losses_by_bin(
                     student, self.process, kept.to(device), bins=bins, draws=draws,
                     name="validation",
                 )  # fmt: skip

@@ -19,7 +19,7 @@ from tests.training.tinybases import make_base
 from training.base.families import checkpoint
 from training.base.families.dit import set_frequency_shift
 from training.base.frozen import TIME_FILE, FrozenBase, find_base, load_frozen
-from training.methods.methods import FullMethod
+from training.methods.full import FullMethod
 from training.options.command_line import resolve
 
 Load = Callable[..., FrozenBase]

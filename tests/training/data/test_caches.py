@@ -15,7 +15,7 @@ from dmp_common import PatchError
 from tests.training.data import making
 from tests.training.data.making import CAPTIONS, NOTHING, Encoders, epoch, opened, picture
 from training.data.batch import Data
-from training.data.caching.tensor_cache import DamagedError, TensorCache, key_of
+from training.data.caching.tensor_cache import DamagedError, TensorCache, cache_key
 
 ON_DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
 IN_MEMORY = {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -217,7 +217,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path: Path) -> None:
 def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader sees the old file or the new one, wherever the writer stops."""
     cache = TensorCache(tmp_path)
-    key = key_of(name="x")
+    key = cache_key(name="x")
     cache.write(key, {"a": torch.zeros(3)})
     for step in ("fsync", "replace"):
 

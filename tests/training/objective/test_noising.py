@@ -15,7 +15,8 @@ from diffusers.training_utils import (
 from torch import Tensor
 
 from dmp_common import PatchError
-from training.objective.noising import Discrete, Flow, flux_shift, process_of
+from training.base.schedulers import flux_shift
+from training.objective.noising import Discrete, Flow, process_of
 from training.objective.variational import Posterior, variational_term
 from training.options.model_options import ObjectiveOptions
 

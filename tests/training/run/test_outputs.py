@@ -10,7 +10,8 @@ from PIL import Image
 
 from dmp_common import PatchError
 from tests.training.conftest import Go, Start
-from training.run.previews import as_image, read_prompts
+from training.objective.pictures import as_image
+from training.run.previews import read_prompts
 from training.run.publishing import push
 
 

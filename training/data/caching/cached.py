@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.data.caching.tensor_cache import TensorCache, key_of
+from training.data.caching.tensor_cache import TensorCache, cache_key
 from training.data.samples import Sample
 from training.data.sizes import fit
 
@@ -23,7 +23,7 @@ class Latents:
     def key(self, sample: Sample, flipped: bool) -> str:
         """The key of a sample's latents."""
         how = fit(sample.size, sample.subset.sizes, sample.bucket)
-        return key_of(
+        return cache_key(
             encoder=self.encoder, image=sample.fingerprint, size=sample.size,
             resized=how.resized, target=how.target, crop=how.crop(), flipped=flipped,
         )  # fmt: skip
@@ -42,7 +42,7 @@ class Texts:
 
     def key(self, caption: str) -> str:
         """The key of a caption's outputs."""
-        return key_of(encoder=self.encoder, caption=caption)
+        return cache_key(encoder=self.encoder, caption=caption)
 
     def stacked(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Outputs of B captions, each (B, ...)."""

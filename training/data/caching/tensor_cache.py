@@ -21,7 +21,7 @@ _FORMAT = 1  # goes into every key: files of another format are never read
 _CHECKSUM = "crc32"
 
 
-def key_of(**facts: Any) -> str:
+def cache_key(**facts: Any) -> str:
     """The key of what follows from `facts`: everything the tensors depend on."""
     text = json.dumps({"format": _FORMAT, **facts}, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]

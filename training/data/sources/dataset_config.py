@@ -23,7 +23,7 @@ from training.data.indexed import Found
 from training.data.kind import DataKind
 from training.data.rules import CAPTION_RULES, SIZE_RULES, make_subset, values_of
 from training.data.samples import FileStore, Sample
-from training.data.sources.folders import CACHE, samples_of
+from training.data.sources.folders import CACHE, folder_samples
 from training.data.sources.scan import list_images
 from training.options.data_options import DataOptions
 from training.options.toml_files import parse_toml
@@ -119,7 +119,7 @@ def _samples(
     extension = values.get("caption_extension", options.caption_extension)
     source = CaptionSource(extension, options.caption_column, metadata)
     subset = make_subset(rules, kind, folder.name, repeats)
-    return samples_of(images, file.parent, folder, subset, kind, source)
+    return folder_samples(images, file.parent, folder, subset, kind, source)
 
 
 def _distinct(samples: Sequence[Sample]) -> list[Sample]:

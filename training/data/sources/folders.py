@@ -48,7 +48,7 @@ def find_folder(options: Any, kind: DataKind) -> Found:
     parts = _repeat_folders(folder) if kind.conditioning == "caption" else {}
     if not parts:
         subset = make_subset(values, kind, folder.name)
-        samples, notes = samples_of(images, folder, folder, subset, kind, _source(options))
+        samples, notes = folder_samples(images, folder, folder, subset, kind, _source(options))
         return Found(str(folder), samples, FileStore(), folder / CACHE, notes)
     return _repeated(folder, images, parts, options, kind)
 
@@ -97,14 +97,14 @@ def _repeated(
         values = values_of(options)
         values["class_tokens"] = values["class_tokens"] or name or None
         subset = make_subset(values, kind, part.name, repeats)
-        more, said = samples_of(inside, folder, part, subset, kind, _source(options))
+        more, said = folder_samples(inside, folder, part, subset, kind, _source(options))
         samples, notes = samples + more, notes + said
     if not samples:
         raise PatchError(f"expected images in the folders of {folder}, found none to use.")
     return Found(str(folder), samples, FileStore(), folder / CACHE, notes)
 
 
-def samples_of(
+def folder_samples(
     images: Sequence[Path],
     root: Path,
     folder: Path,
@@ -132,12 +132,12 @@ def samples_of(
     for path, size in zip(images, sizes_of(store, [str(path) for path in images]), strict=True):
         known = about.get(path, About(()))
         bucket = _checked_bucket(known, subset, kind, path)
-        key = key_of(path, root)
+        key = sample_key(path, root)
         samples.append(Sample(key, str(path), size, subset, known.captions, bucket=bucket))
     return samples, notes
 
 
-def key_of(path: Path, root: Path) -> str:
+def sample_key(path: Path, root: Path) -> str:
     """The path from `root`, or the whole path of an image that lies elsewhere."""
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
@@ -224,7 +224,7 @@ def _class_folders(folder: Path, images: list[Path], options: Any, kind: DataKin
     samples = []
     for path, place, size in zip(images, places, sizes_of(store, places), strict=True):
         label = ids[path.relative_to(folder).parts[0]]
-        samples.append(Sample(key_of(path, folder), place, size, subset, label=label))
+        samples.append(Sample(sample_key(path, folder), place, size, subset, label=label))
     return Found(str(folder), samples, store, folder / CACHE, classes=classes)
 
 

@@ -65,7 +65,7 @@ def count_of(visit: Visit, counts: Counts) -> int:
     return max(0, math.ceil((counts.of(visit.shard.place) - visit.part) / visit.parts))
 
 
-def samples_of(visit: Visit, counts: Counts) -> Iterator[Raw]:
+def visit_samples(visit: Visit, counts: Counts) -> Iterator[Raw]:
     """The samples of a visit, in the shard's order."""
     number = -1
     for number, raw in enumerate(read_shard(visit.shard.place)):

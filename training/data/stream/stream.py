@@ -20,7 +20,7 @@ from training.data.items import Item, Recipe
 from training.data.kind import DataKind
 from training.data.samples import Sample, Subset
 from training.data.sizes import Size
-from training.data.stream.lanes import Visit, count_of, pooled, samples_of, visits
+from training.data.stream.lanes import Visit, count_of, pooled, visit_samples, visits
 from training.data.stream.shards import Counts, Raw, Shard
 
 _EMPTY = 64  # passes over all data without an image, after which there are none
@@ -111,7 +111,7 @@ class Stream:
             return near[draws.below(len(near), *draw)]
 
         size = max(1, self.pool // lanes) if self.recipe.augment or self.buckets else 1
-        raws = samples_of(visit, counts)
+        raws = visit_samples(visit, counts)
         items = (self.item(raw, visit) for raw in raws)
         for taken, item in enumerate(pooled(items, size, pick)):
             bucket = self.bucket((first + taken) // each)

@@ -21,7 +21,7 @@ from training.data.order import share
 from training.data.rules import make_subset, values_of
 from training.data.sizes import fit
 from training.data.stream import remote
-from training.data.stream.lanes import Visit, lane_count, samples_of
+from training.data.stream.lanes import Visit, lane_count, visit_samples
 from training.data.stream.shards import Counts, Shard, find_shards
 from training.data.stream.stream import BytesStore, Stream
 
@@ -187,7 +187,7 @@ def open_stream(options: Any, kind: DataKind, seed: int, split: str) -> StreamDa
     stream = Stream(tuple(shards), subset, recipe, options, options.shuffle_buffer, folder)
     visit = Visit(0, shards[0], 0, 1)
     raws = itertools.chain.from_iterable(
-        samples_of(replace(visit, shard=shard), Counts(None)) for shard in shards
+        visit_samples(replace(visit, shard=shard), Counts(None)) for shard in shards
     )
     count = _REFERENCE if subset.sizes.bucket else 1
     looked_at = [stream.item(raw, visit) for raw in itertools.islice(raws, count)]

@@ -1,6 +1,6 @@
 """Train the bundled `digits` base and its classifier from fixed seeds, or check convergence.
 
-    python training/experiments/digits/make_base.py --out DIR
+    python training/experiments/digits/make_digits_base.py --out DIR
 
 makes both, as bundled; --extra 0.2 also trains 20 % longer and compares.
 
@@ -27,8 +27,8 @@ sys.path[:] = [str(_ROOT), *(p for p in sys.path if not p or Path(p).resolve() !
 
 from training.data.sources.digits_images import NUM_CLASSES, DigitsSplit, load_digits_split  # noqa: E402
 from training.experiments.miniature.pretraining import (  # noqa: E402
+    BaseRecipe,
     Pretraining,
-    Recipe,
     build_scheduler,
     untie,
 )
@@ -36,7 +36,7 @@ from training.objective.digit_classifier import DigitClassifier  # noqa: E402
 from training.objective.losses import denoising_loss_by_bin  # noqa: E402
 
 # Chosen on validation loss.
-RECIPE = Recipe(
+RECIPE = BaseRecipe(
     size=8,
     channels=1,
     patch_size=2,
@@ -48,7 +48,7 @@ RECIPE = Recipe(
 )
 
 
-def train_classifier(data: DigitsSplit, steps: int = 1500, seed: int = 0) -> DigitClassifier:
+def train_digit_classifier(data: DigitsSplit, steps: int = 1500, seed: int = 0) -> DigitClassifier:
     """Train the classifier on the training split; images move by up to one pixel."""
     torch.manual_seed(seed)
     model = DigitClassifier().train()
@@ -75,9 +75,9 @@ def validation_loss(model: nn.Module) -> torch.Tensor:
     )
 
 
-def make_classifier(out: Path, data: DigitsSplit) -> None:
+def make_digit_classifier(out: Path, data: DigitsSplit) -> None:
     """Train and save the classifier; print its validation accuracy."""
-    classifier = train_classifier(data)
+    classifier = train_digit_classifier(data)
     held_out = load_digits_split("validation")
     with torch.no_grad():
         right = classifier(held_out.images).argmax(1) == held_out.labels
@@ -85,7 +85,7 @@ def make_classifier(out: Path, data: DigitsSplit) -> None:
     save_file(classifier.state_dict(), out / "classifier.safetensors")
 
 
-def make_base(out: Path, recipe: Recipe, data: DigitsSplit) -> torch.Tensor:
+def make_digits_base(out: Path, recipe: BaseRecipe, data: DigitsSplit) -> torch.Tensor:
     """Train and save base and scheduler in diffusers format; returns the validation loss (10,)."""
     start = time.monotonic()
     run = Pretraining(recipe, data.images, data.labels)
@@ -102,7 +102,7 @@ def make_base(out: Path, recipe: Recipe, data: DigitsSplit) -> torch.Tensor:
     return loss
 
 
-def parse_arguments() -> argparse.Namespace:
+def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Train the bundled digits base and its classifier from fixed seeds.",
@@ -133,16 +133,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Make everything the command line asks for."""
-    arguments = parse_arguments()
+    arguments = read_arguments()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     data, recipe = load_digits_split("train"), RECIPE
-    make_classifier(arguments.out, data)
-    loss = make_base(arguments.out / "base", recipe, data).mean()
+    make_digit_classifier(arguments.out, data)
+    loss = make_digits_base(arguments.out / "base", recipe, data).mean()
     if arguments.extra:
         longer = replace(recipe, steps=round(recipe.steps * (1 + arguments.extra)))
-        other = make_base(arguments.out / "base_longer", longer, data).mean()
+        other = make_digits_base(arguments.out / "base_longer", longer, data).mean()
         print(
             f"convergence: {recipe.steps} steps {loss:.5f}, {longer.steps} steps {other:.5f}, "
             f"change {100 * (other / loss - 1):+.3f} %"

@@ -19,7 +19,7 @@ _FOLDER, _ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().paren
 sys.path[:] = [str(_ROOT), *(p for p in sys.path if not p or Path(p).resolve() != _FOLDER)]
 
 from training.data.sources.digits_images import DigitsSplit, load_digits_split  # noqa: E402
-from training.objective.digit_classifier import load_classifier  # noqa: E402
+from training.objective.digit_classifier import load_digit_classifier  # noqa: E402
 from training.objective.frechet import frechet_distance  # noqa: E402
 from training.objective.losses import denoising_loss_by_bin  # noqa: E402
 from training.objective.sampling import sample  # noqa: E402
@@ -44,7 +44,7 @@ def save_grid(drawn: torch.Tensor, real: DigitsSplit, path: Path, rows: int = 6)
 def report(base: DiTTransformer2DModel, scheduler: DDIMScheduler, name: str, count: int) -> None:
     """Print accuracy, loss and Frechet distances of one held-out split."""
     classifier, train, split = (
-        load_classifier(),
+        load_digit_classifier(),
         load_digits_split("train"),
         load_digits_split(name),
     )

@@ -52,7 +52,7 @@ class CifarClassifier(nn.Module):
         return self.classify(self.features(images))
 
 
-def train_classifier(data: ImageSplit, epochs: int = 5, seed: int = 0) -> CifarClassifier:
+def train_cifar_classifier(data: ImageSplit, epochs: int = 5, seed: int = 0) -> CifarClassifier:
     """Train on the training split; images are mirrored and moved by up to four pixels."""
     torch.manual_seed(seed)
     model = CifarClassifier().train().to(memory_format=torch.channels_last)
@@ -72,7 +72,7 @@ def train_classifier(data: ImageSplit, epochs: int = 5, seed: int = 0) -> CifarC
         loss.backward()
         optimizer.step()
         anneal.step()
-    # As `load_classifier` has it: another layout rounds differently.
+    # As `load_cifar_classifier` has it: another layout rounds differently.
     model = model.to(memory_format=torch.contiguous_format)
     return model.eval().requires_grad_(False)
 
@@ -91,7 +91,7 @@ def features_of(model: CifarClassifier, images: Tensor, batch_size: int = 500) -
     return torch.cat([model.features(as_float(part)) for part in images.split(batch_size)])
 
 
-def load_classifier(path: Path) -> CifarClassifier:
+def load_cifar_classifier(path: Path) -> CifarClassifier:
     """A classifier from its file, in eval mode and frozen.
 
     Raises:

@@ -26,11 +26,11 @@ from training.experiments.miniature.cifar import (
     load_cifar_split,
     shrunk,
 )
-from training.experiments.miniature.cifar_classifier import train_classifier
-from training.experiments.miniature.pretraining import Pretraining, Recipe, as_float, untie
+from training.experiments.miniature.cifar_classifier import train_cifar_classifier
+from training.experiments.miniature.pretraining import BaseRecipe, Pretraining, as_float, untie
 from training.objective.losses import denoising_loss_by_bin
 
-RECIPE = Recipe(
+RECIPE = BaseRecipe(
     size=32,
     channels=3,
     patch_size=4,
@@ -54,8 +54,8 @@ RECIPES = {
 _KEPT = 600  # steps between states of the constant part
 
 
-def make_base(
-    out: Path, recipe: Recipe, data: ImageSplit, held_out: ImageSplit, name: str
+def make_cifar_base(
+    out: Path, recipe: BaseRecipe, data: ImageSplit, held_out: ImageSplit, name: str
 ) -> torch.Tensor:
     """Trains a base, or goes on from the nearest kept state; returns its validation loss (10,).
 
@@ -101,9 +101,9 @@ def make_base(
     return loss
 
 
-def make_classifier(out: Path, data: ImageSplit, held_out: ImageSplit) -> None:
+def make_cifar_classifier(out: Path, data: ImageSplit, held_out: ImageSplit) -> None:
     """Trains and saves the classifier; prints its validation accuracy."""
-    model = train_classifier(data)
+    model = train_cifar_classifier(data)
     with torch.no_grad():
         right = model(as_float(held_out.images)).argmax(1) == held_out.labels
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -136,14 +136,14 @@ def main() -> None:
         for size in {recipe.size for recipe in RECIPES.values()}:
             export_folders(arguments.cifar, out / f"images-{size}", size)
     if "classifier" in arguments.what:
-        make_classifier(out, data, held_out)
+        make_cifar_classifier(out, data, held_out)
     for name, recipe in RECIPES.items():
         if name not in arguments.what:
             continue
-        loss = make_base(out / name, recipe, data, held_out, "base").mean()
+        loss = make_cifar_base(out / name, recipe, data, held_out, "base").mean()
         if arguments.extra:
             longer = replace(recipe, steps=round(recipe.steps * (1 + arguments.extra)))
-            other = make_base(out / name, longer, data, held_out, "base-longer").mean()
+            other = make_cifar_base(out / name, longer, data, held_out, "base-longer").mean()
             print(
                 f"convergence of {name}: {recipe.steps} steps {loss:.5f}, {longer.steps} steps "
                 f"{other:.5f}, change {100 * (other / loss - 1):+.3f} %"

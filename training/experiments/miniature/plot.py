@@ -8,11 +8,11 @@ from pathlib import Path
 from dmp_common import PatchError
 from training.evaluation.comparison import t_interval
 from training.experiments.miniature.study_tables import columns
-from training.experiments.miniature.trial import Measures
+from training.experiments.miniature.trial import TrialMeasures
 
 
 def plot_confirmation(
-    base: Measures, found: Mapping[str, Sequence[Measures]], path: Path, title: str
+    base: TrialMeasures, found: Mapping[str, Sequence[TrialMeasures]], path: Path, title: str
 ) -> None:
     """Change of the loss against Frechet distance, a panel for each sampler.
 

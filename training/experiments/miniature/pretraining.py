@@ -19,7 +19,7 @@ from training.experiments.miniature.muon import make_muon
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BaseRecipe:
     """Everything that decides a base's weights; chosen on validation loss.
 
     Args:
@@ -84,7 +84,7 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
 
 
-def build_base(recipe: Recipe) -> DiTTransformer2DModel:
+def build_base(recipe: BaseRecipe) -> DiTTransformer2DModel:
     """An untrained DiT, initialised as the original.
 
     As in the original, all blocks share one embedding of timestep and class; diffusers keeps a
@@ -119,7 +119,7 @@ def untie(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
 
 
 def build_optimizers(
-    model: DiTTransformer2DModel, recipe: Recipe
+    model: DiTTransformer2DModel, recipe: BaseRecipe
 ) -> tuple[torch.optim.Optimizer, torch.optim.AdamW]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     matrices, others = [], []
@@ -144,7 +144,7 @@ class Pretraining:
     """
 
     def __init__(
-        self, recipe: Recipe, images: Tensor, labels: Tensor, compiled: bool = False
+        self, recipe: BaseRecipe, images: Tensor, labels: Tensor, compiled: bool = False
     ) -> None:
         self.recipe, self.images, self.labels = recipe, images, labels
         self.model = build_base(recipe).train()

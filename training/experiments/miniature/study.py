@@ -143,9 +143,9 @@ class Study:
 
     def measures(
         self, name: str, split: str, strength: float = 1.0, first: float = trial.WHOLE
-    ) -> trial.Measures:
+    ) -> trial.TrialMeasures:
         """Of a job that is done."""
-        return trial.Measures.load(self.path(name, split, strength, first))
+        return trial.TrialMeasures.load(self.path(name, split, strength, first))
 
     def path(
         self, name: str, split: str, strength: float = 1.0, first: float = trial.WHOLE
@@ -161,12 +161,12 @@ def do(study: Study, job: Job) -> str:
     torch.set_num_threads(1)
     subject = study.open()
     folder = study.out / study.subject / job.name
-    spec = None if job.name == "base" else trial.train(subject, job.options, folder)
+    spec = None if job.name == "base" else trial.train_trial(subject, job.options, folder)
     # A patch has its own off switch; whatever else was trained on a part gets it here.
     first = min(job.first, job.options.get("max_timestep", 1000) - 1)
     for strength in job.strengths:
         path = study.path(job.name, job.split, strength, job.first)
-        trial.measure(subject, spec, job.split, path, strength=strength, first=first)
+        trial.measure_trial(subject, spec, job.split, path, strength=strength, first=first)
     return job.name
 
 
@@ -221,7 +221,7 @@ def plot(study: Study, names: list[str]) -> str:
 
 def _confirmed(
     study: Study, names: list[str], first: float = trial.WHOLE
-) -> tuple[trial.Measures, dict[str, list[trial.Measures]]]:
+) -> tuple[trial.TrialMeasures, dict[str, list[trial.TrialMeasures]]]:
     """The base's measures, and those of each contender by seed."""
     return study.measures("base", "test"), {
         name: [
@@ -232,7 +232,9 @@ def _confirmed(
     }
 
 
-def _tables(base: trial.Measures, found: Mapping[str, list[trial.Measures]], ours: str) -> str:
+def _tables(
+    base: trial.TrialMeasures, found: Mapping[str, list[trial.TrialMeasures]], ours: str
+) -> str:
     tables = [confirmation_table(base, found)]
     if ours in found:
         tables.append(difference_table(base, found, ours))

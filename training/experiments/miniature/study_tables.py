@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from training.evaluation.comparison import t_interval
-from training.experiments.miniature.trial import Measures
+from training.experiments.miniature.trial import TrialMeasures
 
 
 def tuning_table(
-    base: Measures, found: Mapping[str, Mapping[str, Measures]], chosen: Mapping[str, str]
+    base: TrialMeasures, found: Mapping[str, Mapping[str, TrialMeasures]], chosen: Mapping[str, str]
 ) -> str:
     """Each method with each of its settings, validation; the chosen one is marked."""
     lines = _head(["method", "learning rate and loss", "loss", "relative loss", *_distances(base)])
@@ -23,14 +23,14 @@ def tuning_table(
     return "\n".join(lines)
 
 
-def strength_table(base: Measures, found: Mapping[str, Measures]) -> str:
+def strength_table(base: TrialMeasures, found: Mapping[str, TrialMeasures]) -> str:
     """Patches at strengths, one seed."""
     lines = _head(["patch", "loss", "relative loss", *_distances(base)])
     lines += [f"| {name} | {_changes(base, measures)} |" for name, measures in found.items()]
     return "\n".join(lines)
 
 
-def confirmation_table(base: Measures, found: Mapping[str, Sequence[Measures]]) -> str:
+def confirmation_table(base: TrialMeasures, found: Mapping[str, Sequence[TrialMeasures]]) -> str:
     """Each method against the base over seeds, test split: mean and standard deviation."""
     lines = _head(["method", "loss", "relative loss", *_distances(base)])
     lines.append(f"| base | {base.loss:.5f} | 0 | {_plain(base.frechet.values())} |")
@@ -41,7 +41,9 @@ def confirmation_table(base: Measures, found: Mapping[str, Sequence[Measures]]) 
     return "\n".join(lines)
 
 
-def difference_table(base: Measures, found: Mapping[str, Sequence[Measures]], ours: str) -> str:
+def difference_table(
+    base: TrialMeasures, found: Mapping[str, Sequence[TrialMeasures]], ours: str
+) -> str:
     """Ours minus each, over seeds, paired: equal seeds saw equal images and noise in equal order.
 
     Of losses in points of a per cent of the base's; mean and 95 % interval.
@@ -57,7 +59,7 @@ def difference_table(base: Measures, found: Mapping[str, Sequence[Measures]], ou
     return "\n".join(lines)
 
 
-def columns(base: Measures, several: Sequence[Measures]) -> list[torch.Tensor]:
+def columns(base: TrialMeasures, several: Sequence[TrialMeasures]) -> list[torch.Tensor]:
     """Over seeds: change of the loss, of the relative loss (shares), Frechet distances."""
     rows = [
         [
@@ -70,7 +72,7 @@ def columns(base: Measures, several: Sequence[Measures]) -> list[torch.Tensor]:
     return list(torch.tensor(rows, dtype=torch.float64).unbind(1))
 
 
-def bins_table(base: Measures, found: Mapping[str, Sequence[Measures]]) -> str:
+def bins_table(base: TrialMeasures, found: Mapping[str, Sequence[TrialMeasures]]) -> str:
     """Change of the loss in each bin of timesteps, per cent, mean over seeds."""
     bins = base.losses.shape[1]
     lines = _head(["method", *(f"{1000 * n // bins}-" for n in range(bins))])
@@ -85,7 +87,7 @@ def _head(names: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
 
-def _distances(base: Measures) -> list[str]:
+def _distances(base: TrialMeasures) -> list[str]:
     return [f"Frechet distance, {sampler}" for sampler in base.frechet]
 
 
@@ -93,7 +95,7 @@ def _plain(values: Iterable[float]) -> str:
     return " | ".join(f"{value:.3f}" for value in values)
 
 
-def _changes(base: Measures, measures: Measures) -> str:
+def _changes(base: TrialMeasures, measures: TrialMeasures) -> str:
     losses = f"{measures.loss / base.loss - 1:+.4%} | {float(measures.relative(base).mean()):+.4%}"
     return " | ".join([losses, *(f"{measures.frechet[name]:.3f}" for name in base.frechet)])
 

@@ -17,10 +17,10 @@ from training.experiments.miniature.cifar import SIZE, SplitName, load_exported
 from training.experiments.miniature.cifar_classifier import (
     CifarClassifier,
     features_of,
-    load_classifier,
+    load_cifar_classifier,
 )
 from training.experiments.miniature.make_cifar import RECIPES
-from training.objective.digit_classifier import load_classifier as load_digit_classifier
+from training.objective.digit_classifier import load_digit_classifier
 
 # As many steps as people take: with a good solver, and with the one that papers report.
 SAMPLERS = {"unipc": 20, "ddim": 20}
@@ -113,7 +113,7 @@ def cifar10(name: str, folder: Path) -> Subject:
 
     @cache
     def classifier() -> CifarClassifier:  # where only losses are asked for it may be missing
-        return load_classifier(folder / "classifier.safetensors")
+        return load_cifar_classifier(folder / "classifier.safetensors")
 
     return Subject(
         base=name,

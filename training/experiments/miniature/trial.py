@@ -34,7 +34,7 @@ _FRECHET = "frechet."  # before the sampler's name in a file
 
 
 @dataclass(frozen=True)
-class Measures:
+class TrialMeasures:
     """What a model did on one split.
 
     Args:
@@ -50,7 +50,7 @@ class Measures:
         """Denoising loss over all timesteps."""
         return float(self.losses.mean())
 
-    def relative(self, base: Measures) -> Tensor:
+    def relative(self, base: TrialMeasures) -> Tensor:
         """(images,): change of the loss as a share of the base's in the bin, mean over bins."""
         return ((self.losses - base.losses) / base.losses.mean(0)).mean(1)
 
@@ -63,14 +63,14 @@ class Measures:
         save_file({"losses": self.losses, **distances}, path)
 
     @staticmethod
-    def load(path: Path) -> Measures:
+    def load(path: Path) -> TrialMeasures:
         """Reads them."""
         kept = load_file(path)
         losses = kept.pop("losses")
-        return Measures(losses, {k.removeprefix(_FRECHET): float(v) for k, v in kept.items()})
+        return TrialMeasures(losses, {k.removeprefix(_FRECHET): float(v) for k, v in kept.items()})
 
 
-def train(subject: Subject, options: Mapping[str, Any], folder: Path) -> Spec:
+def train_trial(subject: Subject, options: Mapping[str, Any], folder: Path) -> Spec:
     """Trains, unless that was done before.
 
     Args:
@@ -105,7 +105,7 @@ def train(subject: Subject, options: Mapping[str, Any], folder: Path) -> Spec:
     return Spec("trial", config.method, str(path))
 
 
-def measure(
+def measure_trial(
     subject: Subject,
     spec: Spec | None,
     split: str,
@@ -113,7 +113,7 @@ def measure(
     *,
     strength: float = 1.0,
     first: float = WHOLE,
-) -> Measures:
+) -> TrialMeasures:
     """Measures of a trained model, or of the base (None), read from `path` if they are there.
 
     Args:
@@ -122,7 +122,7 @@ def measure(
         first: timestep at which a patch, or another method's change, begins to act.
     """
     if path.is_file():
-        return Measures.load(path)
+        return TrialMeasures.load(path)
     frozen = load_frozen(
         TrainConfig(base=subject.base, pretrained_model_name_or_path=str(subject.weights))
     )
@@ -160,7 +160,9 @@ class _Switched(nn.Module):
         return (self.other if acts.all() else self.base)(x, timestep=timestep, **given)
 
 
-def _measure(subject: Subject, model: nn.Module, scheduler: SchedulerMixin, split: Any) -> Measures:
+def _measure(
+    subject: Subject, model: nn.Module, scheduler: SchedulerMixin, split: Any
+) -> TrialMeasures:
     held_out = subject.split(split)
     images = as_float(held_out.images)
     stride = max(len(images) // (subject.loss_images or len(images)), 1)
@@ -179,4 +181,4 @@ def _measure(subject: Subject, model: nn.Module, scheduler: SchedulerMixin, spli
             sampler=sampler,
         )
         distances[sampler] = frechet_distance(subject.features(drawn), real)
-    return Measures(losses, distances)
+    return TrialMeasures(losses, distances)

@@ -34,7 +34,7 @@ _BATCH = 500
 
 
 @dataclass(frozen=True)
-class Setting:
+class UseSetting:
     """One way to use a patch; everything that is not named is usual.
 
     Args:
@@ -56,17 +56,17 @@ class Setting:
         return self.sampler, self.steps, self.guidance, self.sibling
 
 
-SETTINGS: dict[str, list[tuple[str, Setting]]] = {
-    "strength": [(f"{s:g}", Setting(strength=s)) for s in (0.5, 1.0, 1.5, 2.0, 3.0)],
+SETTINGS: dict[str, list[tuple[str, UseSetting]]] = {
+    "strength": [(f"{s:g}", UseSetting(strength=s)) for s in (0.5, 1.0, 1.5, 2.0, 3.0)],
     "part of the schedule": [
-        ("noisy half", Setting(last=500.0)),
-        ("clean half", Setting(first=LATE)),
-        ("noisy half, strength 2", Setting(strength=2.0, last=500.0)),
+        ("noisy half", UseSetting(last=500.0)),
+        ("clean half", UseSetting(first=LATE)),
+        ("noisy half, strength 2", UseSetting(strength=2.0, last=500.0)),
     ],
-    "sampler": [(name, Setting(sampler=name)) for name in ("ddim", "ddpm", "dpm++", "euler")],
-    "steps": [(str(n), Setting(steps=n)) for n in (6, 10, 50)],
-    "guidance": [(f"{g:g}", Setting(guidance=g)) for g in (1.5, 2.0, 4.0)],
-    "sibling": [("fine-tuned base", Setting(sibling=True))],
+    "sampler": [(name, UseSetting(sampler=name)) for name in ("ddim", "ddpm", "dpm++", "euler")],
+    "steps": [(str(n), UseSetting(steps=n)) for n in (6, 10, 50)],
+    "guidance": [(f"{g:g}", UseSetting(guidance=g)) for g in (1.5, 2.0, 4.0)],
+    "sibling": [("fine-tuned base", UseSetting(sibling=True))],
 }
 
 
@@ -101,7 +101,7 @@ class Use:
         with context as frozen:
             yield frozen
 
-    def distances(self, setting: Setting) -> tuple[list[float], list[float]]:
+    def distances(self, setting: UseSetting) -> tuple[list[float], list[float]]:
         """Frechet distances of base and patched base, one for each seed of the noise."""
         with self.model(setting.sibling) as frozen:
             if setting.base_part not in self.of_base:
@@ -110,13 +110,13 @@ class Use:
             with attach(frozen.model, self.patch, strength=setting.strength, schedule=schedule):
                 return self.of_base[setting.base_part], self._distances(frozen, setting)
 
-    def _distances(self, frozen: FrozenBase, setting: Setting) -> list[float]:
+    def _distances(self, frozen: FrozenBase, setting: UseSetting) -> list[float]:
         return [
             frechet_distance(self.subject.features(self._draw(frozen, setting, seed)), self.real)
             for seed in SEEDS
         ]
 
-    def _draw(self, frozen: FrozenBase, setting: Setting, seed: int) -> Tensor:
+    def _draw(self, frozen: FrozenBase, setting: UseSetting, seed: int) -> Tensor:
         size = frozen.model.config.sample_size
         shape, parts = (frozen.channels, size, size), []
         for rows in torch.arange(len(self.labels)).split(_BATCH):

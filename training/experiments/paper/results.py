@@ -16,7 +16,7 @@ _MISSING = "-"
 
 
 @dataclass(frozen=True)
-class Result:
+class CellResult:
     """What an evaluation says of one model.
 
     Args:
@@ -32,7 +32,7 @@ class Result:
     against_base: dict[str, dict[str, Any]]
 
 
-Results = dict[tuple[str, str], Result]
+Results = dict[tuple[str, str], CellResult]
 
 
 def read_results(out: Path) -> Results:
@@ -61,14 +61,14 @@ def read_results(out: Path) -> Results:
     return found
 
 
-def _result(label: str, model: dict[str, Any], differences: list[dict[str, Any]]) -> Result:
+def _result(label: str, model: dict[str, Any], differences: list[dict[str, Any]]) -> CellResult:
     against = {
         entry["measure"]: {name: entry[name] for name in ("mean", "low", "high", "n", "over")}
         for entry in differences
         if entry["model"] == label and entry["against"] == "base"
     }
     metrics = {name: float(value) for name, value in model["metrics"].items() if value is not None}
-    return Result(metrics, model.get("loss"), int(model["samples"]), against)
+    return CellResult(metrics, model.get("loss"), int(model["samples"]), against)
 
 
 def collect(out: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dmp_common.patch.serialize import serialize, write_atomically
 from training.base.families.dit import initialise, share_embeddings, use_text
 from training.base.frozen import TEXT_FILE
 from training.experiments.paper.cells import Untrained
-from training.methods.methods import DIFFUSERS_SHIFT, replace_folder
+from training.methods.full import DIFFUSERS_SHIFT, replace_folder
 
 _SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 

@@ -14,7 +14,7 @@ from training.data.sources.digits_images import load_digits_split, split_indices
 from training.experiments.digits.make_base import RECIPE
 from training.experiments.miniature.muon import Muon, make_muon, orthogonalise
 from training.experiments.miniature.pretraining import Pretraining, build_base, untie
-from training.objective.digit_classifier import DigitClassifier, load_classifier
+from training.objective.digit_classifier import DigitClassifier, load_digit_classifier
 from training.objective.frechet import frechet_distance
 from training.objective.losses import denoising_loss_by_bin
 from training.objective.sampling import sample
@@ -80,7 +80,7 @@ def test_missing_scikit_learn_says_what_to_install(monkeypatch):
 
 
 def test_classifier_recognises_test_digits():
-    split, classifier = load_digits_split("test"), load_classifier()
+    split, classifier = load_digits_split("test"), load_digit_classifier()
     accuracy = (classifier(split.images).argmax(1) == split.labels).double().mean()
     assert accuracy > 0.97
     assert classifier.features(split.images).shape == (400, 64)
@@ -90,7 +90,7 @@ def test_classifier_refuses_other_shapes_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match=r"found \(2, 1, 28, 28\)"):
         DigitClassifier().features(torch.zeros(2, 1, 28, 28))
     with pytest.raises(FileNotFoundError, match="make_base.py"):
-        load_classifier(tmp_path / "none.safetensors")
+        load_digit_classifier(tmp_path / "none.safetensors")
 
 
 def test_base_is_what_the_readme_says(base, scheduler):
@@ -117,7 +117,7 @@ def test_base_denoises_validation_images_and_uses_the_label(base, scheduler):
 
 def test_base_draws_the_digit_it_is_asked_for(base, scheduler):
     labels = torch.arange(10).repeat(20)
-    images, classifier = sample(base, scheduler, labels, seed=0, steps=10), load_classifier()
+    images, classifier = sample(base, scheduler, labels, seed=0, steps=10), load_digit_classifier()
     assert (classifier(images).argmax(1) == labels).double().mean() > 0.9
     real = classifier.features(images_of("validation"))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)

@@ -18,8 +18,8 @@ from training.experiments.miniature.cifar import (
 from training.experiments.miniature.cifar_classifier import (
     FEATURES,
     features_of,
-    load_classifier,
-    train_classifier,
+    load_cifar_classifier,
+    train_cifar_classifier,
 )
 from training.experiments.miniature.make_cifar import RECIPES
 from training.experiments.miniature.pretraining import Pretraining
@@ -134,15 +134,17 @@ def test_classifier_learns_two_colours_and_its_file_gives_it_back(tmp_path):
     labels = torch.arange(256) % 2
     images = (labels * 200)[:, None, None, None].expand(-1, 3, 32, 32).to(torch.uint8)
     data = cifar.ImageSplit(images.contiguous(), labels)
-    model = train_classifier(data, epochs=30)
+    model = train_cifar_classifier(data, epochs=30)
     features = features_of(model, data.images)
     assert features.shape == (256, FEATURES)
     assert (model.classify(features).argmax(1) == labels).all()
     save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "c.safetensors"
     )
-    assert torch.equal(features_of(load_classifier(tmp_path / "c.safetensors"), images), features)
+    assert torch.equal(
+        features_of(load_cifar_classifier(tmp_path / "c.safetensors"), images), features
+    )
     with pytest.raises(ValueError, match="expected images"):
         model.features(torch.zeros(1, 1, 8, 8))
     with pytest.raises(FileNotFoundError, match="make it with"):
-        load_classifier(tmp_path / "none")
+        load_cifar_classifier(tmp_path / "none")

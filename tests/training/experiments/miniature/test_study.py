@@ -24,13 +24,13 @@ from training.experiments.miniature.study_tables import (
     confirmation_table,
     difference_table,
 )
-from training.experiments.miniature.trial import Measures
+from training.experiments.miniature.trial import TrialMeasures
 from training.options import presets
 
 
 def _measures(value, frechet=1.0, images=4):
     losses = torch.full((images, 2), value, dtype=torch.float64)
-    return Measures(losses, {"unipc": frechet, "ddim": 2 * frechet})
+    return TrialMeasures(losses, {"unipc": frechet, "ddim": 2 * frechet})
 
 
 def _rows(table):
@@ -58,8 +58,8 @@ def test_tables_say_changes_and_intervals():
 
 
 def test_relative_loss_counts_every_bin_alike():
-    base = Measures(torch.tensor([[1.0, 0.01], [3.0, 0.03]]).double(), {})
-    other = Measures(base.losses * torch.tensor([1.0, 0.5]), {})
+    base = TrialMeasures(torch.tensor([[1.0, 0.01], [3.0, 0.03]]).double(), {})
+    other = TrialMeasures(base.losses * torch.tensor([1.0, 0.5]), {})
     assert float(other.relative(base).mean()) == pytest.approx(-0.25)
 
 

@@ -7,8 +7,8 @@ from tests.randomness import randomise
 from training.base.frozen import load_frozen
 from training.experiments.miniature import use as module
 from training.experiments.miniature.subjects import digits
-from training.experiments.miniature.use import SETTINGS, Setting, Use, table
-from training.methods.methods import FullMethod
+from training.experiments.miniature.use import SETTINGS, Use, UseSetting, table
+from training.methods.full import FullMethod
 from training.options.config import TrainConfig
 
 
@@ -24,11 +24,11 @@ def _use(monkeypatch, full=None):
 def test_strength_schedule_and_sampler_change_what_is_drawn(monkeypatch):
     use = _use(monkeypatch)
     few = {"steps": 3}
-    base, patched = use.distances(Setting(**few))
-    again, off = use.distances(Setting(strength=0.0, **few))
+    base, patched = use.distances(UseSetting(**few))
+    again, off = use.distances(UseSetting(strength=0.0, **few))
     assert base == again == off != patched
     found = {
-        use.distances(Setting(**few, **changes))[1][0]
+        use.distances(UseSetting(**few, **changes))[1][0]
         for changes in (
             {}, {"strength": 2.0}, {"last": 500.0}, {"first": 500.0}, {"sampler": "dpm++"},
             {"guidance": 2.0},
@@ -46,15 +46,15 @@ def test_a_sibling_is_another_base(monkeypatch, tmp_path):
             parameter.mul_(1.01)
     method.save(tmp_path / "full", {}, torch.float32)
     use = _use(monkeypatch, tmp_path / "full")
-    setting = Setting(steps=3)
-    sibling = Setting(steps=3, sibling=True)
+    setting = UseSetting(steps=3)
+    sibling = UseSetting(steps=3, sibling=True)
     assert use.distances(setting)[0] != use.distances(sibling)[0]
     assert use.distances(sibling)[0] != use.distances(sibling)[1]
 
 
 def test_the_table_has_a_row_a_setting(monkeypatch):
     use = _use(monkeypatch)
-    small = {"strength": [("1", Setting(steps=2))], "sibling": SETTINGS["sibling"]}
+    small = {"strength": [("1", UseSetting(steps=2))], "sibling": SETTINGS["sibling"]}
     monkeypatch.setattr(module, "SETTINGS", small)
     lines = table(use).splitlines()
     assert len(lines) == 3 and lines[2].startswith("| strength | 1 |")  # no sibling was given

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.evaluation.settings import parse_arguments as parse_evaluation
+from training.evaluation.settings import parse_evaluation
 from training.experiments.paper.__main__ import main
 from training.experiments.paper.cells import Cell, choose, read_setup, read_table, table_names
 from training.experiments.paper.experiment import Experiment, pairs

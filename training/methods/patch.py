@@ -1,0 +1,144 @@
+"""dmp and prompt: a patch is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common import Patch, PatchError, attach, importance_loss, load_loss
+from dmp_common.bases.timesteps import embed_timesteps
+from dmp_common.patch.balancing import GateNoise, stratified_timesteps
+from dmp_common.patch.gate import kept_prompts
+from training.base.frozen import FrozenBase
+from training.data.draws import generator
+from training.methods.method import Method
+from training.options.config import TrainConfig
+
+
+class PatchMethod(Method):
+    """dmp and prompt: a patch, attached for as long as the training lasts."""
+
+    def __init__(self, frozen: FrozenBase, config: TrainConfig) -> None:
+        super().__init__(frozen)
+        if config.network_weights is not None:
+            self.patch = _load_matching(config, frozen)
+        else:
+            self.patch = Patch.create(frozen.base, **config.variant, **frozen.facts)
+            if self.patch.variant.gate_init == "stages":
+                self.patch.gate.begin_with_stages(_even_embedding(frozen))
+        if config.prompt_scale == "mean":
+            self.patch.scale_for_learning()
+        self.config = config
+        self.noise = None
+        if config.load_weight and self.patch.variant.gate != "none":
+            self.noise = GateNoise(frozen.base.embedding, self.patch.variant.outputs)
+        self.attachment = attach(frozen.model, self.patch)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Prompts, gate, and the noise of the load loss."""
+        return dict(self.named_parameters())
+
+    def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """The prompts, and the gate with its own learning rate."""
+        gate = list(self.patch.gate.parameters())
+        if self.noise is not None:
+            gate += list(self.noise.parameters())
+        groups = [
+            {"params": list(self.patch.pools.parameters()), "lr": config.learning_rate},
+            {"params": gate, "lr": config.learning_rate * config.gate_lr_factor},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Both balancing losses on timesteps over all that the patch has, not on the batch's.
+
+        Returns:
+            "importance" and "load", each where it has a weight.
+        """
+        config, frozen, variant = self.config, self.frozen, self.patch.variant
+        if variant.gate == "none" or not (config.importance_weight or config.load_weight):
+            return {}
+        # Not of the rank: every process sees the same, so that its gradient is that of one.
+        source = generator(config.seed, "balancing", step)
+        low, high = variant.timesteps
+        t = stratified_timesteps(
+            config.balancing_timesteps, high - 1.0, generator=source, first=float(low)
+        )
+        with torch.no_grad():
+            classes = self._classes(given, source, len(t))
+            e = embed_timesteps(frozen.model, frozen.base, frozen.naming, t, classes)
+        losses = {}
+        if config.importance_weight:
+            losses["importance"] = importance_loss(self.patch.gate_weights(e))
+        if self.noise is not None:
+            logits = self.patch.gate_logits(e)
+            losses["load"] = _load(logits, self.noise(e), kept_prompts(variant.outputs), source)
+        return losses
+
+    def _classes(
+        self, given: Mapping[str, Tensor], source: torch.Generator, count: int
+    ) -> Tensor | None:
+        """Classes for a gate that sees them, of all there are; of pooled text the batch's."""
+        if self.patch.variant.condition != "t+y":
+            return None
+        if "pooled" in given:
+            return given["pooled"][torch.arange(count) % len(given["pooled"])]
+        kind = self.frozen.kind
+        if kind.num_classes is None:
+            return torch.full((count,), int(kind.null_label or 0))
+        return torch.randint(0, kind.num_classes, (count,), generator=source)
+
+    def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+        """The patch file."""
+        self.patch.save(path, metadata, dtype)
+
+    def saved_parameters(self) -> int:
+        """Without the noise, which only training needs."""
+        return self.patch.saved_parameters
+
+    def remove(self) -> None:
+        """Detaches the patch."""
+        self.attachment.remove()
+
+
+@torch.no_grad()
+def _even_embedding(frozen: FrozenBase) -> Tensor:
+    """Time embedding (T, E) at timesteps spread evenly over the schedule."""
+    t = torch.linspace(0, 999, max(1000, 2 * frozen.base.embedding))
+    return embed_timesteps(frozen.model, frozen.base, frozen.naming, t)
+
+
+def _load_matching(config: TrainConfig, frozen: FrozenBase) -> Patch:
+    """The patch to go on from, which must be of this base."""
+    patch = Patch.load(str(config.network_weights))
+    if patch.base != frozen.base:
+        raise PatchError(
+            f"expected a patch for base {frozen.base.name} as --network_weights, found one for "
+            f"{patch.base.name}: choose another."
+        )
+    wanted = Patch.create(frozen.base, **config.variant, **frozen.facts).variant
+    if patch.variant != wanted:
+        asked = wanted.described()
+        differs = [
+            f"{name} {value}"
+            for name, value in patch.variant.described().items()
+            if asked[name] != value
+        ]
+        raise PatchError(
+            "expected a patch of the variant that the options ask for as --network_weights, found "
+            f"one with {', '.join(differs)[:300]}: give the same options."
+        )
+    return patch
+
+
+def _load(logits: Tensor, std: Tensor, k: int, source: torch.Generator) -> Tensor:
+    """The load loss with noise from the CPU's generator, wherever the gate is."""
+    if logits.device.type == "cpu":
+        return load_loss(logits, std, k, source)
+    seed = int(torch.randint(0, 2**62, (), generator=source))
+    return load_loss(logits, std, k, torch.Generator(logits.device).manual_seed(seed))
