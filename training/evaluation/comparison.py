@@ -14,13 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from training.evaluation.features import Features
 from training.evaluation.metrics import Reference
-
-LEVEL = 0.95
+from training.objective.intervals import LEVEL, Interval, t_interval, t_quantile
 
 
 @dataclass(frozen=True)
@@ -49,26 +47,11 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval does."""
-        return self.low > 0 or self.high < 0
+        """Whether the whole interval lies on one side of zero."""
+        return Interval(self.mean, self.low, self.high).excludes_zero
 
 
-def t_interval(differences: Tensor) -> tuple[float, float, float]:
-    """Mean of paired differences (n,), and its interval from Student's t.
-
-    Raises:
-        ValueError: fewer than two.
-    """
-    n = len(differences)
-    if n < 2:
-        raise ValueError(f"expected at least two differences for an interval, found {n}")
-    values = differences.double()
-    mean, half = float(values.mean()), float(values.std() / math.sqrt(n))
-    half *= float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    return mean, mean - half, mean + half
-
-
-def welch_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+def welch_interval(a: Tensor, b: Tensor) -> Interval:
     """mean(a) - mean(b) of independent values (n,) and (m,), and Welch's interval.
 
     Raises:
@@ -80,15 +63,15 @@ def welch_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     mean = float(a.mean() - b.mean())
     parts = [float(x.var()) / len(x) for x in (a, b)]
     if sum(parts) == 0:
-        return mean, mean, mean
+        return Interval(mean, mean, mean)
     degrees = sum(parts) ** 2 / sum(
         part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True)
     )
-    half = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * math.sqrt(sum(parts))
-    return mean, mean - half, mean + half
+    half = t_quantile(degrees) * math.sqrt(sum(parts))
+    return Interval(mean, mean - half, mean + half)
 
 
-def over_seeds(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
+def over_seeds(a: Sequence[float], b: Sequence[float]) -> Interval | None:
     """The difference of two trainings repeated with other seeds.
 
     Against one value: t interval of a - b. Both repeated: Welch's, because seeds of different
@@ -153,7 +136,7 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def bootstrap_interval(difference: float, drawn: Tensor) -> tuple[float, float, float]:
+def bootstrap_interval(difference: float, drawn: Tensor) -> Interval:
     """The interval of a difference from its values (draws,) on samples drawn again.
 
     Percentiles around the difference: drawing with replacement makes any set poorer than it is,
@@ -162,4 +145,4 @@ def bootstrap_interval(difference: float, drawn: Tensor) -> tuple[float, float, 
     tail = (1 - LEVEL) / 2
     around = drawn - drawn.mean()
     low, high = torch.quantile(around, torch.tensor([tail, 1 - tail]).double()).tolist()
-    return difference, difference + low, difference + high
+    return Interval(difference, difference + low, difference + high)

@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from training.evaluation.comparison import (
-    Difference,
-    bootstrap_interval,
-    over_seeds,
-    t_interval,
-)
+from training.evaluation.comparison import Difference, bootstrap_interval, over_seeds
 from training.evaluation.metrics import METRICS, Measured
 from training.evaluation.models import BASE
+from training.objective.intervals import Interval, t_interval
 
 
 @dataclass
@@ -93,9 +89,8 @@ def differences(judged: Mapping[str, Judged]) -> list[Difference]:
 
 
 def _between(model: Judged, against: Judged) -> list[Difference]:
-    def said(measure: str, interval: tuple[float, ...], n: int, over: str) -> Difference:
-        mean, low, high = interval
-        return Difference(model.label, against.label, measure, mean, low, high, n, over)
+    def said(measure: str, interval: Interval, n: int, over: str) -> Difference:
+        return Difference(model.label, against.label, measure, *interval, n, over)
 
     by_image = model.losses - against.losses
     images = len(by_image)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dmp_common import PatchError
-from training.evaluation.comparison import t_interval
 from training.experiments.miniature.study_tables import columns
 from training.experiments.miniature.trial import TrialMeasures
+from training.objective.intervals import t_interval
 
 
 def plot_confirmation(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from training.evaluation.comparison import t_interval
 from training.experiments.miniature.trial import TrialMeasures
+from training.objective.intervals import t_interval
 
 
 def tuning_table(
