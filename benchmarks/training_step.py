@@ -36,7 +36,7 @@ from training.objective.noise import draw
 from training.objective.noising import process_of
 from training.options.command_line import resolve
 from training.run.loop import step_losses, update
-from training.run.prepare import assemble
+from training.run.parts import Parts, assemble
 
 RECIPES = ("stages", "clean")
 # The trainer's name for a precision of the frozen base.
@@ -57,7 +57,7 @@ class TrainerStep:
         frozen = FrozenBase(model, diffusers.DDPMScheduler(), spec, "diffusers", family_of(spec))
         process = process_of(frozen.scheduler, config)
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
-        self.run = assemble(config, accelerator, frozen, process, nothing, nothing)
+        self.run = assemble(Parts(config, accelerator, frozen, process, nothing), nothing)
         if isinstance(self.run.method, PatchMethod):
             self.run.method.remove()
         self.run.wrapped.train()

@@ -38,6 +38,7 @@ __all__ = [
 Scale = Literal["per-panel", "shared"]
 # Colours are logarithmic where a weight exceeds _STRONG times the mean; they then begin at _WEAK.
 _STRONG, _WEAK = 10.0, 0.1
+_NO_MAPS = " The weights are the same at every place."
 _FLAT = 1e-5  # A smaller spread, relative to the mean, comes from rounding.
 
 
@@ -129,7 +130,8 @@ def gate_heatmap(
         title: replaces the usual title.
         log: whether colours are logarithmic; None uses logarithmic ones where a weight exceeds ten
             times the mean.
-        maps: how many timesteps are drawn as maps; they are chosen at even distances.
+        maps: how many timesteps are drawn as maps; they are chosen at even distances. There are no
+            maps where the weights are the same at every place.
 
     Raises:
         PatchError: a site or the scale is unknown, or the shapes do not fit each other.
@@ -143,9 +145,10 @@ def gate_heatmap(
     steps, values = gate_values(patch, timesteps, e)
     names = choose_sites(patch, sites)
     columns = [list(patch.sites).index(name) for name in names]
-    layout = Layout.of(patch.variant.grid, len(names), len(steps), maps)
+    placed = _differs_by_place(patch, values[:, columns])
+    layout = Layout.of(patch.variant.grid, len(names), len(steps), maps if placed else 0)
     heading = printable(title or f"Gate of a patch for {patch.base.name}", 1000)
-    notes = _subtitle(patch)
+    notes = _subtitle(patch, placed)
     width = max(drawing.text_width(heading, drawing.TITLE), drawing.text_width(notes))
     size = max(layout.size[0], drawing.LEFT + width + drawing.GAP), layout.size[1]
     image = Image.new("RGB", size, (255, 255, 255))
@@ -233,8 +236,25 @@ def _point_at(image: Image.Image, x: int, y: int) -> None:
     ImageDraw.Draw(image).polygon([(x, y - 5), (x - 6, y - 15), (x + 6, y - 15)], fill=drawing.GREY)
 
 
-def _subtitle(patch: Patch) -> str:
-    """Returns the line below the title, which says what a reader must know about the gate."""
+def _differs_by_place(patch: Patch, values: Values) -> bool:
+    """Returns whether any grid has different weights (T, S, K*N) at different places.
+
+    Where all places of a grid have one weight, a map would be a square of one colour.
+    """
+    if patch.variant.grid is None:
+        return False
+    grids = values.reshape(*values.shape[:2], -1, patch.variant.prompts)
+    spread = grids.max(-1) - grids.min(-1)
+    return bool((spread > _FLAT * np.abs(grids).mean(-1)).any())
+
+
+def _subtitle(patch: Patch, placed: bool) -> str:
+    """Returns the line below the title, which says what a reader must know about the gate.
+
+    Args:
+        patch: the patch.
+        placed: whether the gate differs by place, so that there are maps.
+    """
     variant = patch.variant
     kind = f"{variant.gate.capitalize()} gate"
     if variant.gate == "none":
@@ -252,8 +272,10 @@ def _subtitle(patch: Patch) -> str:
         return f"{kind}. {variant.grids} grids of {place}, each with one weight."
     if variant.grids > 1:
         how = f"summed, x {variant.prompts}" if _is_soft(patch) else "averaged"
-        return f"{kind}. {variant.grids} grids of {place}. Right: as maps, the grids {how}."
-    return f"{kind}. {place}. Right: the same weights as maps over the picture."
+        maps = f" Right: as maps, the grids {how}." if placed else _NO_MAPS
+        return f"{kind}. {variant.grids} grids of {place}.{maps}"
+    maps = " Right: the same weights as maps over the picture." if placed else _NO_MAPS
+    return f"{kind}. {place}.{maps}"
 
 
 def _colour_scale(values: Values, soft: bool, log: bool | None) -> ColourScale:

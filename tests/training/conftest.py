@@ -18,9 +18,9 @@ from training.base.families.table import DIGITS, register_family
 from training.methods.patch import PatchMethod
 from training.options.command_line import resolve
 from training.run.events import TrainingEvents
-from training.run.loop import Run
 from training.run.loop import train as run_training
-from training.run.prepare import prepare
+from training.run.parts import Run
+from training.run.trainer import Trainer
 from training.train_dmp import main
 
 TINY = register_base(
@@ -55,6 +55,17 @@ def digits_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Told:
+    """A validation of one image whose losses a test tells."""
+
+    def __init__(self, losses: Callable[[object], list[float]]) -> None:
+        self._losses = losses
+
+    def images(self, student: object) -> torch.Tensor:
+        """Losses (1, bins)."""
+        return torch.tensor([self._losses(student)], dtype=torch.float64)
+
+
 Start = Callable[..., tuple[Run, TrainingEvents]]
 Go = Callable[..., tuple[Run, TrainingEvents]]
 
@@ -77,7 +88,8 @@ def start(digits_base: Path, tmp_path: Path) -> Start:
         }
         config = resolve({**defaults, **options})
         Path(config.output_dir).mkdir(exist_ok=True)
-        return prepare(config, Accelerator(cpu=True))
+        trainer = Trainer.build(config, Accelerator(cpu=True))
+        return trainer.run, trainer.events
 
     return start
 
@@ -91,7 +103,8 @@ def go(start: Start) -> Go:
     ) -> tuple[Run, TrainingEvents]:
         run, events = start(**options)
         if validation is not None:
-            events.validation = validation
+            events.validation = Told(validation)
+            events.base_losses = torch.ones(1, 1, dtype=torch.float64)
             run.history.base = [1.0]
         try:
             run_training(run, events)

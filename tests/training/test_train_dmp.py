@@ -43,7 +43,8 @@ def test_quickstart_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "digits-dmp.safetensors", "digits-dmp-gate.png", "digits-dmp.toml", "gate.png",
+        "digits-dmp.safetensors", "digits-dmp-gate.png", "digits-dmp.toml", "digits-dmp.json",
+        "gate.png",
         "report.json", "report.md", "samples.png",
     }  # fmt: skip
     patch = Patch.load(out / "digits-dmp.safetensors")

@@ -164,6 +164,10 @@ class Data(ABC):
         """What a dry run shows."""
 
     @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when other images, captions or labels are trained on, wherever they lie."""
+
+    @abstractmethod
     def prepare_caches(
         self, rank: int = 0, world: int = 1, progress: Progress | None = None
     ) -> None:

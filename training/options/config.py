@@ -14,7 +14,7 @@ from training.options.model_options import ModelOptions, ObjectiveOptions, Patch
 from training.options.run_options import OptimisationOptions, OutputOptions, ScaleOptions
 
 SECRETS = ("huggingface_token",)  # never written anywhere
-_RUN_ONLY = (*SECRETS, "config_file", "output_config", "dry_run", "resume")
+_RUN_ONLY = (*SECRETS, "config_file", "output_config", "dry_run", "resume", "overwrite")
 
 
 class TrainConfig(

@@ -91,6 +91,9 @@ class OutputOptions(BaseModel):
     save_last_n_steps: int | None = option(
         "output", None, "keep those of the last n steps only, files and states", ge=1
     )
+    overwrite: bool = option(
+        "output", False, "Write over the files of an earlier run with this name."
+    )
     save_state: bool = option(
         "output", False, "with every save also the state to --resume from (kohya's name)"
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.objective.inputs import encode
 from training.options.command_line import as_toml
-from training.run.loop import Run
+from training.run.parts import Run
 from training.run.scale import peak_memory
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from PIL import Image
+import json
+from collections.abc import Mapping
+from typing import Any
 
-from training.run.loop import Events, Run
+from PIL import Image
+from torch import Tensor
+
+from dmp_common.patch.serialize import write_atomically
+from training.run.charts import losses_chart
+from training.run.loop import Events
 from training.run.metadata import Metadata
 from training.run.outputs import Outputs
+from training.run.parts import Run
 from training.run.previews import Previews
 from training.run.progress import Progress
-from training.run.state import State, restore_random, save_state, state_folder
+from training.run.resuming import plain_optimiser
+from training.run.state import State, save_state, state_folder
 from training.run.validation import Validation
+from training.run.verdict import Verdict, judge
 
 
 class TrainingEvents(Events):
@@ -21,23 +30,34 @@ class TrainingEvents(Events):
         outputs: where files go.
         metadata: what they say.
         facts: what a continuation must have in common with this run.
-        validation, previews: None for none.
+        validation: held-out images; None without.
+        base_losses: of the base on them (images, bins).
+        previews: None without.
+
+    Attributes:
+        verdict: on the final file, once it is written and where there is a validation.
     """
 
     def __init__(
         self,
         outputs: Outputs,
         metadata: Metadata,
-        facts: dict[str, object],
+        facts: Mapping[str, Any],
         validation: Validation | None,
+        base_losses: Tensor | None,
         previews: Previews | None,
     ) -> None:
         self.outputs, self.metadata, self.facts = outputs, metadata, facts
-        self.validation, self.previews = validation, previews
+        self.validation, self.base_losses, self.previews = validation, base_losses, previews
         self.shown: list[Image.Image] = []
+        self.verdict: Verdict | None = None
+        self._seen: dict[int, Tensor] = {}  # losses by step, of the last and the best
 
     def before(self, run: Run, progress: Progress) -> None:
         """The first validation and preview; a resumed run has had them."""
+        progress.text("configuration", json.dumps(run.config.recorded(), indent=1))
+        if self.previews is not None:
+            progress.text("prompts", "\n".join(prompt.text for prompt in self.previews.prompts))
         if run.step > 0:
             return
         if self.validation is not None:
@@ -46,7 +66,7 @@ class TrainingEvents(Events):
             self._preview(run, progress)
 
     def after_step(self, run: Run, progress: Progress, epoch_ended: bool) -> None:
-        """Whatever is due after this step."""
+        """Does whatever is due after this step."""
         config, last = run.config, run.step == run.total
 
         def due(steps: int | None, epochs: int | None = None) -> bool:
@@ -74,14 +94,17 @@ class TrainingEvents(Events):
         config = run.config
         if config.save_state or config.save_state_on_train_end:
             self._save_state(run)
+        best = config.keep_best and bool(run.best)
+        step = run.history.best_step if best else run.step
         with run.average.applied():
-            if config.keep_best and run.best:
+            if best:
                 for name, parameter in run.method.trainable().items():
                     parameter.data.copy_(run.best[name])
+            self.verdict = self._judge(run, step)
             if run.accelerator.is_main_process:
-                step = run.history.best_step if config.keep_best and run.best else run.step
-                entries = self.metadata.after(step, run.position.epoch, run.history)
+                entries = self.metadata.after(step, run.position.epoch, run.history, self.verdict)
                 self.outputs.save(None, entries)
+                self._write_summary(run)
         run.accelerator.wait_for_everyone()
 
     def save(self, run: Run, step: int, with_state: bool) -> None:
@@ -100,7 +123,7 @@ class TrainingEvents(Events):
         if run.accelerator.is_main_process:
             scaler = run.accelerator.scaler
             rest = {
-                "optimiser": _plain(run.optimiser).state_dict(),
+                "optimiser": plain_optimiser(run.optimiser).state_dict(),
                 "schedule": run.schedule.state_dict(),
                 "average": run.average.state_dict(),
                 "scaler": {} if scaler is None else scaler.state_dict(),
@@ -113,11 +136,38 @@ class TrainingEvents(Events):
             save_state(folder, state)
         run.accelerator.wait_for_everyone()
 
+    def _judge(self, run: Run, step: int) -> Verdict | None:
+        """The verdict on the values as they are now."""
+        if self.validation is None or self.base_losses is None:
+            return None
+        trained = self._seen.get(step)
+        if trained is None:  # the step was done before a kill
+            trained = self.validation.images(run.student.eval())
+        return judge(
+            self.base_losses, trained,
+            best_step=run.history.best_step, last_step=run.total, kept_step=step,
+        )  # fmt: skip
+
+    def _write_summary(self, run: Run) -> None:
+        """NAME.json: the verdict, and what the run was."""
+        path = self.outputs.folder / f"{run.config.output_name}.json"
+        summary = {
+            "result": self.outputs.path().name,
+            "verdict": None if self.verdict is None else self.verdict.to_json(),
+            "validation_loss_by_step": {
+                str(step): run.history.mean(step) for step in run.history.validation
+            },
+            "config": run.config.recorded(),
+        }
+        write_atomically(path, json.dumps(summary, indent=1, ensure_ascii=False).encode())
+
     def _validate(self, run: Run, progress: Progress) -> None:
         assert self.validation is not None
+        assert self.base_losses is not None
         student, history = run.student, run.history
         with run.average.applied():
-            history.validation[run.step] = bins = self.validation(student.eval())
+            found = self.validation.images(student.eval())
+            history.validation[run.step] = bins = found.mean(0).tolist()
             better = not history.best_step or history.mean(run.step) < history.mean(
                 history.best_step
             )
@@ -128,18 +178,27 @@ class TrainingEvents(Events):
                     run.best = {
                         name: p.detach().cpu().clone() for name, p in run.method.trainable().items()
                     }
+        kept = {step: losses for step, losses in self._seen.items() if step == history.best_step}
+        self._seen = {**kept, run.step: found}
         student.train()
-        mean, base = history.mean(run.step), sum(history.base) / len(history.base)
+        base = self.base_losses.mean(0).tolist()
+        mean, own = history.mean(run.step), sum(base) / len(base)
         progress.log(
             run.step,
             {
                 "validation/loss": mean,
-                "validation/change": mean / base - 1,
-                **{f"validation/bin{n}": b - a for n, (a, b) in enumerate(_pairs(history, bins))},
+                "validation/change": mean / own - 1,
+                **{
+                    f"validation/bin{n}": b - a
+                    for n, (a, b) in enumerate(zip(base, bins, strict=True))
+                },
             },
         )
+        if run.step:
+            chart = losses_chart(history.validation, base)
+            progress.pictures(run.step, "validation loss by noise level", [chart])
         progress.say(
-            f"step {run.step}: validation loss {mean:.5f} ({mean / base - 1:+.2%} against the base)"
+            f"step {run.step}: validation loss {mean:.5f} ({mean / own - 1:+.2%} against the base)"
         )
 
     def _preview(self, run: Run, progress: Progress) -> None:
@@ -151,8 +210,9 @@ class TrainingEvents(Events):
                 self.shown = self.previews.pairs(self.previews.draw())
             student.train()
         if run.accelerator.is_main_process:
-            self.outputs.save_previews(run.step, self.shown)
-            progress.pictures(run.step, "base left, trained right", self.shown)
+            texts = [prompt.text for prompt in self.previews.prompts]
+            self.outputs.save_previews(run.step, self.shown, texts)
+            progress.pictures(run.step, "base, trained, difference", self.shown)
         run.accelerator.wait_for_everyone()
 
     def _show_gate(self, run: Run, progress: Progress) -> None:
@@ -161,29 +221,3 @@ class TrainingEvents(Events):
         if run.accelerator.is_main_process and gate.exists():
             with Image.open(gate) as image:
                 progress.pictures(run.step, "gate", [image.convert("RGB")])
-
-
-def restore(run: Run, state: State) -> None:
-    """Puts a state's values into a run that was assembled like the one that left it."""
-    own = run.method.trainable()
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state.values[name])
-    _plain(run.optimiser).load_state_dict(state.rest["optimiser"])
-    run.schedule.load_state_dict(state.rest["schedule"])
-    run.average.load_state_dict(state.rest["average"])
-    if run.accelerator.scaler is not None and state.rest["scaler"]:
-        run.accelerator.scaler.load_state_dict(state.rest["scaler"])
-    run.step, run.position, run.history = state.step, state.position, state.history
-    run.best = state.best
-    restore_random(state.rest["random"])
-
-
-def _plain(optimiser: object) -> torch.optim.Optimizer:
-    """The optimiser itself, from what accelerate makes of it."""
-    inner: torch.optim.Optimizer = getattr(optimiser, "optimizer", optimiser)
-    return inner
-
-
-def _pairs(history: object, bins: list[float]) -> list[tuple[float, float]]:
-    return list(zip(history.base, bins, strict=True))  # type: ignore[attr-defined]

@@ -4,77 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dmp_common import PatchError
-from training.base.encoders import FrozenEncoders
-from training.base.frozen import FrozenBase
-from training.data.batch import Batch, Data, Position
-from training.methods.method import Method
+from training.data.batch import Batch
 from training.objective.inputs import Inputs, encode
-from training.objective.noising import Process
-from training.objective.student import Student
-from training.options.config import TrainConfig
-from training.run.average import Average
+from training.run.parts import Run
 from training.run.progress import Progress, rate_of
 from training.run.scale import average_gradients
-from training.run.state import History
-
-
-@dataclass
-class Run:
-    """Everything a run is made of, ready to go.
-
-    Args:
-        config: with the accumulation and number of steps resolved.
-        accelerator: devices, precision, accumulation.
-        frozen: the base.
-        method: what is trained, on the base.
-        process: how data become noisy.
-        encoders: of the base.
-        data: the training split.
-        wrapped: the student, as the accelerator has it.
-        optimiser, schedule, average: how the values move.
-        sharded: whether the base is sharded over the processes.
-        total: optimiser steps in all.
-        step, position: what is done, and the next global batch.
-        history: what happened.
-        best: averaged values of the step that validated best, where it is kept.
-    """
-
-    config: TrainConfig
-    accelerator: Accelerator
-    frozen: FrozenBase
-    method: Method
-    process: Process
-    encoders: FrozenEncoders
-    data: Data
-    wrapped: Any
-    optimiser: Any
-    schedule: Any
-    average: Average
-    sharded: bool
-    total: int
-    step: int
-    position: Position
-    history: History
-    best: dict[str, Tensor]
-
-    @property
-    def device(self) -> torch.device:
-        """Of this process."""
-        return self.accelerator.device
-
-    @property
-    def student(self) -> Student:
-        """The student itself."""
-        student: Student = self.accelerator.unwrap_model(self.wrapped)
-        return student
 
 
 class Events:

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import time
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from dmp_common import __version__
@@ -15,6 +16,7 @@ from training.base.frozen import FrozenBase
 from training.data.batch import DataSummary
 from training.options.config import TrainConfig
 from training.run.state import History
+from training.run.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +40,9 @@ class Metadata:
         global_batch: int,
         total: int,
     ) -> None:
-        folders = {r.name: {"n_repeats": r.repeats, "img_count": r.images} for r in data.subsets}
+        folders = {
+            _last(r.name): {"n_repeats": r.repeats, "img_count": r.images} for r in data.subsets
+        }
         buckets = [{"resolution": [r.width, r.height], "count": r.items} for r in data.buckets]
         self.fixed = {
             "ss_base_model_version": frozen.base.name,
@@ -73,7 +77,7 @@ class Metadata:
             "ss_output_name": config.output_name,
             "ss_dmp_method": config.method,
             "ss_dmp_version": __version__,
-            "ss_dmp_config": json.dumps(config.recorded()),
+            "ss_dmp_config": json.dumps(without_paths(config.recorded())),
             "ss_dmp_prediction": frozen.prediction,
         }
         revision = git_revision(ROOT)
@@ -83,18 +87,47 @@ class Metadata:
         sides = str(config.resolution or frozen.kind.resolution).split(",")
         self.fixed["modelspec.resolution"] = f"{sides[0]}x{sides[-1]}"
 
-    def after(self, step: int, epoch: int, history: History) -> dict[str, str]:
-        """The entries of a file written after a step."""
+    def after(
+        self, step: int, epoch: int, history: History, verdict: Verdict | None = None
+    ) -> dict[str, str]:
+        """The entries of a file written after a step; the final one has a verdict."""
         now = _now()
         date = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
+        told = {} if verdict is None else {"ss_dmp_verdict": json.dumps(verdict.to_json())}
         return {
             **self.fixed,
+            **told,
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
             "ss_dmp_validation": json.dumps(_means(history)),
             "ss_training_finished_at": f"{now:.0f}",
             "modelspec.date": date.isoformat(timespec="seconds"),
         }
+
+
+def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for a file that others get: of an absolute local path its last part alone.
+
+    It says more of the machine and its user than of the patch.
+    """
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(entry) for entry in value]
+        if not isinstance(value, str):
+            return value
+        return "::".join(_last(part) for part in value.split("::"))
+
+    return {name: short(value) for name, value in options.items()}
+
+
+def _last(text: str) -> str:
+    """The last part of an absolute path of any system; other text as it is."""
+    path = text.removeprefix("file://")
+    if PurePosixPath(path).is_absolute() or path.startswith("~"):
+        return PurePosixPath(path).name or path
+    windows = PureWindowsPath(path)
+    return windows.name if windows.drive and windows.root else text
 
 
 def _now() -> float:

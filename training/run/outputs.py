@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dmp_common import PatchError
 from dmp_common.bases.timesteps import embed_timesteps
@@ -17,6 +17,7 @@ from training.base.frozen import FrozenBase
 from training.methods.method import Method
 from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig
+from training.run.disk import explained
 from training.run.state import find_states
 
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,9 +45,11 @@ class Outputs:
     def save(self, step: int | None, metadata: dict[str, str]) -> Path:
         """Writes the file of the method as it is now, and the heat map of its gate."""
         path = self.path(step)
-        self.method.save(path, metadata, DTYPES[self.config.save_precision])
-        if isinstance(self.method, PatchMethod):
-            self.heatmap(path.with_name(f"{path.stem}-gate.png"))
+        size = 4 * self.method.saved_parameters()
+        with explained(self.folder, size, path.name):
+            self.method.save(path, metadata, DTYPES[self.config.save_precision])
+            if isinstance(self.method, PatchMethod):
+                self.heatmap(path.with_name(f"{path.stem}-gate.png"))
         return path
 
     def heatmap(self, path: Path) -> None:
@@ -73,14 +76,16 @@ class Outputs:
         save_heatmap(path, patch.eval(), timesteps, e.float())
         patch.train(training)
 
-    def save_previews(self, step: int, pairs: list[Image.Image]) -> list[Path]:
-        """Writes A/B pictures into the folder `sample`."""
+    def save_previews(self, step: int, pairs: list[Image.Image], prompts: list[str]) -> list[Path]:
+        """Writes A/B pictures into the folder `sample`, each with its prompt in the PNG's text."""
         folder = self.folder / "sample"
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
-        for number, image in enumerate(pairs):
+        for number, (image, prompt) in enumerate(zip(pairs, prompts, strict=True)):
             path = folder / f"{self.config.output_name}-step{step:08d}-{number:02d}.png"
-            image.save(path)
+            about = PngInfo()
+            about.add_itxt("prompt", prompt)
+            image.save(path, pnginfo=about)
             paths.append(path)
         return paths
 
@@ -98,25 +103,6 @@ class Outputs:
             if number.isdecimal() and int(number) <= step - keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 path.with_name(f"{path.stem}-gate.png").unlink(missing_ok=True)
-
-
-def require_writable(config: TrainConfig) -> None:
-    """Finds an unwritable folder before anything is loaded.
-
-    Raises:
-        PatchError: --output_dir cannot be made or written to.
-    """
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise PatchError(
-            f"expected a folder to write to, found {folder} ({error.strerror}): change "
-            "--output_dir."
-        ) from error
 
 
 def require_room(config: TrainConfig, values: int, total_steps: int) -> None:

@@ -1,4 +1,5 @@
-"""A/B previews: what the base makes on the left, what is trained on the right, from equal noise."""
+"""A/B previews: what the base makes, what the trained model makes from equal noise, and how they
+differ."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
 from training.data.draws import generator
-from training.objective.pictures import as_image
+from training.objective.pictures import comparison
 from training.objective.sampling import condition, draw_images, is_guided
 from training.options.config import TrainConfig
 
@@ -146,8 +147,12 @@ class Previews:
         return pictures
 
     def pairs(self, trained: list[Tensor]) -> list[Image.Image]:
-        """Base left, trained right, one image for each prompt."""
-        return [_beside(left, right) for left, right in zip(self.base, trained, strict=True)]
+        """Base, trained and their difference, labelled, one image for each prompt."""
+        kind = self.frozen.kind.conditioning
+        return [
+            comparison(left, right, prompt.text if kind == "caption" else f"class {prompt.text}")
+            for left, right, prompt in zip(self.base, trained, self.prompts, strict=True)
+        ]
 
     def _told(
         self, prompt: Prompt, encoders: FrozenEncoders
@@ -168,9 +173,3 @@ class Previews:
         source = generator("preview", prompt.seed)
         x = torch.randn(1, frozen.channels, height, width, generator=source).to(self.device)
         return draw_images(frozen, x, told, untold, steps=prompt.steps, scale=prompt.scale)[0]
-
-
-def _beside(left: Tensor, right: Tensor) -> Image.Image:
-    """Two pictures (C, H, W) side by side, with a line between them."""
-    gap = torch.ones(left.shape[0], left.shape[1], max(1, left.shape[2] // 64))
-    return as_image(torch.cat([left, gap, right], dim=2))

@@ -87,6 +87,15 @@ class Progress:
         """Writes values to the loggers."""
         self.accelerator.log(values, step=step)
 
+    def text(self, name: str, text: str) -> None:
+        """Writes a text to TensorBoard, where it is on."""
+        if self.accelerator.is_main_process:
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    # Markdown shows four spaces as they are.
+                    lines = "\n".join(f"    {line}" for line in text.splitlines())
+                    tracker.writer.add_text(name, lines)
+
     def pictures(self, step: int, name: str, images: list[Image.Image]) -> None:
         """Writes pictures to TensorBoard and Weights & Biases, where they are on."""
         if not self.accelerator.is_main_process or not images:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dmp_common.tools.publish import push_to_hub
 from training.options.config import TrainConfig
-from training.run.loop import Run
+from training.run.parts import Run
 
 _SHOWN = 4  # previews on the card
 
@@ -21,7 +21,7 @@ def push(config: TrainConfig, run: Run, path: Path) -> str:
         (path.parent / "sample").glob(f"{config.output_name}-step{run.step:08d}-*.png")
     )
     pictures = {
-        f"Base left, patched right, from the same noise ({number + 1})": picture
+        f"Base, patched and their difference, from the same noise ({number + 1})": picture
         for number, picture in enumerate(previews[:_SHOWN])
     }
     gate = path.with_name(f"{path.stem}-gate.png")

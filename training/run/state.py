@@ -23,6 +23,7 @@ from dmp_common.patch.serialize import parse_json
 from training.data.batch import Position
 from training.methods.full import replace_folder
 from training.options.config import TrainConfig
+from training.run.disk import explained
 
 _FORMAT = 1
 _INFO, _VALUES, _BEST, _REST = "state.json", "values.safetensors", "best.safetensors", "rest.pt"
@@ -74,9 +75,28 @@ class State:
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Writes a state: after a crash the folder is there whole, or not at all."""
+    """Writes a state: after a crash the folder is there whole, or not at all.
+
+    Raises:
+        PatchError: the disk is full; earlier states are still there.
+    """
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with explained(folder.parent, _size_of(state), "a state"):
+            _write(partial, state)
+            replace_folder(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _size_of(state: State) -> int:
+    """Bytes of a state, about: the optimiser has two moments of each value, and an average."""
+    return 4 * sum(value.nbytes for value in state.values.values())
+
+
+def _write(partial: Path, state: State) -> None:
     partial.mkdir(parents=True)
     save_file(_on_cpu(state.values), partial / _VALUES)
     if state.best:
@@ -97,7 +117,6 @@ def save_state(folder: Path, state: State) -> None:
     for file in partial.iterdir():
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
-    replace_folder(partial, folder)
 
 
 def load_state(folder: Path) -> State:
@@ -131,24 +150,6 @@ def load_state(folder: Path) -> State:
     ) as error:  # fmt: skip
         raise _no_state(folder, " ".join(str(error).split())) from error
     return state
-
-
-def require_same(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
-    """Refuses to continue with the state of another run.
-
-    Raises:
-        PatchError: a fact of the state is not that of this run.
-    """
-    differs = [
-        f"{name} {state.facts.get(name)!r} (now {value!r})"
-        for name, value in facts.items()
-        if state.facts.get(name) != value
-    ]
-    if differs:
-        raise PatchError(
-            f"expected the state of this run at {folder}, found one with {', '.join(differs)}: "
-            "give the options of that run, or begin a new one without --resume."
-        )
 
 
 def state_folder(output: Path, name: str, step: int) -> Path:

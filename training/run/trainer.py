@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,33 @@ import torch
 from accelerate import Accelerator
 
 from dmp_common import Patch, PatchError, get_base
-from training.base.frozen import find_base
+from training.base.encoders import FrozenEncoders, fingerprint
+from training.base.frozen import FrozenBase, find_base, load_frozen
+from training.data.batch import Data
+from training.data.build import Split, open_data
+from training.objective.noising import process_of
+from training.objective.relative import RelativeWeights, relative_config, warn_of_rounding
 from training.options.command_line import as_toml, with_base
 from training.options.config import TrainConfig
 from training.options.presets import SOURCES
 from training.run.dryrun import dry_run
 from training.run.events import TrainingEvents
-from training.run.loop import Run, train
+from training.run.folder import RunFolder
+from training.run.loop import train
+from training.run.metadata import Metadata
 from training.run.optimisers import make_optimiser
-from training.run.outputs import require_writable
-from training.run.prepare import prepare
+from training.run.outputs import Outputs, require_room
+from training.run.parts import Parts, Run, assemble
+from training.run.previews import Previews
 from training.run.publishing import push
-from training.run.scale import make_accelerator
-from training.run.state import find_resumed
+from training.run.resuming import facts_of, resume
+from training.run.scale import accumulation, make_accelerator
+from training.run.state import find_resumed, load_state
+from training.run.telling import Telling
+from training.run.validation import Validation
+
+IMAGE_CACHES = ("cache_latents", "cache_latents_to_disk")
+TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 
 
 def run(config: TrainConfig) -> Path | None:
@@ -31,32 +47,120 @@ def run(config: TrainConfig) -> Path | None:
     Raises:
         PatchError: an unusable configuration, folder, base or data; nothing is trained then.
     """
-    config = _checked(config)
+    config = checked(config)
     accelerator = _accelerator(config)
-    prepared, events = prepare(config, accelerator)
-    config = prepared.config
-    if config.dry_run:
-        dry_run(prepared)
-        return None
-    accelerator.init_trackers(config.log_prefix or config.output_name, _scalars(config))
-    if accelerator.is_main_process:
-        text = as_toml(config)
-        (events.outputs.folder / f"{config.output_name}.toml").write_text(text, encoding="utf-8")
-    train(prepared, events)
-    events.finish(prepared)
-    prepared.method.remove()
-    if accelerator.is_main_process:
-        _after(prepared, events)
-    accelerator.end_training()
-    return events.outputs.path()
+    folder = RunFolder(config)
+    alone = accelerator.is_main_process and not config.dry_run
+    with folder.claimed() if alone else nullcontext():
+        accelerator.wait_for_everyone()
+        trainer = Trainer.build(config, accelerator)
+        if config.dry_run:
+            dry_run(trainer.run)
+            return None
+        if alone and config.overwrite and config.resume is None:
+            folder.clear()
+        trainer.train()
+        return trainer.finish()
 
 
-def _checked(config: TrainConfig) -> TrainConfig:
-    """What can be told before anything is loaded."""
+@dataclass
+class Trainer:
+    """A run and what happens beside its steps.
+
+    Args:
+        run: everything that is trained, ready to go.
+        events: validation, previews, saving.
+    """
+
+    run: Run
+    events: TrainingEvents
+
+    @staticmethod
+    def build(config: TrainConfig, accelerator: Accelerator) -> Trainer:
+        """Puts a run together, in the order in which mistakes are cheap to find.
+
+        Raises:
+            PatchError: data, base, state or options that do not fit each other.
+        """
+        tell = Telling(accelerator)
+        with tell.timed("loading the base"):
+            frozen = load_frozen(config).to(accelerator.device)
+        config, data, held_out = _open(config, frozen, accelerator)
+        tell.say(data.summary().text(config.train_batch_size * accelerator.num_processes))
+        parts = Parts(
+            config=config,
+            accelerator=accelerator,
+            frozen=frozen,
+            process=process_of(frozen.scheduler, config),
+            encoders=FrozenEncoders(frozen, config),
+        )
+        state = None if config.resume is None else load_state(find_resumed(config))
+        for split in (data, held_out):
+            if split is not None:
+                _fill_caches(split, parts, tell)
+        validation = None if held_out is None else Validation(parts, held_out)
+        base_losses = None
+        if validation is not None:
+            with tell.timed(f"validating the base on {len(validation)} images"):
+                base_losses = validation.images(parts.untrained())
+        relative = _relative_weights(parts, data) if config.relative_loss else None
+        previews = _previews(parts, tell)
+        if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
+            frozen.release_encoders()
+
+        weights = fingerprint(frozen.model)  # before anything is trained in it
+        run = assemble(parts, data)
+        run.student.relative = relative
+        require_room(config, run.method.saved_parameters(), run.total)
+        facts = facts_of(run, weights)
+        if state is not None:
+            resume(run, state, facts, find_resumed(config))
+        if base_losses is not None:
+            run.history.base = base_losses.mean(0).tolist()
+        metadata = Metadata(config, frozen, data.summary(), run.per_step, run.total)
+        outputs = Outputs(config, run.method, frozen)
+        events = TrainingEvents(outputs, metadata, facts, validation, base_losses, previews)
+        return Trainer(run, events)
+
+    def train(self) -> None:
+        """Runs the steps that are left.
+
+        Raises:
+            PatchError: a loss is not finite, or the disk is full.
+        """
+        run, config = self.run, self.run.config
+        run.accelerator.init_trackers(config.log_prefix or config.output_name, _scalars(config))
+        if run.accelerator.is_main_process:
+            text = as_toml(config.model_copy(update={"resume": None, "overwrite": False}))
+            path = self.events.outputs.folder / f"{config.output_name}.toml"
+            path.write_text(text, encoding="utf-8")
+        if run.step < run.total:
+            train(run, self.events)
+        elif run.accelerator.is_main_process:
+            print("all steps were done before: the result is written")
+
+    def finish(self) -> Path:
+        """Writes the result with its verdict, and says how to use it."""
+        run, path = self.run, self.events.outputs.path()
+        self.events.finish(run)
+        run.method.remove()
+        if run.accelerator.is_main_process:
+            _after(run, self.events)
+        run.accelerator.end_training()
+        return path
+
+
+def checked(config: TrainConfig) -> TrainConfig:
+    """Finds what can be found before anything is loaded.
+
+    Raises:
+        PatchError: an unknown base, no data, an optimiser or variant that does not exist, or a
+            state that is not there.
+    """
     if config.base == "auto":
         config = with_base(config, find_base(config).name)
     get_base(config.base)
-    require_writable(config)
+    RunFolder(config).require_writable()
     if not any(getattr(config, name) for name in SOURCES):
         raise PatchError(
             f"expected data to train on: the images (and captions) that base {config.base} was "
@@ -92,29 +196,93 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return make_accelerator(config, log_dir)
 
 
+def _open(
+    config: TrainConfig, frozen: FrozenBase, accelerator: Accelerator
+) -> tuple[TrainConfig, Data, Data | None]:
+    """Training and held-out images, and the configuration with what depends on their number."""
+
+    def split(name: Split) -> Data:
+        return open_data(
+            chosen, frozen.kind, FrozenEncoders(frozen, config), seed=config.seed, split=name
+        )
+
+    chosen = config
+    if config.dry_run:  # looks at the data, does not encode all of it
+        chosen = config.model_copy(update=dict.fromkeys((*IMAGE_CACHES, *TEXT_CACHES), False))
+    if config.validation_split is None:
+        config = config.model_copy(update={"validation_split": 0.0})
+    data = split("train")
+    config = _resolved(config, data, accelerator)
+    wanted = config.validate_every_n_steps is not None or config.keep_best
+    return config, data, split("validation") if wanted else None
+
+
+def _fill_caches(data: Data, parts: Parts, tell: Telling) -> None:
+    accelerator = parts.accelerator
+    data.prepare_caches(accelerator.process_index, accelerator.num_processes, tell.progress)
+    accelerator.wait_for_everyone()
+
+
+def _resolved(config: TrainConfig, data: Data, accelerator: Accelerator) -> TrainConfig:
+    """The configuration with accumulation and number of steps as they will be."""
+    micro_steps = accumulation(config, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = micro_steps
+    changes: dict[str, Any] = {"gradient_accumulation_steps": micro_steps}
+    if config.max_train_epochs is not None:
+        at_once = config.train_batch_size * accelerator.num_processes
+        batches = data.batches_per_epoch(at_once)
+        if batches is None:
+            raise PatchError(
+                "expected --max_train_steps for data whose number of images is unknown, found "
+                "--max_train_epochs: give the steps."
+            )
+        changes["max_train_steps"] = -(-batches * config.max_train_epochs // micro_steps)
+    return config.model_copy(update=changes)
+
+
+def _relative_weights(parts: Parts, data: Data) -> RelativeWeights:
+    """The weights of --relative_loss, from the base's losses on training images."""
+    measured = Validation(parts, data, relative_config(parts.config))
+    losses = measured.images(parts.untrained()).mean(0)
+    if parts.accelerator.is_main_process:
+        warn_of_rounding(losses, parts.config.mixed_precision)
+    return RelativeWeights(losses)
+
+
+def _previews(parts: Parts, tell: Telling) -> Previews | None:
+    """The previews that are asked for, with the pictures of the base."""
+    config = parts.config
+    wanted = (config.sample_prompts, config.sample_every_n_steps, config.sample_every_n_epochs)
+    if not any(wanted) and not config.sample_at_first:
+        return None
+    previews = Previews(parts.frozen, parts.encoders, config, parts.device)
+    with tell.timed("drawing the base's previews"), parts.accelerator.autocast():
+        previews.base = previews.draw()
+    return previews
+
+
 def _scalars(config: TrainConfig) -> dict[str, Any]:
     """What the loggers can show of the configuration."""
     return {k: v for k, v in config.recorded().items() if isinstance(v, (str, int, float))}
 
 
-def _after(prepared: Run, events: TrainingEvents) -> None:
+def _after(run: Run, events: TrainingEvents) -> None:
     """Report, hub, and how to go on."""
-    config, path = prepared.config, events.outputs.path()
-    if config.report_samples and prepared.frozen.base.name == "digits":
+    config, path = run.config, events.outputs.path()
+    if config.report_samples and run.frozen.base.name == "digits":
         from training.run.digits_report import write_digits_report
 
-        write_digits_report(
-            config, prepared.frozen, Patch.load(path), prepared.history, path.parent
-        )
+        write_digits_report(config, run.frozen, Patch.load(path), run.history, path.parent)
     if config.huggingface_repo_id is not None:
-        address = push(config, prepared, path)
-        print(f"pushed to {address}")
-    print(_use(prepared, path))
+        print(f"pushed to {push(config, run, path)}")
+    if events.verdict is not None:
+        print("\n" + events.verdict.text())
+    print(_use(run, path))
 
 
-def _use(prepared: Run, path: Path) -> str:
+def _use(run: Run, path: Path) -> str:
     """Lines that use the result."""
-    config, frozen = prepared.config, prepared.frozen
+    config, frozen = run.config, run.frozen
     weights = config.pretrained_model_name_or_path or frozen.base.hub_id or "training/base/digits"
     name, cls = frozen.family.denoiser, type(frozen.model).__name__
     pipeline = frozen.family.pipeline

@@ -1,17 +1,61 @@
-"""Validation: the denoising loss by timestep, of base and trained model on equal noise."""
+"""Validation: the denoising loss by noise level, of base and trained model on equal noise."""
 
 from __future__ import annotations
 
-import torch
-from accelerate import Accelerator
+import math
+from dataclasses import dataclass
 
-from training.base.encoders import FrozenEncoders
+import torch
+from torch import Tensor
+
 from training.data.batch import Data, Position
 from training.objective.inputs import Inputs, encode
 from training.objective.losses import losses_by_bin
-from training.objective.noising import Process
 from training.objective.student import Student
 from training.options.config import TrainConfig
+from training.run.parts import Parts
+
+# The share of the images that is held out where nobody chose one, and between which numbers.
+SHARE, FEWEST, MOST = 0.05, 8, 64
+_FEWEST_IMAGES = 40  # with fewer, holding out images costs more than a validation tells
+_WORK = 0.05  # of the training's forward and backward passes, at most, goes into validations
+
+
+def automatic_share(images: int | None) -> float:
+    """The share of the images to hold out where --validation_split does not say; 0 for none.
+
+    Args:
+        images: how many there are; None where a stream does not know.
+    """
+    if images is None or images < _FEWEST_IMAGES:
+        return 0.0
+    return min(max(SHARE * images, FEWEST), MOST) / images
+
+
+def automatic_steps(config: TrainConfig, images: int, per_step: int) -> int:
+    """Steps between validations where no option says: at most ten, and little of the time.
+
+    Args:
+        images: that are validated on.
+        per_step: images of an optimiser step.
+    """
+    one = images * config.validation_bins * config.validation_draws
+    # A training step is a forward pass and a backward pass of about twice its cost.
+    affordable = int(_WORK * 3 * config.max_train_steps * per_step / max(one, 1))
+    return math.ceil(config.max_train_steps / min(max(affordable, 1), 10))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a validation looks at, in words.
+
+    Args:
+        images: how many.
+        trained_on: whether they are trained on too, because there are too few to hold any out.
+    """
+
+    images: int
+    trained_on: bool = False
 
 
 class Validation:
@@ -20,54 +64,56 @@ class Validation:
     Images are encoded once, and this rank's share of them is kept on the CPU.
 
     Args:
+        parts: of the run.
         data: the validation split.
-        encoders: of the base.
-        process: of the base.
-        config: bins, draws, number of images.
-        accelerator: of the run.
+        config: bins, draws and number of images; None takes the run's.
     """
 
-    def __init__(
-        self,
-        data: Data,
-        encoders: FrozenEncoders,
-        process: Process,
-        config: TrainConfig,
-        accelerator: Accelerator,
-    ) -> None:
-        self.process, self.config, self.accelerator = process, config, accelerator
-        world = accelerator.num_processes
-        per_step = config.train_batch_size * world
+    def __init__(self, parts: Parts, data: Data, config: TrainConfig | None = None) -> None:
+        config = parts.config if config is None else config
+        self.config, self.accelerator, self.process = config, parts.accelerator, parts.process
         self.batches: list[Inputs] = []
         seen = 0
         for batch in data.batches(
-            global_batch=per_step,
-            rank=accelerator.process_index,
-            world=world,
+            global_batch=parts.at_once,
+            rank=parts.accelerator.process_index,
+            world=parts.accelerator.num_processes,
             start=Position(0, 0),
             workers=config.max_data_loader_n_workers,
         ):
             names = [("validation", key) for key in batch.keys]
-            inputs = encode(batch, encoders, config, names, accelerator.device)
+            inputs = encode(batch, parts.encoders, config, names, parts.device)
             self.batches.append(inputs.to(torch.device("cpu")))
-            seen += per_step
+            seen += parts.at_once
             enough = config.max_validation_images
             if batch.next.epoch > 0 or (enough is not None and seen >= enough):
                 break
 
-    def __call__(self, student: Student) -> list[float]:
-        """Mean squared error in each bin of timesteps, least noisy first."""
+    def __len__(self) -> int:
+        """Images of this process, each counted once."""
+        return sum(
+            len(kept.keys) if kept.weights is None else int((kept.weights > 0).sum())
+            for kept in self.batches
+        )
+
+    def images(self, student: Student) -> Tensor:
+        """Squared error of each image in each range of timesteps, of all processes.
+
+        Returns:
+            (images, bins) float64 on the CPU, least noisy first; the order of the images is the
+            same for every model.
+        """
         config, device = self.config, self.accelerator.device
-        bins, draws = config.validation_bins, config.validation_draws
-        sums = torch.zeros(bins + 1, dtype=torch.float64)  # of the errors; of the weights
+        rows = []
         with self.accelerator.autocast():
             for kept in self.batches:
                 losses = losses_by_bin(
-                    student, self.process, kept.to(device), bins=bins, draws=draws,
-                    name="validation",
+                    student, self.process, kept.to(device), bins=config.validation_bins,
+                    draws=config.validation_draws, name="validation",
                 )  # fmt: skip
                 weights = torch.ones(len(losses)) if kept.weights is None else kept.weights
-                sums[:-1] += weights.double() @ losses
-                sums[-1] += weights.double().sum()
-        sums = self.accelerator.reduce(sums.float().to(device), reduction="sum").double().cpu()
-        return (sums[:-1] / sums[-1].clamp(min=1e-12)).tolist()
+                rows.append(torch.cat([losses, weights.double()[:, None]], dim=1))
+        # Apple's GPUs have no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        found = self.accelerator.gather(torch.cat(rows).to(device, dtype)).double().cpu()
+        return found[found[:, -1] > 0, :-1]

@@ -240,6 +240,7 @@ def test_saves_along_the_way_and_takes_old_ones_away(go: Go) -> None:
             *(f"{own}-step{n:08d}-state" for n in (4, 5, 6)),
             f"{own}.safetensors",
             f"{own}-gate.png",
+            f"{own}.json",
         ]
     )
 

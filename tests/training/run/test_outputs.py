@@ -52,12 +52,15 @@ def test_previews_of_classes_need_no_file(go: Go) -> None:
     _, events = go(sample_every_n_steps=2, sample_steps=2, sample_at_first=True)
     names = sorted(path.name for path in (events.outputs.folder / "sample").iterdir())
     assert len(names) == 3 * 8  # before, at 2, at 4; the first eight classes
-    # Before the first step both halves are the base.
-    with Image.open(events.outputs.folder / "sample" / names[0]) as picture:
-        side = picture.height
-        left = picture.crop((0, 0, side, side)).tobytes()
-        right = picture.crop((picture.width - side, 0, picture.width, side)).tobytes()
-    assert left == right
+    folder = events.outputs.folder / "sample"
+    for name, same in ((names[0], True), (names[-8], False)):
+        with Image.open(folder / name) as picture:
+            assert picture.text == {"prompt": "0"}
+            left, right = (
+                picture.crop((x, 40, x + 250, 280)).tobytes() for x in (10, 10 + 256 + 8)
+            )
+        # Before the first step what is trained is the base.
+        assert (left == right) == same
 
 
 def test_as_image_keeps_levels_and_colours() -> None:
@@ -95,7 +98,7 @@ def test_tensorboard_gets_losses_pictures_and_gate(start: Start) -> None:
     assert [event.step for event in logged.Scalars("validation/loss")] == [0, 2, 4]
     images = logged.Tags()["images"]
     assert "gate/0" in images
-    assert "base left, trained right/0" in images
+    assert "base, trained, difference/0" in images
 
 
 def test_progress_line_has_what_users_look_for(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,5 +128,5 @@ def test_result_is_pushed_with_a_card_that_shows_it(
     assert (sent["repository"], sent["private"]) == ("someone/patch", True)
     assert sent["path"] == events.outputs.path()
     shown = sent["pictures"]
-    assert [name.startswith("Base left") for name in shown] == [True] * 4 + [False]
+    assert [name.startswith("Base, patched") for name in shown] == [True] * 4 + [False]
     assert all("-step00000004-" in str(path) for path in list(shown.values())[:4])

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 from dmp_common import PatchError
 from tests.training.conftest import Go, Start, patch_of
-from training.run.events import restore
+from training.data.indexed import IndexedData
+from training.run.loop import train as run_training
+from training.run.resuming import restore
 from training.run.state import find_states, load_state, save_state, state_folder
+from training.run.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN = "tiny-digits-dmp"
@@ -104,7 +108,10 @@ def assert_same(a: object, b: object) -> None:
         ({"train_batch_size": 8}, "images of a step 16 (now 8)"),
         ({"optimizer_type": "Adafactor"}, "optimizer_type 'AdamW' (now 'Adafactor')"),
         ({"across_depth": "uniform"}, "variant"),
-        ({"max_train_steps": 2}, "raise --max_train_steps"),
+        ({"max_train_steps": 1}, "raise --max_train_steps"),
+        ({"min_snr_gamma": 5.0}, "--min_snr_gamma None (now 5.0)"),
+        ({"caption_dropout_rate": 0.5}, "--caption_dropout_rate 0.1 (now 0.5)"),
+        ({"ema_decay": 0.5}, "--ema_decay 0.99 (now 0.5)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -140,9 +147,10 @@ def test_saving_a_state_never_loses_the_old_one(go: Go, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("training.run.state.torch.save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(PatchError, match=r"expected [\d.]+ MiB free in .* the disk is full"):
         save_state(folder, state)
     assert load_state(folder).step == run.step
+    assert not list(folder.parent.glob(".*.tmp"))
 
 
 @pytest.mark.slow
@@ -188,6 +196,69 @@ def test_killed_process_is_continued_byte_by_byte(digits_base: Path, tmp_path: P
     # The repository may have been committed to in between.
     revision = re.compile(rb'"ss_dmp_git_revision":"[0-9a-f]*\+?"')
     assert revision.sub(b"", results["whole"]) == revision.sub(b"", results["killed"])
+
+
+def test_a_run_killed_before_its_result_is_finished(
+    go: Go, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps were done and saved as a state; the file was not written."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    options = {"save_state": True, "validate_every_n_steps": 1, "keep_best": True}
+    _, events = go(**options)
+    path = events.outputs.path()
+    whole = path.read_bytes()
+    path.unlink()
+    run, events = start(**options, resume="latest")
+    assert run.step == run.total
+    Trainer(run, events).train()
+    Trainer(run, events).finish()
+    assert path.read_bytes() == whole
+
+
+def test_a_learning_rate_changed_on_resume_is_used_and_recorded(
+    go: Go, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"save_state": True, "lr_scheduler": "cosine", "max_train_steps": 4}
+    _, events = go(**options, save_every_n_steps=2)
+    folder = find_states(events.outputs.folder, OWN)[2]
+    run, _ = start(**options, resume=str(folder))
+    before = [group["lr"] for group in run.optimiser.param_groups]
+    run.method.remove()
+    run, events = start(**options, resume=str(folder), learning_rate=5e-3, gate_lr_factor=2.0)
+    assert "from here on --learning_rate is 0.005 (it was 0.001)" in capsys.readouterr().out
+    now = [group["lr"] for group in run.optimiser.param_groups]
+    assert now == pytest.approx([5 * before[0], 10 * before[1]])
+    run_training(run, events)
+    run.method.remove()
+    assert run.schedule.base_lrs == [5e-3, 1e-2]
+    assert events.metadata.fixed["ss_learning_rate"] == "0.005"
+
+
+def test_another_base_and_other_data_are_not_continued(
+    go: Go, start: Start, digits_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same number of images, and of the same shape."""
+    go(save_state=True, max_train_steps=2)
+    other = tmp_path / "other"
+    shutil.copytree(digits_base, other)
+    model = DiTTransformer2DModel.from_pretrained(other / "transformer")
+    torch.nn.init.normal_(model.proj_out_2.weight)
+    model.save_pretrained(other / "transformer")
+    with pytest.raises(PatchError, match="other base weights"):
+        start(resume="latest", pretrained_model_name_or_path=str(other))
+    monkeypatch.setattr(IndexedData, "fingerprint", lambda data: "other")
+    with pytest.raises(PatchError, match="found one with other data"):
+        start(resume="latest")
+
+
+def test_a_base_that_was_moved_is_the_same(
+    go: Go, start: Start, digits_base: Path, tmp_path: Path
+) -> None:
+    go(save_state=True, max_train_steps=2)
+    shutil.copytree(digits_base, tmp_path / "moved")
+    run, _ = start(resume="latest", pretrained_model_name_or_path=str(tmp_path / "moved"))
+    run.method.remove()
+    assert run.step == 2
 
 
 def test_patch_after_resume_is_that_of_the_run(go: Go) -> None:

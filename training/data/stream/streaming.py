@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -65,6 +66,11 @@ class StreamData(Data):
             buckets=[BucketRow(*single, count, count)] if count and not buckets else [],
             notes=notes,
         )
+
+    def fingerprint(self) -> str:
+        """See `Data.fingerprint`; of the names of the shards, and their counts where known."""
+        names = sorted(shard.name for shard in self._stream.shards)
+        return hashlib.blake2b(repr((names, self.size)).encode(), digest_size=16).hexdigest()
 
     def prepare_caches(
         self, rank: int = 0, world: int = 1, progress: Progress | None = None

@@ -87,6 +87,7 @@ def train_trial(subject: Subject, options: Mapping[str, Any], folder: Path) -> S
         cpu=not torch.cuda.is_available(),
         output_dir=str(folder),
         output_name="trained",
+        overwrite=True,  # what a killed trial left
         **{**subject.options, **told},
     )
     if done.is_file():

@@ -1,0 +1,139 @@
+"""What a run stands on, and what is trained on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from training.base.encoders import FrozenEncoders
+from training.base.frozen import FrozenBase
+from training.data.batch import Data, Position
+from training.methods.known import METHODS
+from training.methods.method import Method
+from training.objective.noising import Process
+from training.objective.student import Student
+from training.options.config import TrainConfig
+from training.run.average import Average
+from training.run.optimisers import is_schedule_free, make_optimiser, make_schedule
+from training.run.scale import is_sharded, shard
+from training.run.state import History
+
+
+@dataclass
+class Parts:
+    """What a run stands on.
+
+    Args:
+        config: with the accumulation and number of steps resolved.
+        accelerator: devices, precision, accumulation.
+        frozen: the base.
+        process: how data become noisy.
+        encoders: of the base.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    frozen: FrozenBase
+    process: Process
+    encoders: FrozenEncoders
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.accelerator.device
+
+    @property
+    def at_once(self) -> int:
+        """Images of one micro-step, over all processes."""
+        return self.config.train_batch_size * self.accelerator.num_processes
+
+    @property
+    def per_step(self) -> int:
+        """Images of one optimiser step."""
+        return self.at_once * self.config.gradient_accumulation_steps
+
+    def untrained(self) -> Student:
+        """The base alone, for its losses."""
+        return Student(self.frozen, None, self.process, self.config).eval()
+
+
+@dataclass
+class Run(Parts):
+    """Everything a run is made of, ready to go.
+
+    Args:
+        method: what is trained, on the base.
+        data: the training split.
+        wrapped: the student, as the accelerator has it.
+        optimiser, schedule, average: how the values move.
+        sharded: whether the base is sharded over the processes.
+        total: optimiser steps in all.
+        step, position: what is done, and the next global batch.
+        history: what happened.
+        best: averaged values of the step that validated best, where it is kept.
+    """
+
+    method: Method
+    data: Data
+    wrapped: Any
+    optimiser: Any
+    schedule: Any
+    average: Average
+    sharded: bool
+    total: int
+    step: int
+    position: Position
+    history: History
+    best: dict[str, Tensor]
+
+    @property
+    def student(self) -> Student:
+        """The student itself."""
+        student: Student = self.accelerator.unwrap_model(self.wrapped)
+        return student
+
+
+def assemble(parts: Parts, data: Data) -> Run:
+    """Puts what is trained on the base, with optimiser, schedule and average."""
+    config, accelerator = parts.config, parts.accelerator
+    set_seed(config.seed)
+    method: Method = METHODS[config.method](parts.frozen, config).to(accelerator.device)
+    sharded = is_sharded(config, accelerator)
+    student = _student(parts, method, sharded)
+    optimiser = make_optimiser(config, method.groups(config))
+    schedule = make_schedule(config, optimiser, config.max_train_steps)
+    average = Average(list(method.trainable().values()), config.ema_decay, optimiser)
+    if is_schedule_free(optimiser):
+        optimiser.train()
+    return Run(
+        **vars(parts),
+        method=method,
+        data=data,
+        wrapped=student if sharded else accelerator.prepare_model(student),
+        optimiser=accelerator.prepare_optimizer(optimiser),
+        schedule=schedule,
+        average=average,
+        sharded=sharded,
+        total=config.max_train_steps,
+        step=0,
+        position=Position(0, 0),
+        history=History(),
+        best={},
+    )
+
+
+def _student(parts: Parts, method: Method, sharded: bool) -> Student:
+    """The student on its device, sharded or compiled if asked for (after attaching)."""
+    config, model = parts.config, parts.frozen.model
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if sharded:
+        shard(parts.frozen, parts.accelerator)
+    if config.torch_compile:
+        model.compile(backend=config.dynamo_backend)
+    return Student(parts.frozen, method, parts.process, config).to(parts.accelerator.device)

@@ -1,0 +1,170 @@
+"""The verdict of a run: is what was trained better than the base, on images it never saw?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.objective.intervals import Interval, paired_interval
+
+_FEWEST = 2  # images for an interval
+_EARLY = 0.6  # the best step lies early if it is before this share of the steps
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the trained model is worth beside its base, on equal images and noise.
+
+    Args:
+        images: number of held-out images.
+        base, trained: their mean losses.
+        change: of the loss, as a share of the base's, with its 95 % interval over images.
+        by_level: the same in each range of timesteps, least noisy first.
+        best_step, last_step: the step that validated best, and the last one; 0 for none.
+        kept_step: the step whose values the final file holds.
+        trained_on: whether the images were trained on too.
+    """
+
+    images: int
+    base: float
+    trained: float
+    change: Interval
+    by_level: tuple[Interval, ...]
+    best_step: int
+    last_step: int
+    kept_step: int
+    trained_on: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As NAME.json and the file's header have it."""
+        return {
+            "images": self.images,
+            "images_were_trained_on": self.trained_on,
+            "loss_of_base": self.base,
+            "loss": self.trained,
+            "change": _as_json(self.change),
+            "change_by_noise_level": [_as_json(interval) for interval in self.by_level],
+            "best_step": self.best_step,
+            "kept_step": self.kept_step,
+            "last_step": self.last_step,
+            "better_than_base": self.change.high < 0,
+            "verdict": self.sentence,
+            "next": self.advice,
+        }
+
+    @property
+    def sentence(self) -> str:
+        """Better, worse, or not to be told."""
+        if self.change.high < 0:
+            return "better than the base"
+        if self.change.low > 0:
+            return "worse than the base"
+        return "not to be told from the base: the interval holds 0"
+
+    @property
+    def advice(self) -> list[str]:
+        """What to try next, a sentence each."""
+        return [*self._about_length(), *self._about_levels(), *self._about_certainty()]
+
+    def _about_length(self) -> list[str]:
+        if not self.best_step or self.best_step == self.last_step:
+            if self.change.high < 0:
+                return ["The last step was the best: train longer (--max_train_steps)."]
+            return []
+        if self.kept_step != self.best_step:
+            return [
+                f"Step {self.best_step} was better than the one that is kept: give --keep_best."
+            ]
+        if self.best_step < _EARLY * self.last_step:
+            return [
+                "The best step came early: fewer steps, a lower --learning_rate, or more images "
+                "may do more."
+            ]
+        return []
+
+    def _about_levels(self) -> list[str]:
+        better = [n for n, level in enumerate(self.by_level) if level.high < 0]
+        worse = [n for n, level in enumerate(self.by_level) if level.low > 0]
+        if not (better and worse):
+            return []
+        bins = len(self.by_level)
+        low, high = 1000 * better[0] // bins, 1000 * (better[-1] + 1) // bins
+        return [
+            f"It helps at timesteps {low} to {high} and harms at others: train and use it there "
+            f"alone (--min_timestep {low} --max_timestep {high})."
+        ]
+
+    def _about_certainty(self) -> list[str]:
+        if self.trained_on:
+            return ["These images were trained on: hold some out with --validation_split."]
+        if self.change.low > 0:
+            return ["Lower --learning_rate, or train fewer steps with --keep_best."]
+        if self.change.high >= 0:
+            return [
+                "More held-out images (--validation_split, --max_validation_images) or more noises "
+                "(--validation_draws) make the interval narrower. A base that has converged on "
+                "such images leaves little to learn."
+            ]
+        return ["Look at the pictures too: the loss is not all that eyes see."]
+
+    def text(self) -> str:
+        """A few lines for the terminal and the model card."""
+        level = 1000 // len(self.by_level)
+        lines = [
+            f"verdict: {self.sentence}",
+            f"  loss on {self.images} held-out images: {self.base:.5f} (base) -> "
+            f"{self.trained:.5f}, change {percent(self.change)}",
+            "  by noise level (timesteps, change):",
+            *(
+                f"    {level * n:>4}-{level * (n + 1) - 1:<4} {percent(interval)}"
+                for n, interval in enumerate(self.by_level)
+            ),
+        ]
+        if self.best_step:
+            lines.append(
+                f"  best at step {self.best_step} of {self.last_step}; the file holds step "
+                f"{self.kept_step}"
+            )
+        return "\n".join(lines + [f"  next: {sentence}" for sentence in self.advice])
+
+
+def judge(
+    base: Tensor, trained: Tensor, *, best_step: int, last_step: int, kept_step: int,
+    trained_on: bool = False,
+) -> Verdict | None:  # fmt: skip
+    """The verdict on losses (images, bins) of base and trained model; None for too few images."""
+    if len(base) < _FEWEST:
+        return None
+    return Verdict(
+        images=len(base),
+        base=float(base.mean()),
+        trained=float(trained.mean()),
+        change=_relative(base.mean(1), trained.mean(1)),
+        by_level=tuple(
+            _relative(base[:, level], trained[:, level]) for level in range(base.shape[1])
+        ),
+        best_step=best_step,
+        last_step=last_step,
+        kept_step=kept_step,
+        trained_on=trained_on,
+    )
+
+
+def _relative(base: Tensor, trained: Tensor) -> Interval:
+    """The change as a share of the base's mean loss."""
+    scale = float(base.mean().clamp(min=torch.finfo(torch.float64).tiny))
+    return Interval(*(value / scale for value in paired_interval(base, trained)))
+
+
+def percent(interval: Interval) -> str:
+    """An interval in per cent."""
+    mean, low, high = (100 * value for value in interval)
+    return f"{mean:+.3f} % [{low:+.3f}, {high:+.3f}]"
+
+
+def _as_json(interval: Interval) -> Mapping[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
