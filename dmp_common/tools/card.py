@@ -8,8 +8,10 @@ import math
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dmp_common.errors import printable
+from dmp_common.patch.serialize import parse_json
 from dmp_common.patch.variant import Variant
 from dmp_common.version import LIBRARY
 
@@ -60,6 +62,8 @@ def model_card(
         "## Variant",
         _table(("option", "value"), _options(variant)),
     ]
+    if verdict := _verdict(metadata.get("ss_dmp_verdict", "")):
+        parts += ["## Verdict", *verdict]
     if trained := _trained(metadata):
         parts += ["## Metadata", _table(("key", "value"), trained)]
     return "\n\n".join(parts) + "\n"
@@ -76,13 +80,47 @@ def _summary(variant: Variant, base_model: str | None) -> str:
     )
 
 
+def _verdict(text: str) -> list[str]:
+    """Returns what the trainer found on held-out images; nothing where the entry is not its own.
+
+    The entry is text from a file, so each of its values is checked before it is shown.
+    """
+    try:
+        told: Any = parse_json(text)
+        images, whole = int(told["images"]), _change(told["change"])
+        levels = [_change(entry) for entry in told["change_by_noise_level"]]
+        sentence = str(told["verdict"])
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return []
+    width = 1000 / max(len(levels), 1)
+    rows = {
+        f"{width * n:.0f} to {width * (n + 1):.0f}": change for n, change in enumerate(levels[:100])
+    }
+    return [
+        f"On {images:,} held-out images, beside the base and with equal noise: {_cell(sentence)}. "
+        f"The loss changed by {_cell(whole)}, with its 95 % interval over the images.",
+        _table(("timesteps", "change of the loss"), rows),
+    ]
+
+
+def _change(entry: Mapping[str, float]) -> str:
+    """Returns a relative change with its interval, in per cent.
+
+    Raises:
+        KeyError, TypeError, ValueError: the entry has no such numbers.
+    """
+    values = [100 * float(entry[name]) for name in ("mean", "low", "high")]
+    return "{:+.3f} % ({:+.3f} to {:+.3f})".format(*values)
+
+
 def _trained(metadata: Mapping[str, str]) -> dict[str, str]:
     """Returns what the file says about how it was made."""
     told = ("ss_", "modelspec.", "dmp.converted")
+    shown = ("modelspec.thumbnail", "ss_dmp_verdict")  # an image as text; has its own section
     return {
         key: value
         for key, value in sorted(metadata.items())
-        if key.startswith(told) and key != "modelspec.thumbnail"  # an image as text
+        if key.startswith(told) and key not in shown
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 from huggingface_hub import ModelCard
 
 from dmp_common import Variant, bases, register_base
@@ -75,6 +78,42 @@ def test_text_of_a_file_means_nothing_in_the_card() -> None:
     assert table.replace("\n", "").isprintable()
     assert table.strip().count("\n") == 5  # a head, a line below it, and four rows
     assert "put `a'b\\n.safetensors` into" in card
+
+
+def told(**changes: object) -> str:
+    level = {"mean": -0.01, "low": -0.02, "high": 0.001}
+    verdict = {"images": 64, "change": level, "change_by_noise_level": [level] * 2}
+    return json.dumps({**verdict, "verdict": "better than the base", **changes})
+
+
+def test_card_has_the_verdict_of_the_training() -> None:
+    card = model_card(
+        Variant.create(BASE), {"ss_dmp_verdict": told()}, repo_id="me/x", filename="x.safetensors"
+    )
+    assert "On 64 held-out images" in card
+    assert r"The loss changed by -1.000 % \(-2.000 to +0.100\)" in card
+    assert "| 500 to 1000 | -1.000" in card
+    assert "ss_dmp" not in card.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["", "[]", "{", told(images="many"), told(change={}), told(change_by_noise_level=3)],
+)
+def test_a_verdict_that_is_none_is_left_out(entry: str) -> None:
+    card = model_card(
+        Variant.create(BASE), {"ss_dmp_verdict": entry}, repo_id="me/x", filename="x.safetensors"
+    )
+    assert "## Verdict" not in card
+
+
+def test_a_verdict_cannot_leave_its_place() -> None:
+    entry = told(verdict="good\n\n# [Click](http://x)<script>")
+    card = model_card(
+        Variant.create(BASE), {"ss_dmp_verdict": entry}, repo_id="me/x", filename="x.safetensors"
+    )
+    assert "<script>" not in card
+    assert "\n# [" not in card
 
 
 def test_card_of_a_base_without_repository() -> None:

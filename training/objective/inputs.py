@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +47,7 @@ def encode(
     batch: Batch,
     encoders: FrozenEncoders,
     config: TrainConfig,
-    names: list[tuple[object, ...]],
+    names: Sequence[tuple[object, ...]],
     device: torch.device,
 ) -> Inputs:
     """Encodes what no cache holds, and draws each sample's noise.

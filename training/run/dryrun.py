@@ -49,7 +49,8 @@ def _one_step(run: Run) -> tuple[int, float]:
         names = [(config.seed, "dry run", row) for row in range(len(batch))]
         inputs = encode(batch, run.encoders, config, names, run.device)
         draws = inputs.draws
-        t = run.process.times(draws.u, draws.z, tuple(inputs.clean.shape[-2:]))
+        height, width = inputs.clean.shape[-2:]
+        t = run.process.times(draws.u, draws.z, (height, width))
         with held, accelerator.autocast():
             losses = run.wrapped(inputs.clean, draws.noise, t, inputs.given, inputs.weights, 0)
         accelerator.backward(losses["loss"])

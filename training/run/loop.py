@@ -79,10 +79,11 @@ def _names(run: Run, batch: Batch, micro: int) -> list[tuple[object, ...]]:
 def step_losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
     """The losses of this process's samples, checked."""
     draws = inputs.draws
-    t = run.process.times(draws.u, draws.z, tuple(inputs.clean.shape[-2:]))
+    height, width = inputs.clean.shape[-2:]
+    t = run.process.times(draws.u, draws.z, (height, width))
     given, weights = inputs.given, inputs.weights
     with run.accelerator.autocast():
-        losses = run.wrapped(inputs.clean, draws.noise, t, given, weights, micro)
+        losses: dict[str, Tensor] = run.wrapped(inputs.clean, draws.noise, t, given, weights, micro)
     samples = losses.pop("samples").detach()
     bad = ~(samples.isfinite() & losses["loss"].isfinite())
     # All processes must stop, or the others wait for this one for ever.

@@ -45,12 +45,13 @@ class Parts:
     @property
     def device(self) -> torch.device:
         """Of this process."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     @property
     def at_once(self) -> int:
         """Images of one micro-step, over all processes."""
-        return self.config.train_batch_size * self.accelerator.num_processes
+        return self.config.train_batch_size * int(self.accelerator.num_processes)
 
     @property
     def per_step(self) -> int:
@@ -105,7 +106,7 @@ def assemble(parts: Parts, data: Data) -> Run:
     method: Method = METHODS[config.method](parts.frozen, config).to(accelerator.device)
     sharded = is_sharded(config, accelerator)
     student = _student(parts, method, sharded)
-    optimiser = make_optimiser(config, method.groups(config))
+    optimiser: Any = make_optimiser(config, method.groups(config))
     schedule = make_schedule(config, optimiser, config.max_train_steps)
     average = Average(list(method.trainable().values()), config.ema_decay, optimiser)
     if is_schedule_free(optimiser):
@@ -129,7 +130,8 @@ def assemble(parts: Parts, data: Data) -> Run:
 
 def _student(parts: Parts, method: Method, sharded: bool) -> Student:
     """The student on its device, sharded or compiled if asked for (after attaching)."""
-    config, model = parts.config, parts.frozen.model
+    config = parts.config
+    model: Any = parts.frozen.model
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if sharded:

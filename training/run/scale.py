@@ -59,9 +59,8 @@ def make_accelerator(config: TrainConfig, log_dir: str | None) -> Accelerator:
 
 def is_sharded(config: TrainConfig, accelerator: Accelerator) -> bool:
     """Whether the frozen base is sharded over the processes."""
-    return (
-        config.fsdp or accelerator.distributed_type == DistributedType.FSDP
-    ) and accelerator.num_processes > 1
+    sharding = config.fsdp or accelerator.distributed_type == DistributedType.FSDP
+    return bool(sharding and accelerator.num_processes > 1)
 
 
 def shard(frozen: FrozenBase, accelerator: Accelerator) -> None:
@@ -103,7 +102,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    means = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 

@@ -115,5 +115,6 @@ class Validation:
                 rows.append(torch.cat([losses, weights.double()[:, None]], dim=1))
         # Apple's GPUs have no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        found = self.accelerator.gather(torch.cat(rows).to(device, dtype)).double().cpu()
+        found: Tensor = self.accelerator.gather(torch.cat(rows).to(device, dtype))
+        found = found.double().cpu()
         return found[found[:, -1] > 0, :-1]
