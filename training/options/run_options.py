@@ -91,6 +91,11 @@ class OutputOptions(BaseModel):
     save_last_n_steps: int | None = option(
         "output", None, "keep those of the last n steps only, files and states", ge=1
     )
+    save_last_n_epochs: int | None = option("output", None, "see --save_last_n_steps", ge=1)
+    save_last_n_steps_state: int | None = option("output", None, "of states alone", ge=1)
+    save_last_n_epochs_state: int | None = option("output", None, "of states alone", ge=1)
+    validate_every_n_epochs: int | None = option("validation", None, "epochs", ge=1)
+    sample_sampler: str | None = option("previews", None, "sampler of the previews")
     overwrite: bool = option(
         "output", False, "Write over the files of an earlier run with this name."
     )

@@ -74,7 +74,8 @@ class TrainingEvents(Events):
             return bool((steps and run.step % steps == 0) or every_epochs)
 
         busy = False
-        if self.validation is not None and (due(config.validate_every_n_steps) or last):
+        validates = due(config.validate_every_n_steps, config.validate_every_n_epochs)
+        if self.validation is not None and (validates or last):
             self._validate(run, progress)
             busy = True
         if self.previews is not None and (
@@ -116,7 +117,7 @@ class TrainingEvents(Events):
         if with_state:
             self._save_state(run)
         if run.accelerator.is_main_process:
-            self.outputs.prune(step)
+            self.outputs.prune(step, run.epoch_after)
         run.accelerator.wait_for_everyone()
 
     def _save_state(self, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -89,18 +90,29 @@ class Outputs:
             paths.append(path)
         return paths
 
-    def prune(self, step: int) -> None:
-        """Takes away what --save_last_n_steps does not keep; the final file stays."""
-        keep = self.config.save_last_n_steps
-        if keep is None:
-            return
-        name = self.config.output_name
+    def prune(self, step: int, epoch_of: Callable[[int], int]) -> None:
+        """Removes what --save_last_n_steps and its like do not keep; the final file stays.
+
+        Args:
+            step: of the newest save.
+            epoch_of: the epoch that is reached after a number of steps.
+        """
+        config, name = self.config, self.config.output_name
+
+        def expired(old: int, steps: int | None, epochs: int | None) -> bool:
+            by_steps = steps is not None and old <= step - steps
+            return by_steps or (epochs is not None and epoch_of(old) <= epoch_of(step) - epochs)
+
+        state_steps = config.save_last_n_steps_state or config.save_last_n_steps
+        state_epochs = config.save_last_n_epochs_state or config.save_last_n_epochs
         for old, folder in find_states(self.folder, name).items():
-            if old <= step - keep:
+            if expired(old, state_steps, state_epochs):
                 shutil.rmtree(folder)
         for path in self.folder.glob(f"{name}-step*{self.method.ending}"):
             number = path.name[len(name) + 5 :].removesuffix(self.method.ending)
-            if number.isdecimal() and int(number) <= step - keep:
+            if not number.isdecimal():
+                continue
+            if expired(int(number), config.save_last_n_steps, config.save_last_n_epochs):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 path.with_name(f"{path.stem}-gate.png").unlink(missing_ok=True)
 

@@ -92,6 +92,11 @@ class Run(Parts):
     history: History
     best: dict[str, Tensor]
 
+    def epoch_after(self, step: int) -> int:
+        """The epoch that is reached after a number of steps; 0 where a stream has none."""
+        batches = self.data.batches_per_epoch(self.at_once)
+        return step * self.config.gradient_accumulation_steps // batches if batches else 0
+
     @property
     def student(self) -> Student:
         """The student itself."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
+from training.base.schedulers import is_flow
 from training.data.draws import generator
 from training.objective.pictures import comparison
 from training.objective.sampling import condition, draw_images, is_guided
@@ -116,6 +117,30 @@ def _parse(line: str, number: int, config: TrainConfig, frozen: FrozenBase) -> P
     )
 
 
+# kohya's names of samplers, by ours; those that need a noise of their own each step are left out.
+_SAMPLERS = {
+    None: "default", "ddim": "ddim", "euler": "euler", "k_euler": "euler",
+    "dpmsolver": "dpm++", "dpmsolver++": "dpm++", "dpmsingle": "dpm++",
+}  # fmt: skip
+
+
+def sampler_of(name: str | None, flow: bool) -> str:
+    """The sampler of previews for kohya's name of it.
+
+    Raises:
+        PatchError: a sampler that previews do not have.
+    """
+    if flow:
+        return "default"  # Euler
+    if name not in _SAMPLERS:
+        known = ", ".join(str(entry) for entry in _SAMPLERS if entry)
+        raise PatchError(
+            f"expected --sample_sampler out of {known}, found {name}: choose one of these, or "
+            "leave it out for ddim."
+        )
+    return _SAMPLERS[name]
+
+
 class Previews:
     """Draws previews; what the prompts say is encoded once, when this is made.
 
@@ -134,6 +159,7 @@ class Previews:
         device: torch.device,
     ) -> None:
         self.frozen, self.device = frozen, device
+        self.sampler = sampler_of(config.sample_sampler, is_flow(frozen.scheduler))
         self.prompts = read_prompts(config, frozen)
         self.told = [self._told(prompt, encoders) for prompt in self.prompts]
         self.base: list[Tensor] = []
@@ -172,4 +198,6 @@ class Previews:
         height, width = (side // frozen.factor for side in (prompt.height, prompt.width))
         source = generator("preview", prompt.seed)
         x = torch.randn(1, frozen.channels, height, width, generator=source).to(self.device)
-        return draw_images(frozen, x, told, untold, steps=prompt.steps, scale=prompt.scale)[0]
+        return draw_images(
+            frozen, x, told, untold, steps=prompt.steps, scale=prompt.scale, sampler=self.sampler
+        )[0]

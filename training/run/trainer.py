@@ -213,7 +213,8 @@ def _open(
         config = config.model_copy(update={"validation_split": 0.0})
     data = split("train")
     config = _resolved(config, data, accelerator)
-    wanted = config.validate_every_n_steps is not None or config.keep_best
+    every = (config.validate_every_n_steps, config.validate_every_n_epochs)
+    wanted = any(every) or config.keep_best
     return config, data, split("validation") if wanted else None
 
 

@@ -245,6 +245,23 @@ def test_saves_along_the_way_and_takes_old_ones_away(go: Go) -> None:
     )
 
 
+def test_states_and_files_of_the_last_epochs_are_kept(go: Go) -> None:
+    """Three steps are an epoch here."""
+    _, events = go(
+        max_train_epochs=4, train_batch_size=400, save_every_n_epochs=1, save_state=True,
+        save_last_n_epochs=2, save_last_n_steps_state=1,
+    )  # fmt: skip
+    names = {path.name for path in events.outputs.folder.iterdir() if "step" in path.name}
+    own = "tiny-digits-dmp"
+    files = {f"{own}-step{n:08d}{end}" for n in (6, 9) for end in (".safetensors", "-gate.png")}
+    assert names == files | {f"{own}-step{n:08d}-state" for n in (9, 12)}
+
+
+def test_validation_by_epochs(go: Go) -> None:
+    run, _ = go(max_train_epochs=2, train_batch_size=400, validate_every_n_epochs=1)
+    assert list(run.history.validation) == [0, 3, 6]
+
+
 def test_full_disk_is_found_before_training(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("training.run.outputs.shutil.disk_usage", lambda folder: usage)

@@ -95,9 +95,12 @@ def test_tensorboard_gets_losses_pictures_and_gate(start: Start) -> None:
     logged = EventAccumulator(str(folder / "run"), size_guidance={"images": 0}).Reload()
     scalars = set(logged.Tags()["scalars"])
     assert {"loss/denoising", "lr", "time/step", "memory/GiB", "validation/loss"} <= scalars
+    texts = {tag.removesuffix("/text_summary") for tag in logged.Tags()["tensors"]}
+    assert texts == {"configuration", "prompts"}
     assert [event.step for event in logged.Scalars("validation/loss")] == [0, 2, 4]
     images = logged.Tags()["images"]
     assert "gate/0" in images
+    assert "validation loss by noise level/0" in images
     assert "base, trained, difference/0" in images
 
 
