@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -62,3 +63,21 @@ def test_root_package_is_harmless_without_comfyui() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert sys.path == before
+
+
+def test_the_notebook_runs_the_quickstart() -> None:
+    """Its cells compile, its commands are the README's, and the lines that use the patch run."""
+    book = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    shell = [cell for cell in cells if cell.startswith(("!", "%"))]
+    command = re.search(r"<!-- command: quickstart -->\n```\n(.*?)\n```", README)
+    assert command is not None
+    install, train = command[1].split(" && ")
+    assert shell == [
+        install.replace("pip install", "%pip install --quiet"),
+        f"!{train} --overwrite",
+    ]
+    for cell in cells:
+        if cell not in shell:
+            compile(cell, "cell", "exec")
+    assert all(cell.get("outputs", []) == [] for cell in book["cells"])
