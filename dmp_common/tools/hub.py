@@ -58,7 +58,7 @@ def resolve(
     """
     text = os.fspath(source)
     local = Path(text).expanduser()
-    named = isinstance(source, str) and _REPOSITORY.fullmatch(text) is not None
+    named = isinstance(source, str) and is_repository(text)
     if not named or text.lower().endswith(_FILES) or local.exists():
         return local.joinpath(*(part for part in (subfolder, filename) if part is not None))
     if filename is not None and not filename.endswith(".safetensors"):
@@ -85,13 +85,18 @@ def resolve(
         return Path(client.hf_hub_download(text, filename, force_download=force_download, **where))
 
 
+def is_repository(text: str) -> bool:
+    """Tells whether a text has the form of a repository's name, "user/repo"."""
+    return _REPOSITORY.fullmatch(text) is not None
+
+
 def require_repository(repo_id: str) -> None:
     """Checks the name of a repository.
 
     Raises:
         PatchError: the name is not of the form "user/repo".
     """
-    if not _REPOSITORY.fullmatch(repo_id):
+    if not is_repository(repo_id):
         raise PatchError(f'expected a repository as "user/repo", found {repo_id!r}: name one.')
 
 

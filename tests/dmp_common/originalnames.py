@@ -32,7 +32,7 @@ class Asked(dict):
         return torch.full((self.rows(name), 1), float(len(self.names) - 1))
 
 
-def _unet_original(key: str, levels: int) -> str:
+def unet_original_name(key: str, levels: int) -> str:
     """What we think the original name of a diffusers UNet's parameter is; the test proves it."""
     head, _, rest = key.partition(".")
     if head not in ("down_blocks", "mid_block", "up_blocks"):
@@ -85,7 +85,7 @@ def original_names(name: str) -> dict[str, str]:
         return {key: key for key in state}
     if base.layout == "map":
         levels = len(model.down_blocks)
-        originals = [_unet_original(key, levels) for key in state]
+        originals = [unet_original_name(key, levels) for key in state]
         # This converter hands values on untouched, so names may stand for tensors.
         checkpoint = {f"model.diffusion_model.{key}": key for key in originals}
         return single_file.convert_ldm_unet_checkpoint(checkpoint, dict(model.config))

@@ -57,9 +57,24 @@ def make_base(folder: Path, name: str) -> Path:
             build().save_pretrained(folder / place)
         tokenizer = place.replace("text_encoder", "tokenizer")
         _tokenizer(77 if "T5" not in str(build()) else 512).save_pretrained(folder / tokenizer)
-    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": diffusers.__version__}
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(_index(folder, name)), encoding="utf-8")
     return folder
+
+
+def _index(folder: Path, name: str) -> dict[str, object]:
+    """The list of a pipeline's parts, as diffusers writes it."""
+    index: dict[str, object] = {
+        "_class_name": (TRAINED[name][0].pipeline if name in TRAINED else "")
+        or "DiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+    }
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        names = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+        config = json.loads(next(part / n for n in names if (part / n).is_file()).read_text())
+        of_diffusers = config.get("_class_name")
+        cls = of_diffusers or config.get("architectures", ["PreTrainedTokenizerFast"])[0]
+        index[part.name] = ["diffusers" if of_diffusers else "transformers", cls]
+    return index
 
 
 def make_vae() -> diffusers.AutoencoderKL:

@@ -11,7 +11,7 @@ from dmp_common import Base, PatchError, detect_base, known_bases
 from dmp_common.bases.detect import bases_of_shapes
 from dmp_common.tools.modelfiles import tensor_shapes
 from training.base.families.checkpoint import read_shapes
-from training.base.loading import Source
+from training.base.places import Source
 
 
 def detect_source(source: Source) -> Base:

@@ -15,19 +15,18 @@ from dmp_common import Base, PatchError, get_base
 from dmp_common.bases.base import Naming
 from dmp_common.bases.detect import require_base
 from dmp_common.bases.timesteps import frequency_shift
-from dmp_common.patch.serialize import parse_json, read_bounded
+from training.base.dit_folders import TEXT_FILE, TIME_FILE, set_time_embedding, text_dit, text_facts
 from training.base.families import dit
 from training.base.families.family import Family
 from training.base.families.table import family_of
-from training.base.loading import Loader, find_source
+from training.base.loading import Blueprint, Loader, Said
+from training.base.places import find_source
+from training.base.precision import DTYPES
 from training.base.schedulers import is_flow
 from training.data.kind import DataKind
 from training.options.config import TrainConfig
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_MAX_FACTS = 1024**2  # bytes; it has two numbers
-TEXT_FILE = "text_conditioning.json"  # in the folder of a text-conditional DiT
-TIME_FILE = "time_embedding.json"  # in the folder of a DiT that came from an original checkpoint
+_CLIP_SIZE = 768  # of CLIP-L's pooled text
 
 
 @dataclass
@@ -152,43 +151,71 @@ class FrozenBase:
             torch.cuda.empty_cache()
 
 
-def load_frozen(config: TrainConfig) -> FrozenBase:
+def load_frozen(config: TrainConfig, said: Said | None = None) -> FrozenBase:
     """Loads the base a configuration asks for; with --base auto, whichever the weights are.
+
+    Args:
+        config: of the run.
+        said: is called with a line before and after each part is loaded, `print` for example.
 
     Raises:
         PatchError: no weights where they should be, or those of another base.
     """
-    base = None if config.base == "auto" else get_base(config.base)
-    source = find_source(config, base)
-    if base is None:
-        base = find_base(config)
-    family = family_of(base)
+    return _assembled(config, Loader, said)
+
+
+def base_kind(config: TrainConfig) -> DataKind:
+    """Returns what the base of a configuration needs of its data, before any weights are read.
+
+    It is the `kind` of what `load_frozen` loads, from configurations and shapes alone: on the hub
+    only the small files are asked for.
+
+    Raises:
+        PatchError: no weights where they should be, or those of another base.
+    """
+    return _assembled(config, Blueprint, None).kind
+
+
+def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> FrozenBase:
+    base = find_base(config) if config.base == "auto" else get_base(config.base)
+    source, family = find_source(config, base), family_of(base)
     dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
-    loader = Loader(config, base, family, source, dtype)
-    text = _text_facts(Path(source.place))
+    text = text_facts(Path(source.place))
     _check_text(config, family, text)
-    model = _text_dit(loader, text) if text else loader.denoiser()
-    if isinstance(family, dit.DiT):
-        _set_time_embedding(model, Path(source.place) / TIME_FILE)
-    frozen = FrozenBase(
-        model=model,
-        scheduler=_adjusted(loader.scheduler(), config),
-        base=base,
-        naming=require_base(model, base),
-        family=family,
-        vae=loader.vae() if family.vae else None,
-        unconditional=config.unconditional,
-    )
-    if config.text_conditional or frozen.conditioning == "caption":
-        text_config = config.model_copy(update={"text_conditional": isinstance(family, dit.DiT)})
-        loader.config = text_config
-        frozen.encoders = loader.encoders()
+    _check_files(config, family)
+    with kind(config, base, family, source, dtype, said) as loader:
+        model = _text_dit(loader, text) if text else loader.denoiser()
+        if isinstance(family, dit.DiT):
+            set_time_embedding(model, Path(source.place))
+        frozen = FrozenBase(
+            model=model,
+            scheduler=_adjusted(loader.scheduler(), config),
+            base=base,
+            naming=require_base(model, base),
+            family=family,
+            vae=loader.vae() if family.vae else None,
+            unconditional=config.unconditional,
+        )
+        if config.text_conditional or frozen.conditioning == "caption":
+            text_config = config.model_copy(
+                update={"text_conditional": isinstance(family, dit.DiT)}
+            )
+            loader.config = text_config
+            frozen.encoders = loader.encoders()
     if config.text_conditional and not dit.takes_text(model):
-        dit.use_text(model, frozen.encoders["text_encoder"].config.hidden_size)
+        encoder = frozen.encoders.get("text_encoder")
+        dit.use_text(model, encoder.config.hidden_size if encoder is not None else _CLIP_SIZE)
     for part in (model, frozen.vae, *frozen.encoders.values()):
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     return frozen
+
+
+def _text_dit(loader: Loader, text: dict[str, Any]) -> Any:
+    folder = Path(loader.source.place) / loader.family.denoiser
+    if isinstance(loader, Blueprint):
+        return text_dit(folder, text, "meta")
+    return text_dit(folder, text).to(loader.dtype)
 
 
 def find_base(config: TrainConfig) -> Base:
@@ -202,42 +229,30 @@ def find_base(config: TrainConfig) -> Base:
     return detect_source(find_source(config, None))
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """The entries of a small JSON file."""
-    facts = parse_json(read_bounded(path, _MAX_FACTS, "a small JSON file"))
-    if not isinstance(facts, dict):
-        raise ValueError("JSON that is no object")
-    return facts
-
-
-def _text_facts(folder: Path) -> dict[str, Any] | None:
-    """What the folder of a text-conditional DiT says about its text."""
-    path = folder / TEXT_FILE
-    if not path.is_file():
-        return None
-    try:
-        facts = _facts(path)
-        return {"size": int(facts["size"]), "frequency_shift": float(facts["frequency_shift"])}
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise PatchError(
-            f"expected the size of the text embedding in {path}, found {error!r}: get the folder "
-            "again."
-        ) from error
-
-
-def _set_time_embedding(model: nn.Module, path: Path) -> None:
-    """Gives a DiT trained from an original checkpoint the constant of its time embedding, which
-    diffusers' own configuration cannot hold."""
-    if not path.is_file():
-        return
-    try:
-        shift = float(_facts(path)["frequency_shift"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise PatchError(
-            f"expected the frequency shift of the time embedding in {path}, found {error!r}: get "
-            "the folder again."
-        ) from error
-    dit.set_frequency_shift(model, shift)
+def _check_files(config: TrainConfig, family: Family) -> None:
+    """Refuses files of parts that the base does not have, all at once."""
+    problems = []
+    if config.vae is not None and config.ae is not None and config.vae != config.ae:
+        problems.append(
+            f"expected one VAE, found --vae {config.vae} and --ae {config.ae}, which mean the "
+            "same: leave one out."
+        )
+    wanted = {"clip_l": config.clip_l, "clip_g": config.clip_g, "t5xxl": config.t5xxl}
+    known = ", ".join(f"--{option}" for option in family.files.values()) or "none"
+    for option, file in wanted.items():
+        if file is None:
+            continue
+        if option not in family.files.values():
+            problems.append(
+                f"expected files of the text encoders that base {config.base} has ({known}), "
+                f"found --{option}: leave it out."
+            )
+        elif not Path(file).expanduser().is_file():
+            problems.append(
+                f"expected a file for --{option}, found nothing at {file}: check the path."
+            )
+    if problems:
+        raise PatchError("\n".join(problems))
 
 
 def _check_text(config: TrainConfig, family: Family, text: dict[str, Any] | None) -> None:
@@ -259,29 +274,10 @@ def _check_text(config: TrainConfig, family: Family, text: dict[str, Any] | None
         )
 
 
-def _text_dit(loader: Loader, text: dict[str, Any]) -> Any:
-    """A DiT with a text embedding, from the folder that --method full leaves."""
-    import diffusers
-    from safetensors.torch import load_file
-
-    folder = Path(loader.source.place) / loader.family.denoiser
-    cls = diffusers.DiTTransformer2DModel
-    model = cls.from_config(cls.load_config(folder))
-    dit.use_text(model, text["size"])
-    dit.set_frequency_shift(model, text["frequency_shift"])
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    try:
-        model.load_state_dict(load_file(weights))
-    except (OSError, RuntimeError) as error:
-        raise PatchError(
-            f"expected the weights of a text-conditional DiT at {weights}, found "
-            f"{' '.join(str(error).split())[:200]}: get the folder again."
-        ) from error
-    return model.to(loader.dtype)
-
-
 def _adjusted(scheduler: Any, config: TrainConfig) -> Any:
-    """The scheduler with the wishes of the command line."""
+    """The scheduler with the wishes of the command line; a `Blueprint` has none."""
+    if scheduler is None:
+        return None
     changes: dict[str, Any] = {}
     if config.v_parameterization:
         changes["prediction_type"] = "v_prediction"
@@ -295,4 +291,4 @@ def _adjusted(scheduler: Any, config: TrainConfig) -> Any:
     return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
 
 
-__all__ = ["DTYPES", "TEXT_FILE", "TIME_FILE", "FrozenBase", "find_base", "load_frozen"]
+__all__ = ["TEXT_FILE", "TIME_FILE", "FrozenBase", "base_kind", "find_base", "load_frozen"]

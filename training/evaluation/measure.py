@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
-from training.base.frozen import DTYPES, FrozenBase, load_frozen
+from training.base.frozen import FrozenBase, load_frozen
+from training.base.precision import DTYPES
 from training.evaluation.clip import ClipScore
 from training.evaluation.comparison import bootstrap, resamples
 from training.evaluation.differences import ModelResult

@@ -43,6 +43,27 @@ class ModelOptions(BaseModel):
     vae: str | None = option(
         "model", None, "another VAE: a file, a diffusers folder or a hub id (default: the base's)"
     )
+    ae: str | None = option(
+        "model", None, "The same as --vae, by the name that Flux and SD3 users give it."
+    )
+    clip_l: str | None = option(
+        "model",
+        None,
+        "Load the text encoder CLIP-L from this file (clip_l.safetensors): for sd15, sdxl, sd3, "
+        "sd35 and flux. Its configuration and tokenizer come from --base_config, or from the "
+        "usual repository of the base.",
+    )
+    clip_g: str | None = option(
+        "model",
+        None,
+        "Load the text encoder CLIP-G from this file (clip_g.safetensors): for sdxl, sd3 and sd35.",
+    )
+    t5xxl: str | None = option(
+        "model",
+        None,
+        "Load the text encoder T5-XXL from this file, in fp16, bf16 or fp8: for sd3, sd35, flux "
+        "and pixart. Weights in fp8 are converted to the precision of the base.",
+    )
     no_half_vae: bool = option("model", False, "keep the VAE in float32 under --mixed_precision")
     max_token_length: Literal[75, 150, 225] = option(
         "model", 75, "tokens of a caption, for sd15, sd21 and sdxl"

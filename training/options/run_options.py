@@ -67,6 +67,28 @@ class ScaleOptions(BaseModel):
         "precision and scale", "no", "arithmetic of the frozen base; the patch stays float32"
     )
     gradient_checkpointing: bool = option("precision and scale", False, "less memory, more time")
+    fp8_base: bool = option(
+        "precision and scale",
+        False,
+        "Keep the weights of the frozen base in 8-bit floating point (float8_e4m3fn) and convert "
+        "each layer to the precision of --mixed_precision while it computes. Use it together with "
+        "--gradient_checkpointing: without it the converted weights are kept until the backward "
+        "pass.",
+    )
+    int8_base: bool = option(
+        "precision and scale",
+        False,
+        "Keep the linear layers of the frozen base as 8-bit integers with a scale for each row. "
+        "This needs the package torchao.",
+    )
+    blocks_to_swap: int | None = option(
+        "precision and scale",
+        None,
+        "Keep this many transformer blocks of the frozen base in the memory of the CPU and copy "
+        "each to the GPU while it computes; 0 disables it. It needs --gradient_checkpointing and "
+        "has no effect on a CPU.",
+        ge=0,
+    )
     torch_compile: bool = option("precision and scale", False, "compile the base")
     dynamo_backend: str = option("precision and scale", "inductor", "of --torch_compile")
     fsdp: bool = option(

@@ -15,13 +15,13 @@ from dmp_common.bases.timesteps import embed_timesteps
 from dmp_common.tools.heatmap import save_heatmap
 from dmp_common.tools.timefile import even_timesteps
 from training.base.frozen import FrozenBase
+from training.base.precision import DTYPES
 from training.methods.method import Method
 from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig
 from training.run.disk import explained
 from training.run.state import find_states
 
-DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STATE_COPIES = 4  # values, average, and Adam's two moments
 
 

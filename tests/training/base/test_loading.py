@@ -282,7 +282,7 @@ def spoil(path: Path, kind: str) -> Path:
         ("nothing", "found nothing at"),
         ("empty folder", "expected weights of a UNet2DConditionModel"),
         ("picture", "expected weights ending in"),
-        ("broken file", "expected a safetensors file"),
+        ("broken file", "expected a whole safetensors file"),
         ("hostile pickle", "found one that begins with"),
     ],
 )

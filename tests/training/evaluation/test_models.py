@@ -75,7 +75,7 @@ def test_another_kind_is_an_error(method: str, kind: str, message: str, go: Go) 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_model_of_another_base_is_an_error(method: str, go: Go) -> None:
-    from training.base.loading import DIGITS_BASE
+    from training.base.places import DIGITS_BASE
 
     compared = load_compared(trained(go, method))
     digits = load_frozen(resolve({"base": "digits"}))

@@ -101,12 +101,12 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in _state_dict(file.contents()).items()}
 
 
-def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
+def is_transformer(tensors: Mapping[str, object]) -> bool:
     """Whether these are the weights of a DiT or PixArt in the naming of the original code."""
     return "x_embedder.proj.weight" in tensors and "blocks.0.attn.qkv.weight" in tensors
 
 
-def is_pixart(tensors: Mapping[str, Tensor]) -> bool:
+def is_pixart(tensors: Mapping[str, object]) -> bool:
     """Whether these are the weights of PixArt rather than DiT."""
     return "t_block.1.weight" in tensors
 

@@ -26,6 +26,7 @@ class Family:
         vae: whether the family works on latents.
         encoders: text encoders by folder, with their classes in transformers. The tokenizer of
             `text_encoder_2` is `tokenizer_2`, and so on.
+        files: by such a folder, the option that names a single file of that text encoder.
         conditioning: what a sample is told besides the timestep.
         resolution: of the base in pixels, where its configuration does not tell.
         multiple: sides of images are multiples of it.
@@ -40,6 +41,7 @@ class Family:
     pipeline: str = ""
     vae: bool = True
     encoders: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     conditioning: Literal["caption", "label"] = "caption"
     resolution: int = 1024
     multiple: int = 64

@@ -19,22 +19,19 @@ _LINEAR = {
     "variance_type": "learned_range",
 }
 
-_UNET = {
-    "denoiser": "unet",
-    "model": "UNet2DConditionModel",
-    "pipeline": "StableDiffusionPipeline",
-    "encoders": {"text_encoder": "CLIPTextModel"},
-}
-SD1 = UNet(**_UNET)
+SD1 = UNet(
+    denoiser="unet",
+    model="UNet2DConditionModel",
+    pipeline="StableDiffusionPipeline",
+    encoders={"text_encoder": "CLIPTextModel"},
+    files={"text_encoder": "clip_l"},
+)
 SDXL = UNetXL(
-    **{
-        **_UNET,
-        "pipeline": "StableDiffusionXLPipeline",
-        "encoders": {
-            "text_encoder": "CLIPTextModel",
-            "text_encoder_2": "CLIPTextModelWithProjection",
-        },
-    },
+    denoiser="unet",
+    model="UNet2DConditionModel",
+    pipeline="StableDiffusionXLPipeline",
+    encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+    files={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
 )
 # Classes come from the data; with --text_conditional there is a text encoder besides.
 DIT = DiT(
@@ -59,6 +56,7 @@ PIXART = PixArt(
     denoiser="transformer",
     model="PixArtTransformer2DModel",
     encoders={"text_encoder": "T5EncoderModel"},
+    files={"text_encoder": "t5xxl"},
     multiple=32,
     guidance=4.5,
     scheduler=_LINEAR,
@@ -72,6 +70,7 @@ STABLE3 = SD3(
         "text_encoder_2": "CLIPTextModelWithProjection",
         "text_encoder_3": "T5EncoderModel",
     },
+    files={"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
     guidance=7.0,
 )
 FLUX = Flux(
@@ -79,6 +78,7 @@ FLUX = Flux(
     model="FluxTransformer2DModel",
     pipeline="FluxPipeline",
     encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+    files={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
     guidance=1.0,  # told to the model, see Previews
 )
 

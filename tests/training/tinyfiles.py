@@ -1,0 +1,243 @@
+"""Tiny bases as single files, in the namings that people have: LDM, BFL, Stability, ComfyUI."""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from diffusers.loaders import single_file_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.dmp_common.originalnames import unet_original_name
+
+# What ComfyUI and Stability put before the text encoders that a file holds.
+IN_FILE = {
+    "sd15": {"text_encoder": "cond_stage_model.transformer.text_model."},
+    "flux": {
+        "text_encoder": "text_encoders.clip_l.transformer.text_model.",
+        "text_encoder_2": "text_encoders.t5xxl.transformer.",
+    },
+}
+_VAE_NAMES = {
+    r"mid_block\.resnets\.0\.": "mid.block_1.",
+    r"mid_block\.resnets\.1\.": "mid.block_2.",
+    r"mid_block\.attentions\.0\.": "mid.attn_1.",
+    r"(down|up)_blocks\.(\d+)\.resnets\.": r"\1.\2.block.",
+    r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.": r"\1.\2.\1sample.",
+    r"conv_shortcut": "nin_shortcut",
+    r"conv_norm_out": "norm_out",
+    r"group_norm": "norm",
+    r"to_([qkv])\.": r"\1.",
+    r"to_out\.0\.": "proj_out.",
+}
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a part of a pipeline in diffusers' or transformers' naming."""
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def vae_tensors(folder: Path) -> dict[str, Tensor]:
+    """A VAE in the naming of LDM and BFL: vae-ft-mse-840000.safetensors, ae.safetensors."""
+    state = weights_of(folder / "vae")
+    levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
+    renamed = {}
+    for key, tensor in state.items():
+        name = key
+        for pattern, replacement in _VAE_NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        # Levels of the decoder count from the other end.
+        name = re.sub(r"\bup\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
+        attends = "mid.attn_1." in name and name.endswith("weight") and tensor.ndim == 2
+        renamed[name] = tensor[:, :, None, None] if attends else tensor
+    return renamed
+
+
+def text_tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    """A text encoder as in clip_l.safetensors, clip_g.safetensors or t5xxl_fp16.safetensors."""
+    state = weights_of(folder / part)
+    plain = ("text_model.", "text_projection.", "encoder.block", "encoder.final", "shared.")
+    return {
+        key if key.startswith(plain) else f"text_model.{key}": tensor
+        for key, tensor in state.items()
+    }
+
+
+def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """A denoiser in its original naming, without a prefix."""
+    if name in ("sd15", "sd21", "sdxl"):
+        state = weights_of(folder / "unet")
+        levels = len({key.split(".")[1] for key in state if key.startswith("down_blocks.")})
+        return {unet_original_name(key, levels): tensor for key, tensor in state.items()}
+    state = weights_of(folder / "transformer")
+    return (_flux if name == "flux" else _sd3)(state)
+
+
+def save_single(path: Path, folder: Path, name: str, *parts: str) -> Path:
+    """Writes one file with the denoiser and the parts that are named: "vae", "text_encoder" ..."""
+    tensors = {
+        f"model.diffusion_model.{key}": tensor
+        for key, tensor in denoiser_tensors(folder, name).items()
+    }
+    for part in parts:
+        if part == "vae":
+            prefix = "vae." if name == "flux" else "first_stage_model."
+            tensors |= {prefix + key: value for key, value in vae_tensors(folder).items()}
+            continue
+        prefix = IN_FILE[name][part]
+        tensors |= {
+            prefix + key.removeprefix("text_model."): value
+            for key, value in text_tensors(folder, part).items()
+        }
+    return save(path, tensors)
+
+
+def save(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Path:
+    """Writes tensors to a file."""
+    save_file(
+        {key: value.to(dtype or value.dtype).contiguous() for key, value in tensors.items()}, path
+    )
+    return path
+
+
+def narrow_flux(monkeypatch: pytest.MonkeyPatch, width: int = 32) -> None:
+    """diffusers' converter of Flux knows one width, 3072: here it knows the tiny model's."""
+    entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+    convert = entry["checkpoint_mapping_fn"]
+    constants = tuple(width if value == 3072 else value for value in convert.__code__.co_consts)
+    code = convert.__code__.replace(co_consts=constants)
+    narrow = types.FunctionType(code, convert.__globals__, convert.__name__)
+    monkeypatch.setitem(entry, "checkpoint_mapping_fn", narrow)
+
+
+def _joined(state: dict[str, Tensor], prefix: str, names: tuple[str, ...], kind: str) -> Tensor:
+    return torch.cat([state[f"{prefix}.{name}.{kind}"] for name in names])
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """Scale and shift change places between the codes."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def _flux(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of black-forest-labs/flux, src/flux/model.py."""
+    singles = {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+        "proj_out": "final_layer.linear",
+    }
+    found = {
+        f"{new}.{kind}": state[f"{old}.{kind}"]
+        for old, new in singles.items()
+        for kind in ("weight", "bias")
+    }
+    for kind in ("weight", "bias"):
+        modulation = _swapped(state[f"norm_out.linear.{kind}"])
+        found[f"final_layer.adaLN_modulation.1.{kind}"] = modulation
+    double = {
+        "norm1.linear": "img_mod.lin",
+        "norm1_context.linear": "txt_mod.lin",
+        "ff.net.0.proj": "img_mlp.0",
+        "ff.net.2": "img_mlp.2",
+        "ff_context.net.0.proj": "txt_mlp.0",
+        "ff_context.net.2": "txt_mlp.2",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+    }
+    image, text = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+    for n in range(_depth(state, "transformer_blocks")):
+        ours, theirs = f"transformer_blocks.{n}", f"double_blocks.{n}"
+        for kind in ("weight", "bias"):
+            for old, new in double.items():
+                found[f"{theirs}.{new}.{kind}"] = state[f"{ours}.{old}.{kind}"]
+            found[f"{theirs}.img_attn.qkv.{kind}"] = _joined(state, f"{ours}.attn", image, kind)
+            found[f"{theirs}.txt_attn.qkv.{kind}"] = _joined(state, f"{ours}.attn", text, kind)
+        for old, new in {
+            "norm_q": "img_attn.norm.query_norm",
+            "norm_k": "img_attn.norm.key_norm",
+            "norm_added_q": "txt_attn.norm.query_norm",
+            "norm_added_k": "txt_attn.norm.key_norm",
+        }.items():
+            found[f"{theirs}.{new}.scale"] = state[f"{ours}.attn.{old}.weight"]
+    for n in range(_depth(state, "single_transformer_blocks")):
+        ours, theirs = f"single_transformer_blocks.{n}", f"single_blocks.{n}"
+        for kind in ("weight", "bias"):
+            found[f"{theirs}.modulation.lin.{kind}"] = state[f"{ours}.norm.linear.{kind}"]
+            found[f"{theirs}.linear2.{kind}"] = state[f"{ours}.proj_out.{kind}"]
+            parts = [_joined(state, f"{ours}.attn", image, kind), state[f"{ours}.proj_mlp.{kind}"]]
+            found[f"{theirs}.linear1.{kind}"] = torch.cat(parts)
+        for old, new in {"norm_q": "query_norm", "norm_k": "key_norm"}.items():
+            found[f"{theirs}.norm.{new}.scale"] = state[f"{ours}.attn.{old}.weight"]
+    return found
+
+
+def _sd3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of Stability-AI/sd3-ref, mmditx.py."""
+    singles = {
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "context_embedder": "context_embedder",
+        "proj_out": "final_layer.linear",
+    }
+    found = {
+        f"{new}.{kind}": state[f"{old}.{kind}"]
+        for old, new in singles.items()
+        for kind in ("weight", "bias")
+    }
+    found["pos_embed"] = state["pos_embed.pos_embed"]
+    for kind in ("weight", "bias"):
+        modulation = _swapped(state[f"norm_out.linear.{kind}"])
+        found[f"final_layer.adaLN_modulation.1.{kind}"] = modulation
+    depth = _depth(state, "transformer_blocks")
+    image, text = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+    for n in range(depth):
+        ours, theirs = f"transformer_blocks.{n}", f"joint_blocks.{n}"
+        names = {
+            "attn.to_out.0": "x_block.attn.proj",
+            "attn.to_add_out": "context_block.attn.proj",
+            "attn2.to_out.0": "x_block.attn2.proj",
+            "norm1.linear": "x_block.adaLN_modulation.1",
+            "norm1_context.linear": "context_block.adaLN_modulation.1",
+            "ff.net.0.proj": "x_block.mlp.fc1",
+            "ff.net.2": "x_block.mlp.fc2",
+            "ff_context.net.0.proj": "context_block.mlp.fc1",
+            "ff_context.net.2": "context_block.mlp.fc2",
+        }
+        for kind in ("weight", "bias"):
+            for old, new in names.items():
+                if f"{ours}.{old}.{kind}" in state:
+                    found[f"{theirs}.{new}.{kind}"] = state[f"{ours}.{old}.{kind}"]
+            found[f"{theirs}.x_block.attn.qkv.{kind}"] = _joined(state, f"{ours}.attn", image, kind)
+            found[f"{theirs}.context_block.attn.qkv.{kind}"] = _joined(
+                state, f"{ours}.attn", text, kind
+            )
+            if f"{ours}.attn2.to_q.{kind}" in state:
+                found[f"{theirs}.x_block.attn2.qkv.{kind}"] = _joined(
+                    state, f"{ours}.attn2", image, kind
+                )
+            if n == depth - 1:  # the last block of the text scales and shifts only
+                last = f"{theirs}.context_block.adaLN_modulation.1.{kind}"
+                found[last] = _swapped(found[last])
+    return found
+
+
+def _depth(state: dict[str, Tensor], blocks: str) -> int:
+    return len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same weights."""
+    state, wanted = model.state_dict(), other.state_dict()
+    return state.keys() == wanted.keys() and all(torch.equal(state[k], wanted[k]) for k in wanted)

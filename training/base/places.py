@@ -1,0 +1,110 @@
+"""Where the weights of a base are, and what to say when nothing can be loaded from there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
+from dmp_common import Base, PatchError
+from dmp_common.tools.hub import is_repository
+from training.options.config import TrainConfig
+
+DIGITS_BASE = Path(__file__).resolve().parent / "digits"
+ORIGINAL = (".pt", ".pth")
+_SINGLE = (".safetensors", ".sft", ".ckpt")
+# Without a connection the hub's client raises errors of its HTTP library, which differs between
+# versions; its own error is derived from them.
+_LOADER_ERRORS: tuple[type[Exception], ...] = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError,
+    json.JSONDecodeError, *HfHubHTTPError.__bases__,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are.
+
+    Args:
+        place: path or hub id.
+        kind: a diffusers pipeline, the folder of a denoiser alone, a single file that diffusers
+            reads, or a checkpoint of the original DiT or PixArt.
+    """
+
+    place: str
+    kind: Literal["pipeline", "denoiser", "single", "original"]
+
+
+def find_source(config: TrainConfig, base: Base | None) -> Source:
+    """Returns where the weights of the base are.
+
+    Raises:
+        PatchError: nothing is there, or nothing is named for a base without usual weights.
+    """
+    usual = base.hub_id if base is not None else None
+    if base is not None and base.name == "digits":
+        usual = str(DIGITS_BASE)
+    place = config.pretrained_model_name_or_path or usual
+    if place is None:
+        raise PatchError(
+            f"expected --pretrained_model_name_or_path, because base "
+            f"{base.name if base else 'auto'} has no usual weights, found none: name a file, a "
+            "diffusers folder or a hub id."
+        )
+    path = Path(place).expanduser()
+    if path.is_dir():
+        alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
+        return Source(str(path), "denoiser" if alone else "pipeline")
+    if path.is_file():
+        if path.suffix in ORIGINAL:
+            return Source(str(path), "original")
+        if path.suffix in _SINGLE:
+            return Source(str(path), "single")
+        raise PatchError(
+            f"expected weights ending in {', '.join((*_SINGLE, *ORIGINAL))}, found {path}: name "
+            "such a file, a diffusers folder or a hub id."
+        )
+    if is_repository(place) and not place.startswith("."):
+        return Source(place, "pipeline")
+    raise PatchError(
+        f"expected a file, a diffusers folder or a hub id, found nothing at {place}: check "
+        "--pretrained_model_name_or_path."
+    )
+
+
+@contextlib.contextmanager
+def explained(expected: str, place: str, options: str) -> Iterator[None]:
+    """Turns what the loaders of diffusers and transformers raise into one `PatchError`.
+
+    Args:
+        expected: what should be loaded.
+        place: the path or hub id it should come from.
+        options: the options that can name another place.
+
+    Raises:
+        PatchError: something did not load; the message says what to do, also without a connection.
+    """
+    try:
+        yield
+    except PatchError:
+        raise
+    except _LOADER_ERRORS as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if is_repository(place) and not Path(place).exists():
+            raise PatchError(
+                f"expected {expected} in the hub repository {place}, found something that does not "
+                f"load ({found}): connect once (the files are kept for later runs), log in with "
+                "`hf auth login` where the repository asks for it, or download it on another "
+                f"machine with `hf download {place} --local-dir FOLDER` and name the folder with "
+                f"{options}."
+            ) from error
+        raise PatchError(
+            f"expected {expected} at {place}, found something that does not load ({found}): check "
+            f"{options}."
+        ) from error

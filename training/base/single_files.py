@@ -1,0 +1,175 @@
+"""Single files of weights: which parts of a pipeline one holds, and how each is read."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from safetensors.torch import load_file, save_file
+
+from dmp_common import PatchError
+from dmp_common.tools.modelfiles import tensor_shapes
+from training.base.families import checkpoint
+from training.base.families.dit import set_frequency_shift
+from training.base.places import ORIGINAL
+
+# What comes before the names of the tensors of a part, by the option that replaces the part:
+# in files of Stable Diffusion 1 and 2, of SDXL, and of SD3 and ComfyUI.
+_PREFIXES = {
+    "vae": ("first_stage_model.", "vae."),
+    "clip_l": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
+    "clip_g": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+    "t5xxl": ("text_encoders.t5xxl.",),
+}
+_UNET_INPUT, _UNET_PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
+
+
+class SingleFile:
+    """A file with a denoiser, and maybe the parts around it. Use it as a context manager.
+
+    Args:
+        path: a `.safetensors` or `.sft` file, or one written by torch.save; nothing in it is run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> SingleFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of its tensors."""
+        pickled = self.path.suffix in (*ORIGINAL, ".ckpt")
+        return checkpoint.read_shapes(self.path) if pickled else tensor_shapes(self.path)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it is a DiT or PixArt in the naming of the original code."""
+        return checkpoint.is_transformer(self.shapes)
+
+    def has(self, part: str) -> bool:
+        """Whether it holds a part, which is named as the option that replaces it."""
+        return any(name.startswith(_PREFIXES[part]) for name in self.shapes)
+
+    @cached_property
+    def usual_config(self) -> str | None:
+        """The repository whose configuration fits such a file, None where diffusers knows none.
+
+        It tells FLUX.1-schnell from FLUX.1-dev, for example.
+        """
+        blank = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        found, default = (fetch_diffusers_config(given) for given in (blank, {}))
+        place = str(found["pretrained_model_name_or_path"])
+        return None if place == default["pretrained_model_name_or_path"] else place
+
+    @cached_property
+    def readable(self) -> str:
+        """The path of a file that diffusers reads: a pickled one is rewritten as safetensors."""
+        if self.path.suffix != ".ckpt":
+            return str(self.path)
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
+        copy = Path(folder) / f"{self.path.stem}.safetensors"
+        tensors = checkpoint.read_tensors(self.path)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, copy)
+        return str(copy)
+
+    def model(self, cls: Any, config: str, folder: str, dtype: torch.dtype) -> Any:
+        """One model of the file.
+
+        Args:
+            cls: its class in diffusers.
+            config: a diffusers folder or hub id with its configuration.
+            folder: of the configuration there.
+            dtype: of the weights.
+
+        Raises:
+            PatchError: some of its tensors are not in the file.
+        """
+        given: Any = self.readable
+        if folder == "unet" and _UNET_INPUT in self.shapes:
+            # diffusers knows the original UNet with this prefix only.
+            given = {_UNET_PREFIX + name: value for name, value in load_file(given).items()}
+        model = cls.from_single_file(given, config=config, subfolder=folder, torch_dtype=dtype)
+        # diffusers leaves weights that the file lacks without values.
+        missing = [name for name, value in model.named_parameters() if value.is_meta]
+        if missing:
+            raise PatchError(
+                f"{self.path}: expected the weights of a {cls.__name__}, found none for "
+                f"{len(missing)} of its tensors ({', '.join(missing[:3])}): choose another file."
+            )
+        return model
+
+    def text_prefix(self, part: str) -> str | None:
+        """What comes before the names of a text encoder, where they are those of transformers.
+
+        They are not for the OpenCLIP of Stable Diffusion 2 and SDXL, which `encoders` loads.
+        """
+        for prefix in _PREFIXES[part]:
+            if any(name.startswith(f"{prefix}transformer.") for name in self.shapes):
+                return f"{prefix}transformer."
+        return None
+
+    def encoders(
+        self, pipeline: Any, names: list[str], config: str, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Text encoders of the file with their tokenizers, by folder; the rest is not loaded."""
+        wanted = {*names, *(name.replace("text_encoder", "tokenizer") for name in names)}
+        parameters = inspect.signature(pipeline).parameters.values()
+        parts = {p.name for p in parameters if p.default in (inspect.Parameter.empty, None)}
+        without = dict.fromkeys(parts - wanted)
+        loaded = pipeline.from_single_file(
+            self.readable, config=config, torch_dtype=dtype, **without
+        )
+        return {name: getattr(loaded, name) for name in sorted(wanted)}
+
+    def original_config(self) -> dict[str, Any]:
+        """The configuration of an original DiT or PixArt, from the shapes of its tensors."""
+        self._require_original()
+        return checkpoint.infer_config(
+            {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        )
+
+    def original(self, cls: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
+        """A DiT or PixArt from the checkpoint of the original code.
+
+        Args:
+            cls: its class in diffusers.
+            config: its configuration there.
+        """
+        self._require_original()
+        pickled = self.path.suffix in (*ORIGINAL, ".ckpt")
+        tensors = checkpoint.read_tensors(self.path) if pickled else load_file(self.path)
+        model = cls.from_config(config)
+        model.load_state_dict(checkpoint.rename(tensors))
+        if not checkpoint.is_pixart(tensors):
+            set_frequency_shift(model, 0.0)  # diffusers' DiT has 1, the original 0
+        return model.to(dtype)
+
+    def _require_original(self) -> None:
+        if not self.is_original:
+            raise PatchError(
+                f"{self.path}: expected the weights of an original DiT or PixArt, found "
+                f"{', '.join(list(self.shapes)[:3])}: choose such a checkpoint."
+            )
+
+
+def vae_of_file(path: Path, config: str, dtype: torch.dtype) -> Any:
+    """A VAE from a file of its own, in the original naming or in that of diffusers.
+
+    Args:
+        config: a diffusers folder or hub id with its configuration, in the folder `vae`.
+    """
+    with SingleFile(path) as file:
+        return file.model(diffusers.AutoencoderKL, config, "vae", dtype)
