@@ -14,8 +14,8 @@ from dmp_common import PatchError
 
 MIB = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# torch and safetensors hide the error number in their text.
-_TEXTS = ("no space left", "disk quota", "failed writing file", "file too large", "os error 28")
+# torch (inline_container is its writer) and safetensors hide the error number in their text.
+_TEXTS = ("no space left", "disk quota", "file too large", "inline_container")
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def explained(folder: Path, needed: int, what: str) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise PatchError(
-            f"expected {_mib(needed)} free in {folder} for {what}, found {_mib(free)}: the disk "
+            f"expected {mib(needed)} free in {folder} for {what}, found {mib(free)}: the disk "
             "is full. What was saved before is whole. Make room, then go on with --resume latest "
             "(with --save_state), or save less often (--save_last_n_steps)."
         ) from error
@@ -49,5 +49,6 @@ def _is_full(error: Exception) -> bool:
     return any(text in str(error).lower() for text in _TEXTS)
 
 
-def _mib(count: int) -> str:
+def mib(count: int) -> str:
+    """Bytes in MiB, for a message."""
     return f"{count / MIB:,.1f} MiB"

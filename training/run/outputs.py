@@ -19,7 +19,7 @@ from training.base.precision import DTYPES
 from training.methods.method import Method
 from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig
-from training.run.disk import explained
+from training.run.disk import explained, mib
 from training.run.state import find_states
 
 _STATE_COPIES = 4  # values, average, and Adam's two moments
@@ -140,7 +140,7 @@ def require_room(config: TrainConfig, values: int, total_steps: int) -> None:
     needed = 4 * values * (files + states * _STATE_COPIES)
     if free < needed:
         raise PatchError(
-            f"expected {needed / 2**30:.1f} GiB free in {folder} for {files} files and {states} "
-            f"states, found {free / 2**30:.1f}: make room, change --output_dir, or save less often "
+            f"expected {mib(needed)} free in {folder} for {files} files and {states} state{'s' * (states != 1)}, found "
+            f"{mib(free)}: make room, change --output_dir, or save less often "
             "(--save_every_n_steps, --save_last_n_steps)."
         )

@@ -265,7 +265,7 @@ def test_validation_by_epochs(go: Go) -> None:
 def test_full_disk_is_found_before_training(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("training.run.outputs.shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(PatchError, match=r"GiB free in .* make room"):
+    with pytest.raises(PatchError, match=r"MiB free in .* make room"):
         start()
 
 
