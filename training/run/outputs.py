@@ -140,7 +140,7 @@ def require_room(config: TrainConfig, values: int, total_steps: int) -> None:
     needed = 4 * values * (files + states * _STATE_COPIES)
     if free < needed:
         raise PatchError(
-            f"expected {mib(needed)} free in {folder} for {files} files and {states} state{'s' * (states != 1)}, found "
-            f"{mib(free)}: make room, change --output_dir, or save less often "
-            "(--save_every_n_steps, --save_last_n_steps)."
+            f"expected {mib(needed)} free in {folder} for {files} files and {states} "
+            f"state{'s' * (states != 1)}, found {mib(free)}: make room, change --output_dir, or "
+            "save less often (--save_every_n_steps, --save_last_n_steps)."
         )

@@ -1,4 +1,4 @@
-"""A full disk is told in one sentence, whichever library finds it; other errors stay what they are."""
+"""A full disk is told in one sentence, whichever library finds it; other errors stay."""
 
 from __future__ import annotations
 
