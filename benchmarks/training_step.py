@@ -51,7 +51,7 @@ class TrainerStep:
     ) -> None:
         weight = next(model.parameters())
         on_cpu, precision = weight.device.type == "cpu", PRECISIONS[weight.dtype]
-        usual = {"dataset_name": "none", "cpu": on_cpu, "max_train_steps": 10**6}
+        usual = {"recipe": "none", "dataset_name": "none", "cpu": on_cpu, "max_train_steps": 10**6}
         config = resolve({**usual, "base": base, "mixed_precision": precision, **options})
         spec, nothing = get_base(base), cast("Any", None)  # neither encoders nor data
         frozen = FrozenBase(model, diffusers.DDPMScheduler(), spec, "diffusers", family_of(spec))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.options.command_line import Resolved
 
 # Run as a script, Python puts this folder on the path, where `config` or `data` would hide other
 # packages of these names; what we need there is the repository.
@@ -14,11 +18,12 @@ sys.path.insert(0, str(_HERE.parent))
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    from dmp_common.errors import PatchError
     from training.options.command_line import parse_arguments  # --help must not wait for torch
+    from training.options.problems import ConfigError, numbered
 
-    config = parse_arguments(arguments)
     try:
-        from dmp_common import PatchError
+        config = parse_arguments(arguments, _check)
         from training.run.trainer import run
     except ImportError as error:
         print(
@@ -26,12 +31,22 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except ConfigError as error:
+        print(f"error: {numbered(error.problems)}", file=sys.stderr)
+        return 1
     try:
         run(config)
     except PatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check(found: Resolved) -> None:
+    """Adds what the options cannot know by themselves; imported late, for the same reason."""
+    from training.run.checking import check_run
+
+    check_run(found)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def start(digits_base: Path, tmp_path: Path) -> Start:
     def start(**options: object) -> tuple[Run, TrainingEvents]:
         defaults = {
             "base": "tiny-digits",
+            "recipe": "none",
             "pretrained_model_name_or_path": str(digits_base),
             "dataset_name": "digits",
             "max_train_steps": 4,
@@ -151,6 +152,7 @@ def train(folders: Folders, tmp_path: Path) -> Train:
         chosen = ("classes" if name == "dit" else "pictures") if data is None else data
         arguments = {
             "--base": FAMILIES[name].base.name,
+            "--recipe": "none",
             "--pretrained_model_name_or_path": str(folders(name)),
             "--resolution": "16",
             "--max_train_steps": "3",

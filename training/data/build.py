@@ -18,11 +18,11 @@ from training.data.sources.digits import DIGITS, find_digits
 from training.data.sources.folders import find_folder, require_captions
 from training.data.sources.huggingface import find_huggingface
 from training.data.stream.streaming import open_stream
+from training.options.data_options import SOURCES
 
 __all__ = ["Batch", "Data", "DataKind", "DataSummary", "Encoders", "Position", "open_data"]
 
 Split = Literal["train", "validation", "test"]
-SOURCES = ("train_data_dir", "dataset_config", "webdataset", "dataset_name")
 
 
 def open_data(

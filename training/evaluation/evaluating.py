@@ -16,7 +16,7 @@ from training.evaluation.report import Report, write_json, write_report
 from training.evaluation.settings import EvaluationOptions
 from training.options.command_line import with_base
 from training.options.config import TrainConfig
-from training.options.presets import SOURCES
+from training.options.data_options import SOURCES
 
 
 def evaluate(options: EvaluationOptions, config: TrainConfig) -> Path:

@@ -6,20 +6,20 @@ Nothing here imports torch: `--help` must not wait for it.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
-from training.options.command_line import (
-    ConfigError,
-    add_options,
-    explain_unknown,
-    resolve,
-    sections,
-)
+from training.options.command_line import read_options
 from training.options.config import TrainConfig
-from training.options.declaring import option
+from training.options.declaring import Options, option
+from training.options.helping import add_options, sections
+from training.options.problems import ConfigError, numbered
+from training.options.sentences import sentence_of
+from training.options.taking import explain
+from training.options.words import read_words
 
 _SECTIONS = ("model", "data", "image size", "captions", "loading")
 _OTHERS = ("mixed_precision", "cpu", "v_parameterization", "zero_terminal_snr", "config_file")
@@ -33,7 +33,7 @@ _LEFT_OUT = {
 METRIC_NAMES = ("fid", "sfid", "kid", "precision", "recall", "clip_score")
 
 
-class EvaluationOptions(BaseModel):
+class EvaluationOptions(Options):
     """What is measured, and how."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -121,35 +121,41 @@ class EvaluationOptions(BaseModel):
 def parse_evaluation(
     arguments: Sequence[str] | None = None,
 ) -> tuple[EvaluationOptions, TrainConfig]:
-    """The options of the evaluation, and those it shares with the trainer; exits with a message
+    """The options of the evaluation, and those it shares with the trainer; exits with a report
     where they are wrong."""
-    parser = _parser()
-    found, unknown = parser.parse_known_args(arguments)
-    given = vars(found)
-    try:
-        if unknown:
-            raise ConfigError(
-                explain_unknown(unknown, [*EvaluationOptions.model_fields, *_shared()])
-            )
-        own = {name: given.pop(name) for name in EvaluationOptions.model_fields if name in given}
-        config = resolve(given)
-        options = _options(own, config)
-        if not options.model:
-            raise ConfigError("expected --model LABEL=KIND:PATH, found none: name what to evaluate")
-        _ = options.wanted  # an unknown name is found here
-    except ConfigError as error:
-        parser.error(str(error))
-    return options, config
+    shared = {name: TrainConfig.model_fields[name] for name in _shared()}
+    known = {**EvaluationOptions.model_fields, **shared}
+    words = read_words(sys.argv[1:] if arguments is None else arguments, known)
+    if words.help is not None:
+        _parser().print_help()
+        raise SystemExit(0)
+    problems = [*words.problems, *(explain(n, known) for n in words.values if n not in known)]
+    found = read_options({n: v for n, v in words.values.items() if n in shared})
+    problems += found.problems
+    own = {n: v for n, v in words.values.items() if n in EvaluationOptions.model_fields}
+    options = _options(own, found.config, problems)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if problems:
+        print(f"error: {numbered(problems)}", file=sys.stderr)
+        raise SystemExit(2)
+    return options, found.config
 
 
-def _options(given: dict[str, Any], config: TrainConfig) -> EvaluationOptions:
+def _options(given: dict[str, Any], config: TrainConfig, problems: list[str]) -> EvaluationOptions:
+    """The evaluation's own options; what is wrong with them joins the problems."""
     try:
         options = EvaluationOptions(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"--{first['loc'][0]}: {first['msg']}, found {first['input']!r}"
-        ) from error
+        wrong = {str(entry["loc"][0]) for entry in error.errors()}
+        problems += [sentence_of(name, error) for name in sorted(wrong)]
+        options = EvaluationOptions(**{n: v for n, v in given.items() if n not in wrong})
+    if not options.model:
+        problems.append("expected --model LABEL=KIND:PATH, found none: name what to evaluate.")
+    try:
+        _ = options.wanted  # an unknown name is found here
+    except ConfigError as error:
+        problems += error.problems
     changes: dict[str, Any] = {"out": options.out.replace("{base}", config.base.replace("/", "-"))}
     if options.split is None:
         changes["split"] = "validation" if config.validation_split else "test"
@@ -170,7 +176,6 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s --base NAME --model LABEL=KIND:PATH [options]",
         description="Compares trained models with their base and with each other. "
         "docs/EVALUATION.md is the guide.",
-        allow_abbrev=False,
     )
     add_options(parser, EvaluationOptions, list(EvaluationOptions.model_fields))
     add_options(parser, TrainConfig, _shared())

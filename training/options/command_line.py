@@ -1,44 +1,107 @@
 """From a command line to a configuration.
 
 A value comes from the command line, else from the TOML file (--config_file), else from the recipe,
-else from the preset of the base, else from the default.
+else from the preset of the base, else from the default. Everything that is wrong is told at once.
+
+The parts: `words.py` reads words, `kohya.py` and `taking.py` know names that are not ours,
+`agreement.py` knows what does not go together, `presets.py` what suits a base.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
-from training.options.config import SECRETS, TrainConfig
-from training.options.presets import ELSEWHERE, PRESETS, RECIPES, SOURCES, VARIANTS
+from training.options.agreement import disagreements
+from training.options.config import RUN_ONLY, TrainConfig
+from training.options.data_options import SOURCES
+from training.options.helping import add_options, sections
+from training.options.kohya import is_off
+from training.options.model_options import BASES
+from training.options.presets import RECIPES, suggestions
+from training.options.problems import ConfigError, numbered
+from training.options.sentences import sentence_of
+from training.options.taking import take, translated
+from training.options.words import read_words
+
+_EXAMPLES = (
+    "Three commands that run, with your paths:\n"
+    "  python training/train_dmp.py --base digits\n"
+    "  python training/train_dmp.py --base sd15 --train_data_dir photos\n"
+    "  python training/train_dmp.py --pretrained_model_name_or_path model.safetensors "
+    "--train_data_dir photos"
+)
 
 
-class ConfigError(Exception):
-    """What is wrong with a configuration, in one sentence."""
+@dataclass
+class Resolved:
+    """A configuration, and what there is to say about it.
+
+    Args:
+        config: of all options that are right.
+        problems: sentences about the others; none if the configuration is usable.
+        warnings: sentences about what is taken differently from what was written.
+    """
+
+    config: TrainConfig
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration a command line asks for; exits with a message where it is wrong."""
-    parser = _parser()
-    found, unknown = parser.parse_known_args(arguments)
-    try:
-        if unknown:
-            raise ConfigError(explain_unknown(unknown))
-        config = resolve(vars(found))
-        if config.output_config is not None:
-            _write(config)
-    except ConfigError as error:
-        parser.error(str(error))
-    if config.output_config is not None:
-        parser.exit(0)
-    return config
+def parse_arguments(
+    arguments: Sequence[str] | None = None, check: Callable[[Resolved], None] | None = None
+) -> TrainConfig:
+    """The configuration that a command line asks for; exits with a report where it is wrong.
+
+    Args:
+        arguments: words of the command line; those of this process if None.
+        check: looks at what only other parts of the trainer know, and adds its own problems,
+            warnings and changes.
+
+    Raises:
+        ConfigError: problems that only `check` found.
+    """
+    words = read_words(sys.argv[1:] if arguments is None else arguments, TrainConfig.model_fields)
+    if words.help is not None:
+        _parser(words.help).print_help()
+        raise SystemExit(0)
+    found = read_options(words.values, _EXAMPLES)
+    found.problems = [*words.problems, *found.problems]
+    written = found.config.output_config
+    _be_strict(found)
+    if written is not None and not found.problems:
+        found.problems += _write(found.config, written)
+    wrong = bool(found.problems)  # the command line itself
+    if check is not None and written is None:
+        check(found)
+        _be_strict(found)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all processes of a machine
+        for warning in found.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if wrong:
+            print(f"error: {numbered(found.problems)}", file=sys.stderr)
+    if wrong:
+        raise SystemExit(2)
+    if written is not None:
+        raise SystemExit(0)
+    if found.problems:
+        raise ConfigError(*found.problems)
+    return found.config
+
+
+def _be_strict(found: Resolved) -> None:
+    """With --strict, warnings are problems."""
+    if found.config.strict:
+        found.problems += found.warnings
+        found.warnings = []
 
 
 def resolve(given: dict[str, Any]) -> TrainConfig:
@@ -47,187 +110,181 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: an unknown name, a value that is none, or options that exclude each other.
     """
-    file = given.get("config_file")
-    chosen = {**(read_toml(Path(file)) if file else {}), **given}
-    return _validated(chosen, str(chosen.get("base", TrainConfig.model_fields["base"].default)))
+    found = read_options(given)
+    if found.problems:
+        raise ConfigError(*found.problems)
+    return found.config
+
+
+def read_options(given: dict[str, Any], examples: str = "") -> Resolved:
+    """The configuration of options given by name, and all that is wrong with them.
+
+    Args:
+        given: values by name.
+        examples: what to show somebody who names neither a base nor data.
+    """
+    problems: list[str] = []
+    warnings: list[str] = []
+    chosen: dict[str, Any] = {}
+    if not is_off(given.get("config_file")):
+        try:
+            chosen |= translated(read_toml(Path(str(given["config_file"]))), problems)
+        except ConfigError as error:
+            problems += error.problems
+    chosen |= translated(given, problems)
+    chosen = take(chosen, problems, warnings)
+    if is_off(chosen.get("base")):
+        chosen.pop("base", None)
+        if is_off(chosen.get("pretrained_model_name_or_path")):
+            problems.append(_no_base(chosen, examples))
+    config = _validated(chosen, problems, warnings)
+    problems += disagreements(config)
+    return Resolved(config, problems, warnings)
+
+
+def _no_base(chosen: dict[str, Any], examples: str) -> str:
+    remedy = "or weights with --pretrained_model_name_or_path, which are then recognised"
+    text = f"expected --base with the model to patch, found none: give one of {BASES}, {remedy}."
+    return text if any(map(chosen.get, SOURCES)) else f"{text} {examples}".rstrip()
 
 
 def with_base(config: TrainConfig, base: str) -> TrainConfig:
-    """The same wishes for another base, with that base's preset (for --base auto)."""
+    """The same wishes for another base, with that base's preset (for --base auto).
+
+    Raises:
+        ConfigError: options that do not go together for this base.
+    """
     chosen = {name: getattr(config, name) for name in config.model_fields_set}
-    for name, text in (("output_dir", config.base), ("output_name", config.base)):
-        if name in chosen:
-            chosen[name] = chosen[name].replace(text, base.replace("/", "-"))
-    return _validated({**chosen, "base": base}, base)
+    problems: list[str] = []
+    found = _validated({**chosen, "base": base}, problems, [])
+    problems += disagreements(found)
+    if problems:
+        raise ConfigError(*problems)
+    return found
 
 
-def _validated(chosen: dict[str, Any], base: str) -> TrainConfig:
-    preset = dict(PRESETS.get(base, {}))
-    if any(chosen.get(name) for name in SOURCES):
-        preset.pop("dataset_name", None)  # other data were asked for
-    if chosen.get("method", "dmp") == "dmp":
-        preset |= VARIANTS.get(base, {})
-    recipe = RECIPES.get(str(chosen.get("recipe", "none")), {})
-    try:
-        return TrainConfig(**{**preset, **recipe, **chosen})
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
-        name = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(_explain_name(name)) from error
-        raise ConfigError(f"--{name}: {first['msg']}, found {first['input']!r:.200}") from error
+def _validated(chosen: dict[str, Any], problems: list[str], warnings: list[str]) -> TrainConfig:
+    """The configuration of the values that are right; the others become problems.
+
+    A value that is off (false, empty, 0) where the option knows no such value means that the
+    option is not given, as in the files that kohya's user interface writes.
+    """
+    chosen, unset = dict(chosen), []
+    for name, value in chosen.items():
+        if value == "" and _is_optional(name):
+            chosen[name] = None
+            unset.append(name)
+    while True:
+        chosen = {n: v for n, v in chosen.items() if not (n == "recipe" and v is None)}
+        try:
+            config = TrainConfig(**{**suggestions(chosen), **chosen})
+            break
+        except ValidationError as error:
+            for name in dict.fromkeys(str(entry["loc"][0]) for entry in error.errors()):
+                value = chosen.pop(name)
+                if not is_off(value):
+                    problems.append(sentence_of(name, error))
+                elif _is_optional(name):
+                    chosen[name] = None
+                else:
+                    unset.append(name)
+    if unset:
+        names = ", ".join(f"--{name}" for name in unset)
+        warnings.append(f"empty values and 0 count as not given: {names}.")
+    # pydantic also counts what presets and recipes set; `with_base` must not take it for wishes.
+    config.model_fields_set.intersection_update(chosen)
+    return config
+
+
+def _is_optional(name: str) -> bool:
+    return type(None) in get_args(TrainConfig.model_fields[name].annotation)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Options of a TOML file. Tables only group them, as in kohya's files: names are unique.
 
     Raises:
-        ConfigError: no such file, bad TOML, an unknown name, or one given twice.
+        ConfigError: no such file, bad TOML, or a name that is given twice.
     """
     # Here, because `--help` does without torch.
     from dmp_common.errors import PatchError, printable
-    from dmp_common.patch.serialize import opened
-    from training.options.toml_files import parse_toml
+    from training.options.toml_files import read_toml_file
 
     path = path if path.suffix == ".toml" else path.with_name(f"{path.name}.toml")
     try:
-        with opened(path, "a TOML file") as (file, _):
-            contents = parse_toml(file.read(), path)
+        contents = read_toml_file(path)
     except PatchError as error:
         raise ConfigError(f"--config_file: {error}") from error
     flat: dict[str, Any] = {}
+    twice = []
     for name, value in contents.items():
         for key, entry in value.items() if isinstance(value, dict) else ((name, value),):
             if key in flat:
-                raise ConfigError(f"{path}: {printable(key)} is given twice: give it once")
-            if key not in TrainConfig.model_fields:
-                raise ConfigError(f"{path}: {_explain_name(key)}")
+                twice.append(f"{path}: {printable(key)} is given twice: give it once.")
             flat[key] = entry
+    if twice:
+        raise ConfigError(*twice)
     return flat
 
 
 def as_toml(config: TrainConfig) -> str:
-    """Every option of a configuration as TOML, by section; those without value as comments."""
+    """The options of a run as TOML, by section; those without value as comments."""
     lines: list[str] = []
     for section, names in sections(TrainConfig).items():
-        lines += ["", f"[{section.replace(' ', '_')}]"]
-        for name in names:
+        kept = [name for name in names if name not in RUN_ONLY]
+        lines += ["", f"[{section.replace(' ', '_')}]"] if kept else []
+        for name in kept:
             value = getattr(config, name)
-            if name in SECRETS or name in ("config_file", "output_config"):
-                continue
             # JSON's text, numbers and lists are TOML's too.
             written = json.dumps(value, ensure_ascii=False)
             lines.append(f"# {name} =" if value is None else f"{name} = {written}")
     return "\n".join(lines[1:]) + "\n"
 
 
-def _write(config: TrainConfig) -> None:
+def _write(config: TrainConfig, place: str) -> list[str]:
+    """Writes the options where they are wanted; returns what went wrong."""
     text = as_toml(config)
-    if config.output_config == "-":
+    if place == "-":
         print(text, end="")
-        return
-    path = Path(str(config.output_config))
+        return []
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with Path(place).open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(
-            f"--output_config: {path} exists already: name another file, or take it away"
-        ) from None
+        return [f"--output_config: {place} exists already: name another file, or take it away."]
     except OSError as error:
-        raise ConfigError(f"--output_config: {path}: {error.strerror}") from error
+        return [
+            f"--output_config: {place} cannot be written ({error.strerror}): name another file."
+        ]
+    return []
 
 
-def explain_unknown(unknown: Sequence[str], known: Iterable[str] = TrainConfig.model_fields) -> str:
-    """What to say of options that a parser does not know."""
-    for entry in unknown:
-        if entry.startswith("--"):
-            return _explain_name(entry.split("=")[0].strip("-"), known)
-    return f"expected options that begin with --, found {unknown[0]!r}"
-
-
-def _explain_name(name: str, known: Iterable[str] = TrainConfig.model_fields) -> str:
-    if name in ELSEWHERE:
-        return f"--{name} has no use here: {ELSEWHERE[name]}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown option --{name}" + (f", did you mean --{near[0]}?" if near else ", see --help")
-
-
-def sections(options: type[BaseModel]) -> dict[str, list[str]]:
-    """The names of options by their heading in --help."""
-    found: dict[str, list[str]] = {}
-    for name, info in options.model_fields.items():
-        section = str(info.json_schema_extra["section"])  # type: ignore[index, call-overload]
-        found.setdefault(section, []).append(name)
-    return found
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(extent: str) -> argparse.ArgumentParser:
+    """The parser that lays out the help: the usual options ("short"), or all of them."""
+    short = extent == "short"
+    count = len(TrainConfig.model_fields)
     parser = argparse.ArgumentParser(
         prog="train_dmp.py",
-        usage="%(prog)s --base NAME [options]",
-        description="Trains a DMP patch for a frozen diffusion model. "
-        "docs/TRAINING.md is the guide.",
+        usage="%(prog)s --base NAME --train_data_dir FOLDER [options]",
+        description="Trains a DMP patch for a frozen diffusion model. docs/TRAINING.md is the "
+        "guide, and docs/example-config.toml a configuration with comments."
+        + (f" These are the options that most people need; --help all shows all {count}." * short),
         epilog="Examples: train_dmp.py --base digits | train_dmp.py --base sd15 --train_data_dir "
         "images --dry_run | accelerate launch train_dmp.py --config_file run.toml",
-        allow_abbrev=False,
+        add_help=False,
     )
-    add_options(parser, TrainConfig, list(TrainConfig.model_fields))
+    parser.add_argument("--help", metavar="all", help="Show this help, or all options.")
+    add_options(parser, TrainConfig, TrainConfig.model_fields, short, RECIPES["paper"])
     return parser
-
-
-def add_options(
-    parser: argparse.ArgumentParser, options: type[BaseModel], names: Sequence[str]
-) -> None:
-    """Adds options by name to a parser, under their headings."""
-    for section, members in sections(options).items():
-        chosen = [name for name in members if name in names]
-        if chosen:
-            group = parser.add_argument_group(section)
-            for name in chosen:
-                _add_option(group, name, options.model_fields[name])
-
-
-def _add_option(group: Any, name: str, info: FieldInfo) -> None:
-    kinds = get_args(info.annotation) or (info.annotation,)
-    default = "" if info.default is None or info.default == [] else f" (default: {info.default})"
-    options: dict[str, Any] = {"help": f"{info.description}{default}"}
-    if info.annotation is bool:
-        # Also --no-name, so that a command line can switch off what a TOML file switches on.
-        switch = argparse.BooleanOptionalAction
-        options["action"] = "store_true" if name.startswith("no_") else switch
-        options["help"] = f"{info.description}{' (default: on)' if info.default else ''}"
-    elif name == "model":
-        options |= {"action": "append", "metavar": "LABEL=KIND:PATH"}
-    elif get_origin(info.annotation) is list:
-        options |= {"nargs": "*", "metavar": "NAME=VALUE"}
-    else:
-        choices = [c for kind in kinds for c in (get_args(kind) or (kind,)) if _is_choice(c)]
-        if choices:
-            options |= {"choices": choices, "type": type(choices[0])}
-        else:
-            named = next(kind for kind in kinds if isinstance(kind, type))
-            options["metavar"] = named.__name__.upper()
-        if name == "output_config":
-            options |= {"nargs": "?", "const": "-"}
-    # Absent options stay absent, so that a preset is not overruled by a default.
-    group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
-
-
-def _is_choice(value: object) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, (type, bool))
 
 
 __all__ = [
     "ConfigError",
-    "add_options",
+    "Resolved",
     "as_toml",
-    "explain_unknown",
     "parse_arguments",
+    "read_options",
     "read_toml",
     "resolve",
-    "sections",
     "with_base",
 ]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict
 
 from training.options.data_options import DataOptions
 from training.options.model_options import ModelOptions, ObjectiveOptions, PatchOptions
 from training.options.run_options import OptimisationOptions, OutputOptions, ScaleOptions
 
 SECRETS = ("huggingface_token",)  # never written anywhere
-_RUN_ONLY = (*SECRETS, "config_file", "output_config", "dry_run", "resume", "overwrite")
+# Wishes about one call of the command, not about the run.
+RUN_ONLY = (*SECRETS, "config_file", "output_config", "dry_run", "resume", "overwrite", "strict")
 
 
 class TrainConfig(
@@ -26,7 +27,10 @@ class TrainConfig(
     PatchOptions,
     ModelOptions,
 ):
-    """Everything one run depends on. (pydantic lists the fields of the last base first.)"""
+    """Everything one run depends on. (pydantic lists the fields of the last base first.)
+
+    Each field is checked by itself here; `agreement.py` checks them together.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,45 +62,16 @@ class TrainConfig(
 
     def recorded(self) -> dict[str, Any]:
         """The options that describe a run, for files: without secrets and one-off wishes."""
-        return self.model_dump(mode="json", exclude=set(_RUN_ONLY))
-
-    @model_validator(mode="after")
-    def _agree(self) -> TrainConfig:
-        for wrong, message in (
-            (
-                self.dmp_depth is not None and self.dmp_sites is not None,
-                "dmp_depth and dmp_sites both choose the sites: give one of them",
-            ),
-            (
-                self.min_timestep >= self.max_timestep,
-                "min_timestep must be below max_timestep",
-            ),
-            (
-                self.method != "lora" and (self.network_dim or self.network_alpha) is not None,
-                "network_dim and network_alpha belong to --method lora; the size of a patch is set "
-                "by --dmp_sites, --dmp_depth and --grid",
-            ),
-            (
-                self.network_weights is not None and self.method not in ("dmp", "prompt"),
-                "network_weights names a patch to go on from: use --method dmp or prompt",
-            ),
-            (
-                sum((bool(self.min_snr_gamma), self.debiased_estimation_loss, bool(self.p2_gamma)))
-                > 1,
-                "min_snr_gamma, debiased_estimation_loss and p2_gamma exclude each other: give one",
-            ),
-            (
-                self.text_conditional and self.unconditional,
-                "text_conditional and unconditional exclude each other: give one",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
-        return self
+        return self.model_dump(mode="json", exclude=set(RUN_ONLY))
 
     def model_post_init(self, _: Any) -> None:
-        """Fills the base and the method into the names that hold a place for them."""
-        places = {"{base}": self.base.replace("/", "-"), "{method}": self.method}
+        """Fills the base and the method into the names that hold a place for them.
+
+        The place of the base stays while its name is not known yet (--base auto).
+        """
+        places = {"{method}": self.method}
+        if self.base != "auto":
+            places["{base}"] = self.base.replace("/", "-")
         for name in ("output_dir", "output_name"):
             value = getattr(self, name)
             for place, text in places.items():

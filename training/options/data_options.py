@@ -4,114 +4,201 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, field_validator
+from pydantic import field_validator
 
-from training.options.declaring import option
+from training.options.declaring import Options, option
+
+# Options that name a source of data; a run needs exactly one of them.
+SOURCES = ("train_data_dir", "dataset_config", "webdataset", "dataset_name")
 
 
-class DataOptions(BaseModel):
-    """Where the images are, what is cut out of them, what becomes of their captions."""
+class DataOptions(Options):
+    """Where the images are, how they are cropped, and what becomes of their captions."""
 
     train_data_dir: str | None = option(
-        "data", None, "folder of images: with caption files, 10_name folders, or class folders"
+        "data",
+        None,
+        "Folder of training images: with caption files beside them, with kohya's 10_name folders, "
+        "or with one folder for each class.",
+        common=True,
     )
     in_json: str | None = option(
-        "data", None, "JSON file of captions and tags for the images of --train_data_dir"
+        "data", None, "JSON file with the captions and tags of the images in --train_data_dir."
     )
-    dataset_config: str | None = option("data", None, "kohya's dataset TOML, with subsets")
+    dataset_config: str | None = option(
+        "data",
+        None,
+        "TOML file that describes data sets and subsets, as kohya's does.",
+        common=True,
+    )
     webdataset: str | None = option(
-        "data", None, "tar shards, paths or URLs: 'data/{00000..00099}.tar', several joined by ::"
+        "data",
+        None,
+        "Tar shards, as paths or URLs, such as 'data/{00000..00099}.tar'. Join several with ::.",
     )
     dataset_name: str | None = option(
-        "data", None, "Hugging Face dataset: a hub id, or a folder or file of one; or digits"
+        "data",
+        None,
+        "Hugging Face dataset: a hub id, or a folder or file with one. digits names the digits "
+        "that come with scikit-learn.",
+        common=True,
     )
-    dataset_config_name: str | None = option("data", None, "configuration of --dataset_name")
-    dataset_split: str = option("data", "train", "split of --dataset_name")
-    image_column: str | None = option("data", None, "of --dataset_name (default: its images)")
+    dataset_config_name: str | None = option(
+        "data", None, "Configuration of --dataset_name, where it has several."
+    )
+    dataset_split: str = option("data", "train", "Split of --dataset_name.", min_length=1)
+    image_column: str | None = option(
+        "data",
+        None,
+        "Column of --dataset_name with the images. By default it is found by its type.",
+    )
     caption_column: str | None = option(
-        "data", None, "of --dataset_name or metadata.jsonl (default: text, caption or prompt)"
+        "data",
+        None,
+        "Column with the captions, in --dataset_name or metadata.jsonl. By default it is text, "
+        "caption or prompt.",
     )
-    label_column: str | None = option("data", None, "of --dataset_name (default: its class labels)")
+    label_column: str | None = option(
+        "data",
+        None,
+        "Column of --dataset_name with the classes. By default it is found by its type.",
+    )
     class_list: str | None = option(
-        "data", None, "text file, one class name a line: line n (from 0) is class id n"
+        "data", None, "Text file with one class name a line: line n, from 0, is class id n."
     )
     validation_split: float = option(
-        "data", 0.0, "share of images kept for validation, the same whatever --seed", ge=0, lt=1
+        "data",
+        0.0,
+        "Share of the images that is kept for validation. The same images are kept whatever "
+        "--seed is.",
+        ge=0,
+        lt=1,
+        common=True,
     )
 
     resolution: str | None = option(
-        "image size", None, "of training: 512, or width,height (default: the base's own)"
+        "image size",
+        None,
+        "Size of the training images: one side such as 512, or width,height. By default it is the "
+        "size of the base.",
+        common=True,
     )
     enable_bucket: bool = option(
-        "image size", False, "keep aspect ratios: batches of images of like shape"
+        "image size",
+        False,
+        "Keep aspect ratios: make batches of images of similar shape instead of squares.",
+        common=True,
     )
     min_bucket_reso: int | None = option(
-        "image size", None, "shortest side of a bucket (default: half the resolution)", ge=1
+        "image size",
+        None,
+        "Shortest side of a bucket in pixels. By default it is half the resolution.",
+        ge=1,
     )
     max_bucket_reso: int | None = option(
-        "image size", None, "longest side of a bucket (default: twice the resolution)", ge=1
+        "image size",
+        None,
+        "Longest side of a bucket in pixels. By default it is twice the resolution.",
+        ge=1,
     )
     bucket_reso_steps: int | None = option(
-        "image size", None, "sides of buckets are multiples of it (default: the base's own)", ge=1
+        "image size",
+        None,
+        "Sides of buckets are multiples of this many pixels. By default the base decides.",
+        ge=1,
     )
-    bucket_no_upscale: bool = option("image size", False, "never enlarge an image for its bucket")
-    flip_aug: bool = option("image size", False, "mirror every second image, at random")
-    random_crop: bool = option("image size", False, "crop anywhere instead of in the middle")
-    color_aug: bool = option("image size", False, "vary hue and gamma a little, at random")
+    bucket_no_upscale: bool = option(
+        "image size", False, "Never enlarge an image to fit its bucket."
+    )
+    flip_aug: bool = option("image size", False, "Mirror each image with probability one half.")
+    random_crop: bool = option(
+        "image size", False, "Crop images at a random place instead of the centre."
+    )
+    color_aug: bool = option("image size", False, "Vary hue and gamma slightly at random.")
 
     caption_extension: str | None = option(
-        "captions", None, "ending of caption files (default: .txt, else .caption)"
+        "captions",
+        None,
+        "Ending of caption files. By default .txt is taken, else .caption.",
     )
-    class_tokens: str | None = option("captions", None, "caption of images that have none")
+    class_tokens: str | None = option("captions", None, "Caption of the images that have none.")
     allow_empty_captions: bool = option(
-        "captions", False, "train images without any caption on the empty one"
+        "captions", False, "Train images without a caption on the empty caption."
     )
     caption_dropout_rate: float = option(
-        "captions", 0.1, "share of images trained without their caption or label", ge=0, le=1
+        "captions", 0.1, "Share of images trained without their caption or class.", ge=0, le=1
     )
     caption_dropout_every_n_epochs: int = option(
-        "captions", 0, "drop all captions in every n-th epoch, 0 for never", ge=0
+        "captions", 0, "Drop all captions in every n-th epoch; 0 disables this.", ge=0
     )
     caption_tag_dropout_rate: float = option(
-        "captions", 0.0, "share of tags left out of a caption", ge=0, le=1
+        "captions", 0.0, "Share of the tags left out of a caption.", ge=0, le=1
     )
-    shuffle_caption: bool = option("captions", False, "shuffle the tags of a caption")
-    keep_tokens: int = option("captions", 0, "first tags that stay where they are", ge=0)
+    shuffle_caption: bool = option("captions", False, "Shuffle the tags of a caption.")
+    keep_tokens: int = option(
+        "captions", 0, "Number of first tags that are neither shuffled nor dropped.", ge=0
+    )
     keep_tokens_separator: str = option(
-        "captions", "", "tags before it stay (instead of --keep_tokens)"
+        "captions", "", "Tags before this text stay in place; it replaces --keep_tokens."
     )
-    caption_separator: str = option("captions", ",", "what separates tags")
+    caption_separator: str = option("captions", ",", "Text between two tags.", min_length=1)
     secondary_separator: str | None = option(
-        "captions", None, "joins tags that move as one; becomes the separator"
+        "captions",
+        None,
+        "Tags joined by this text move together; --caption_separator then replaces it.",
     )
-    caption_prefix: str | None = option("captions", None, "put before every caption")
-    caption_suffix: str | None = option("captions", None, "put after every caption")
+    caption_prefix: str | None = option("captions", None, "Text put before every caption.")
+    caption_suffix: str | None = option("captions", None, "Text put after every caption.")
     enable_wildcard: bool = option(
-        "captions", False, "draw one line of a caption file, and one of {a|b|c}"
+        "captions",
+        False,
+        "Draw one line of a caption file with several, and one alternative of {a|b|c}.",
     )
 
-    train_batch_size: int = option("loading", 1, "images of one step and process", ge=1)
-    max_data_loader_n_workers: int = option("loading", 0, "processes that load data", ge=0)
-    persistent_data_loader_workers: bool = option(
-        "loading", False, "keep these processes from epoch to epoch"
+    train_batch_size: int = option(
+        "loading",
+        1,
+        "Images that each process takes at once. --global_batch_size or "
+        "--gradient_accumulation_steps says how many make a step.",
+        ge=1,
+        common=True,
     )
-    cache_latents: bool = option("loading", False, "encode every image once, keep it in memory")
-    cache_latents_to_disk: bool = option("loading", False, "encode every image once, keep files")
-    vae_batch_size: int = option("loading", 1, "images encoded at a time for the cache", ge=1)
+    max_data_loader_n_workers: int = option(
+        "loading", 0, "Processes that load images; 0 loads them in the training process.", ge=0
+    )
+    persistent_data_loader_workers: bool = option(
+        "loading", False, "Keep these processes from one epoch to the next."
+    )
+    cache_latents: bool = option(
+        "loading",
+        False,
+        "Encode every image once with the VAE and keep the latents in memory.",
+        common=True,
+    )
+    cache_latents_to_disk: bool = option(
+        "loading", False, "Encode every image once with the VAE and keep the latents in files."
+    )
+    vae_batch_size: int = option(
+        "loading", 1, "Images that the VAE encodes at once for the cache.", ge=1
+    )
     cache_text_encoder_outputs: bool = option(
-        "loading", False, "encode every caption once, keep it in memory"
+        "loading",
+        False,
+        "Encode every caption once and keep the result in memory, without the text encoders.",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
-        "loading", False, "encode every caption once, keep files"
+        "loading",
+        False,
+        "Encode every caption once and keep the result in files, without the text encoders.",
     )
     cache_dir: str | None = option(
-        "loading", None, "folder of cache files (default: .dmp_cache in the data folder)"
+        "loading", None, "Folder of cache files. By default it is .dmp_cache in the data folder."
     )
     shuffle_buffer: int = option(
-        "loading", 1024, "shards: images among which the next are drawn", ge=1
+        "loading", 1024, "Images of shards among which the next one is drawn.", ge=1
     )
     skip_broken: bool = option(
-        "loading", False, "shards: pass over unreadable images instead of stopping"
+        "loading", False, "Skip unreadable images of shards instead of stopping."
     )
 
     @field_validator("resolution", mode="before")
@@ -121,3 +208,10 @@ class DataOptions(BaseModel):
         if isinstance(value, list | tuple):
             return ",".join(map(str, value))
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("caption_extension")
+    @classmethod
+    def _is_an_ending(cls, value: str | None) -> str | None:
+        if value is not None and (value[0:1] != "." or len(value) < 2 or set(value) & set("/\\\0")):
+            raise ValueError("expected an ending such as .txt")
+        return value

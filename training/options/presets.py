@@ -1,11 +1,12 @@
-"""What suits a base or recipe better than the general defaults; kohya's flags without use."""
+"""What suits a base or recipe better than the general defaults, and which recipe is the default."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-# Options that name data; one of them is needed.
-SOURCES = ("train_data_dir", "dataset_config", "webdataset", "dataset_name")
+from training.options.config import TrainConfig
+from training.options.data_options import SOURCES
 
 # Ours, see docs/RESULTS.md: the patch, and how it is trained.
 STAGES: dict[str, Any] = {"grids": 4, "gate_unit": "grid", "gate_form": "residual"}
@@ -46,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {"digits": _STAGES, "cifar10-s": _CLEAN}
 
 # Ham et al. 2025, section 5 and the official code: AdamW with a constant rate on the prompts
-# themselves, ten times it on gate and noise.
+# themselves, ten times it on gate and noise; 50,000 steps of 128 images.
 RECIPES: dict[str, dict[str, Any]] = {
     "none": {},
     "paper": {
@@ -57,6 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
         "lr_scheduler": "constant",
         "lr_warmup_steps": 0,
+        "max_train_steps": 50_000,
         "max_grad_norm": 0.0,
         "global_batch_size": 128,
         "importance_weight": 1.0,
@@ -72,57 +74,67 @@ RECIPES: dict[str, dict[str, Any]] = {
     "clean": _CLEAN,
 }
 
-_NO_UNET_LR = "a patch has one rate, --learning_rate, and --gate_lr_factor for its gate"
-_NO_TEXT = "text encoders stay frozen, only the denoiser is patched"
-_NO_LORA = "a patch is no network of modules; use --dmp_sites, --dmp_depth and --gate"
-_ATTENTION = "PyTorch's own attention (sdpa) is used always"
-_MEMORY = "use --gradient_checkpointing, --mixed_precision or --fsdp"
 
-# kohya's options that mean nothing here, and what to use instead.
-ELSEWHERE: dict[str, str] = {
-    "unet_lr": _NO_UNET_LR,
-    "text_encoder_lr": _NO_TEXT,
-    "network_train_unet_only": _NO_TEXT,
-    "network_train_text_encoder_only": _NO_TEXT,
-    "train_text_encoder": _NO_TEXT,
-    "stop_text_encoder_training": _NO_TEXT,
-    "learning_rate_te": _NO_TEXT,
-    "learning_rate_te1": _NO_TEXT,
-    "learning_rate_te2": _NO_TEXT,
-    "network_module": "choose with --method dmp, prompt, lora or full",
-    "network_args": _NO_LORA,
-    "network_dropout": _NO_LORA,
-    "scale_weight_norms": _NO_LORA,
-    "base_weights": "use --network_weights to go on from a patch",
-    "xformers": _ATTENTION,
-    "mem_eff_attn": _ATTENTION,
-    "flash_attn": _ATTENTION,
-    "lowram": _MEMORY,
-    "highvram": _MEMORY,
-    "full_fp16": "--mixed_precision fp16 already keeps the frozen base in half precision",
-    "full_bf16": "--mixed_precision bf16 already keeps the frozen base in half precision",
-    "fp8_base": "--mixed_precision bf16 keeps the frozen base in half precision",
-    "blocks_to_swap": _MEMORY,
-    "use_8bit_adam": "use --optimizer_type AdamW8bit",
-    "use_lion_optimizer": "use --optimizer_type Lion",
-    "v2": "use --base sd21",
-    "sdxl": "use --base sdxl",
-    "save_model_as": "a patch is always a .safetensors file",
-    "prior_loss_weight": "a patch learns the base's own data, without regularisation images",
-    "reg_data_dir": "a patch learns the base's own data, without regularisation images",
-    "multires_noise_iterations": "use --noise_offset",
-    "adaptive_noise_scale": "use --noise_offset",
-    "ip_noise_gamma": "use --noise_offset",
-    "weighted_captions": "captions are encoded as they are; take the weights out",
-    "token_warmup_step": "use --caption_dropout_rate",
-    "save_n_epoch_ratio": "use --save_every_n_epochs",
-    "save_last_n_epochs": "use --save_last_n_steps",
-    "training_comment": "use --output_name",
-    "wandb_api_key": "log in with `wandb login`",
-    "in_memory_cache": "use --cache_latents",
-    "num_cpu_threads_per_process": "give it to accelerate launch, before the script",
-    "guidance_scale": "use --flux_guidance_scale",
-    "sample_sampler": "previews use deterministic DDIM, or Euler for flow models",
-    "deepspeed": "launch with training/accelerate/deepspeed.yaml",
-    "ddp_timeout": "set it in the accelerate configuration",
-}
+def default_recipe(base: str) -> str:
+    """The recipe of a base where the user names none.
+
+    A base for which a variant of ours was measured to be better has its own settings; for all
+    others nothing is known to be better than what the paper did.
+    """
+    return "none" if base in VARIANTS else "paper"
+
+
+def suggestions(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the preset and recipe for the options that a user chose; the chosen ones win."""
+    base = str(chosen.get("base", "auto"))
+    found = dict(PRESETS.get(base, {}))
+    if any(chosen.get(name) for name in SOURCES):
+        found.pop("dataset_name", None)  # other data were asked for
+    if chosen.get("method", "dmp") == "dmp":
+        found |= VARIANTS.get(base, {})
+    recipe = str(chosen.get("recipe") or default_recipe(base))
+    found |= {**RECIPES.get(recipe, {}), "recipe": recipe}
+    if chosen.get("gradient_accumulation_steps") and not chosen.get("global_batch_size"):
+        found.pop("global_batch_size", None)  # it would overrule the accumulation asked for
+    if chosen.get("logging_dir"):
+        found["log_with"] = "tensorboard"  # as kohya has it
+    return found
+
+
+def recipe_lines(config: TrainConfig) -> list[str]:
+    """Which recipe a run follows, why, what it costs, and what the user changed of it."""
+    recipe = str(config.recipe or "none")
+    chosen = config.model_fields_set
+    if "recipe" in chosen:
+        why = "as you asked"
+    elif recipe == "paper":
+        why = f"since none was shown to be better on {config.base}; --recipe none: plain defaults"
+    else:
+        why = f"the settings of {config.base} are its own, measured in docs/RESULTS.md"
+    lines = [f"recipe: {recipe}, {why}", f"  {_cost(config)}"]
+    values = {**PRESETS.get(config.base, {}), **RECIPES.get(recipe, {})}
+    changed = [
+        f"{name} {getattr(config, name)} instead of {value}"
+        for name, value in values.items()
+        if name in chosen and getattr(config, name) != value
+    ]
+    if changed:
+        lines.append(f"  changed by you: {', '.join(changed)}")
+    return lines
+
+
+def _cost(config: TrainConfig) -> str:
+    """Steps times images, as far as they are known before the data are read."""
+    images = config.global_batch_size
+    each = (
+        f"{images} images"
+        if images
+        else (f"{config.train_batch_size * config.gradient_accumulation_steps} images a process")
+    )
+    if config.max_train_epochs is not None:
+        return f"{config.max_train_epochs} epochs, in steps of {each}"
+    count = images or config.train_batch_size * config.gradient_accumulation_steps
+    return (
+        f"{config.max_train_steps:,} steps of {each}: {config.max_train_steps * count:,} images "
+        "pass through the base"
+    )

@@ -2,71 +2,188 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import re
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import field_validator
 
-from training.options.declaring import option
+from training.options.declaring import Options, option
 
+Recipe = Literal["none", "paper", "stages", "clean"]
 Scheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt",
+]  # fmt: skip
+# kohya's names.
+PreviewSampler = Literal[
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver",
+    "dpmsolver++", "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+]  # fmt: skip
+_LARGEST_SEED = 2**32 - 1  # numpy's limit
 
 
-class OptimisationOptions(BaseModel):
+class OptimisationOptions(Options):
     """How the trained values move."""
 
-    recipe: Literal["none", "paper", "stages", "clean"] = option(
+    recipe: Recipe | None = option(
         "optimisation",
-        "none",
-        "paper: AdamW, learning rate 1e-4 on the prompts themselves, gate and noise x10, weight "
-        "decay 0, global batch 128, both balancing losses at 1, no EMA; stages: four coarser "
-        "grids, each for a part of the noise levels, trained with --relative_loss; clean: such "
-        "grids for timesteps below 500 alone, off above, plain loss, gate x0.01",
+        None,
+        "A set of options; options that you give yourself win. paper: the recipe of the paper, "
+        "with 50,000 steps of 128 images. stages: four coarser grids, each for a part of the noise "
+        "levels, trained with --relative_loss. clean: such grids for timesteps below 500 alone. "
+        "none: the defaults listed here. By default it is none for digits and cifar10-s, which "
+        "have measured settings of their own, else paper.",
+        common=True,
     )
     optimizer_type: str = option(
         "optimisation",
         "AdamW",
-        "AdamW, AdamW8bit, PagedAdamW8bit, Lion, Lion8bit, Adafactor, Prodigy, DAdaptAdam, "
-        "SGDNesterov, AdamWScheduleFree, SGDScheduleFree, or module.Class",
+        "AdamW, Adam, SGDNesterov, Adafactor, and with their packages AdamW8bit, PagedAdamW8bit, "
+        "Lion, Lion8bit, Prodigy, DAdaptAdam, AdamWScheduleFree, SGDScheduleFree and their "
+        "relatives, or any class as module.Class.",
+        common=True,
+        min_length=1,
     )
-    optimizer_args: list[str] = option("optimisation", [], 'of the optimiser, as "name=value" each')
+    optimizer_args: list[str] = option(
+        "optimisation", [], "Arguments of the optimiser, each as name=value."
+    )
     learning_rate: float = option(
-        "optimisation", 1e-3, "of the prompts (see --prompt_scale), or of lora and full", gt=0
+        "optimisation",
+        1e-3,
+        "Learning rate of the prompts, or of --method lora, full and joint. kohya's --unet_lr is "
+        "the same.",
+        gt=0,
+        common=True,
     )
     gate_lr_factor: float = option(
-        "optimisation", 1.0, "learning rate of the gate over that of the prompts", gt=0
+        "optimisation",
+        1.0,
+        "Learning rate of the gate divided by the learning rate of the prompts.",
+        gt=0,
     )
-    weight_decay: float = option("optimisation", 0.0, "of the optimiser", ge=0)
-    lr_scheduler: Scheduler = option("optimisation", "cosine", "how the learning rate changes")
-    lr_warmup_steps: int = option("optimisation", 0, "steps of rising learning rate", ge=0)
-    lr_scheduler_num_cycles: int = option("optimisation", 1, "of cosine_with_restarts", ge=1)
-    lr_scheduler_power: float = option("optimisation", 1.0, "of polynomial", gt=0)
-    max_train_steps: int = option("optimisation", 1600, "optimiser steps", ge=1)
+    weight_decay: float = option("optimisation", 0.0, "Weight decay of the optimiser.", ge=0)
+    lr_scheduler: Scheduler = option(
+        "optimisation",
+        "cosine",
+        "How the learning rate changes during the run.",
+        common=True,
+    )
+    lr_warmup_steps: int | float = option(
+        "optimisation",
+        0,
+        "Steps in which the learning rate rises from 0; a number below 1 is a share of all steps.",
+        ge=0,
+    )
+    lr_decay_steps: int | float = option(
+        "optimisation",
+        0,
+        "Steps in which the learning rate falls at the end of --lr_scheduler warmup_stable_decay; "
+        "a number below 1 is a share of all steps.",
+        ge=0,
+    )
+    lr_scheduler_num_cycles: int = option(
+        "optimisation", 1, "Number of cycles of --lr_scheduler cosine_with_restarts.", ge=1
+    )
+    lr_scheduler_power: float = option(
+        "optimisation", 1.0, "Power of --lr_scheduler polynomial.", gt=0
+    )
+    lr_scheduler_timescale: int | None = option(
+        "optimisation",
+        None,
+        "Time scale of --lr_scheduler inverse_sqrt in steps. By default it is the warm-up.",
+        ge=1,
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        "optimisation",
+        None,
+        "Share of the learning rate at which a cosine or warmup_stable_decay schedule ends. By "
+        "default it is 0.",
+        ge=0,
+        le=1,
+    )
+    lr_scheduler_type: str | None = option(
+        "optimisation",
+        None,
+        "Another schedule, as module.Class or as a class of torch.optim.lr_scheduler; it replaces "
+        "--lr_scheduler.",
+    )
+    lr_scheduler_args: list[str] = option(
+        "optimisation", [], "Arguments of --lr_scheduler_type, each as name=value."
+    )
+    max_train_steps: int = option(
+        "optimisation", 1600, "Number of optimiser steps.", ge=1, common=True
+    )
     max_train_epochs: int | None = option(
-        "optimisation", None, "passes over the data, instead of max_train_steps", ge=1
+        "optimisation",
+        None,
+        "Number of passes over the data; it replaces --max_train_steps.",
+        ge=1,
+        common=True,
     )
-    gradient_accumulation_steps: int = option("optimisation", 1, "batches of a step", ge=1)
+    gradient_accumulation_steps: int = option(
+        "optimisation",
+        1,
+        "Number of batches whose gradients are added up before each optimiser step.",
+        ge=1,
+        common=True,
+    )
     global_batch_size: int | None = option(
         "optimisation",
         None,
-        "images of an optimiser step over all processes; chooses gradient_accumulation_steps",
+        "Images of an optimiser step over all processes; --gradient_accumulation_steps then "
+        "follows from it.",
         ge=1,
     )
-    max_grad_norm: float = option("optimisation", 1.0, "longest gradient, 0 for any", ge=0)
-    ema_decay: float = option(
-        "optimisation", 0.99, "of the averaged patch that is saved, 0 for none", ge=0, lt=1
+    max_grad_norm: float = option(
+        "optimisation", 1.0, "Clip the gradient norm to this value; 0 disables clipping.", ge=0
     )
-    seed: int = option("optimisation", 0, "of data order, noise and initial values", ge=0)
+    ema_decay: float = option(
+        "optimisation",
+        0.99,
+        "Decay of the exponential moving average, which is what is saved; 0 disables it.",
+        ge=0,
+        lt=1,
+    )
+    seed: int = option(
+        "optimisation",
+        0,
+        "Seed of the data order, the noise and the initial values.",
+        ge=0,
+        le=_LARGEST_SEED,
+        common=True,
+    )
+
+    @field_validator("lr_warmup_steps", "lr_decay_steps")
+    @classmethod
+    def _whole_or_share(cls, value: float) -> int | float:
+        if not math.isfinite(value) or (value >= 1 and value != int(value)):
+            raise ValueError("expected a whole number of steps, or a share of all steps below 1")
+        return value if value < 1 and value else int(value)
 
 
-class ScaleOptions(BaseModel):
+class ScaleOptions(Options):
     """Precision, memory, many devices."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
-        "precision and scale", "no", "arithmetic of the frozen base; the patch stays float32"
+        "precision and scale",
+        "no",
+        "Arithmetic of the frozen base; the patch itself stays in float32. bf16 halves the memory "
+        "of the base.",
+        common=True,
     )
-    gradient_checkpointing: bool = option("precision and scale", False, "less memory, more time")
+    gradient_checkpointing: bool = option(
+        "precision and scale",
+        False,
+        "Compute activations again in the backward pass: less memory, more time.",
+        common=True,
+    )
+    torch_compile: bool = option(
+        "precision and scale", False, "Compile the base with torch.compile."
+    )
+    dynamo_backend: str = option(
+        "precision and scale", "inductor", "Backend of --torch_compile.", min_length=1
+    )
     fp8_base: bool = option(
         "precision and scale",
         False,
@@ -89,88 +206,202 @@ class ScaleOptions(BaseModel):
         "has no effect on a CPU.",
         ge=0,
     )
-    torch_compile: bool = option("precision and scale", False, "compile the base")
-    dynamo_backend: str = option("precision and scale", "inductor", "of --torch_compile")
     fsdp: bool = option(
         "precision and scale",
         False,
-        "shard the frozen base over the processes (FSDP2); the patch is small and stays whole",
+        "Shard the frozen base over the processes with FSDP2. The patch is small and stays whole.",
     )
-    cpu: bool = option("precision and scale", False, "train on the CPU even where a GPU is")
+    cpu: bool = option("precision and scale", False, "Train on the CPU even where there is a GPU.")
     deterministic: bool = option(
-        "precision and scale", False, "only deterministic GPU operations: runs repeat bit for bit"
+        "precision and scale",
+        False,
+        "Use deterministic GPU operations only, so that runs repeat bit for bit.",
     )
 
 
-class OutputOptions(BaseModel):
+class OutputOptions(Options):
     """Files, previews, validation, logs."""
 
-    output_dir: str = option("output", "output/{base}", "folder of everything a run leaves")
-    output_name: str = option("output", "{base}-{method}", "name of the patch, without ending")
-    save_precision: Literal["float", "fp16", "bf16"] = option("output", "float", "of the file")
-    save_every_n_steps: int | None = option("output", None, "also save along the way", ge=1)
-    save_every_n_epochs: int | None = option("output", None, "also save along the way", ge=1)
-    save_last_n_steps: int | None = option(
-        "output", None, "keep those of the last n steps only, files and states", ge=1
+    output_dir: str = option(
+        "output",
+        "output/{base}",
+        "Folder of everything that a run leaves.",
+        min_length=1,
+        common=True,
     )
-    save_last_n_epochs: int | None = option("output", None, "see --save_last_n_steps", ge=1)
-    save_last_n_steps_state: int | None = option("output", None, "of states alone", ge=1)
-    save_last_n_epochs_state: int | None = option("output", None, "of states alone", ge=1)
-    validate_every_n_epochs: int | None = option("validation", None, "epochs", ge=1)
-    sample_sampler: str | None = option("previews", None, "sampler of the previews")
+    output_name: str = option(
+        "output",
+        "{base}-{method}",
+        "Name of the patch file, without its ending.",
+        min_length=1,
+        common=True,
+    )
+    save_precision: Literal["float", "fp16", "bf16"] = option(
+        "output", "float", "Precision of the values in the patch file."
+    )
+    save_every_n_steps: int | None = option(
+        "output", None, "Also save the patch every n steps.", ge=1, common=True
+    )
+    save_every_n_epochs: int | None = option(
+        "output", None, "Also save the patch every n epochs.", ge=1
+    )
+    save_last_n_steps: int | None = option(
+        "output", None, "Of the files saved on the way, keep those of the last n steps only.", ge=1
+    )
+    save_last_n_epochs: int | None = option(
+        "output", None, "Of the files saved on the way, keep those of the last n epochs only.", ge=1
+    )
+    save_last_n_steps_state: int | None = option(
+        "output",
+        None,
+        "Keep the states of the last n steps only. By default it is --save_last_n_steps.",
+        ge=1,
+    )
+    save_last_n_epochs_state: int | None = option(
+        "output",
+        None,
+        "Keep the states of the last n epochs only. By default it is --save_last_n_epochs.",
+        ge=1,
+    )
     overwrite: bool = option(
         "output", False, "Write over the files of an earlier run with this name."
     )
     save_state: bool = option(
-        "output", False, "with every save also the state to --resume from (kohya's name)"
+        "output",
+        False,
+        "Save the state of the training with every patch file, so that --resume can go on from it.",
+        common=True,
     )
-    save_state_on_train_end: bool = option("output", False, "a state at the end")
-    resume: str | None = option("output", None, "folder of a state to go on from, or latest")
+    save_state_on_train_end: bool = option(
+        "output", False, "Save the state of the training at the end of the run."
+    )
+    resume: str | None = option(
+        "output",
+        None,
+        "Folder of a saved state from which the training goes on, or latest.",
+        common=True,
+    )
+    metadata_title: str | None = option(
+        "output", None, "Title in the metadata of the patch file. By default it is its name."
+    )
+    metadata_author: str | None = option(
+        "output", None, "Author in the metadata of the patch file."
+    )
+    metadata_description: str | None = option(
+        "output", None, "Description in the metadata of the patch file."
+    )
+    metadata_tags: str | None = option(
+        "output", None, "Tags in the metadata of the patch file, with commas between them."
+    )
+    metadata_license: str | None = option(
+        "output", None, "License in the metadata of the patch file."
+    )
+    training_comment: str | None = option(
+        "output", None, "Comment in the metadata of the patch file, as ss_training_comment."
+    )
     sample_prompts: str | None = option(
         "previews",
         None,
-        "file of prompts, one a line, with kohya's --w --h --d --s --l --n (a DiT: class ids)",
+        "File of prompts for previews: .txt with a prompt a line and kohya's --n --w --h --d --s "
+        "--l, or kohya's .toml or .json. For a DiT the prompts are class ids.",
+        common=True,
     )
-    sample_every_n_steps: int | None = option("previews", None, "steps between previews", ge=1)
-    sample_every_n_epochs: int | None = option("previews", None, "epochs between previews", ge=1)
-    sample_at_first: bool = option("previews", False, "a preview before the first step")
-    sample_steps: int = option("previews", 20, "denoising steps of a preview", ge=1)
+    sample_every_n_steps: int | None = option(
+        "previews", None, "Draw previews every n steps.", ge=1, common=True
+    )
+    sample_every_n_epochs: int | None = option(
+        "previews", None, "Draw previews every n epochs.", ge=1
+    )
+    sample_at_first: bool = option("previews", False, "Also draw previews before the first step.")
+    sample_steps: int = option("previews", 20, "Denoising steps of a preview.", ge=1)
+    sample_sampler: PreviewSampler | None = option(
+        "previews",
+        None,
+        "Sampler of the previews. By default it is ddim; flow models always take euler.",
+    )
     validate_every_n_steps: int | None = option(
-        "validation", None, "steps between validations", ge=1
+        "validation", None, "Validate every n steps.", ge=1, common=True
     )
-    validation_bins: int = option("validation", 10, "equal ranges of timesteps", ge=1, le=100)
-    validation_draws: int = option("validation", 1, "noises for each image and range", ge=1)
+    validate_every_n_epochs: int | None = option(
+        "validation", None, "Validate every n epochs.", ge=1
+    )
+    validation_bins: int = option(
+        "validation",
+        10,
+        "Number of equal ranges of timesteps in which the loss is measured.",
+        ge=1,
+        le=100,
+    )
+    validation_draws: int = option(
+        "validation", 1, "Number of noise draws for each image and range.", ge=1
+    )
     max_validation_images: int | None = option(
-        "validation", 64, "images that are enough for a validation", ge=1
+        "validation", 64, "Use at most this many images for a validation.", ge=1
     )
     keep_best: bool = option(
-        "validation", False, "the final file is the one that validated best, not the last"
+        "validation",
+        False,
+        "Save the step with the lowest validation loss as the final file, not the last step.",
     )
     report_samples: int = option(
         "validation",
         0,
-        "digits only: generated images to judge by (rounded up), 0 for no report",
+        "For digits only: number of generated images in the final report; 0 disables it.",
         ge=0,
     )
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
-        "logging", None, "where to log besides the terminal"
+        "logging",
+        None,
+        "Where to log besides the terminal. With --logging_dir the default is tensorboard.",
     )
     logging_dir: str | None = option(
-        "logging", None, "folder of TensorBoard's logs (default: logs in output_dir)"
+        "logging", None, "Folder of the logs. By default it is the folder logs in --output_dir."
     )
-    log_prefix: str | None = option("logging", None, "of the name of the run in the logs")
-    log_every_n_steps: int = option("logging", 1, "steps between values in the logs", ge=1)
+    log_prefix: str | None = option(
+        "logging", None, "Name of the run in the logs. By default it is --output_name."
+    )
+    log_every_n_steps: int = option("logging", 1, "Write values to the logs every n steps.", ge=1)
+    wandb_run_name: str | None = option(
+        "logging", None, "Name of the run in Weights & Biases. By default the service makes one up."
+    )
     huggingface_repo_id: str | None = option(
-        "hub", None, "push the final patch there, with a model card and previews"
+        "hub", None, "Upload the final patch to this repository, with a model card and previews."
     )
-    huggingface_private: bool = option("hub", False, "make a private repository")
-    huggingface_token: str | None = option("hub", None, "token (default: that of `hf auth login`)")
+    huggingface_private: bool = option("hub", False, "Make the repository private.")
+    huggingface_token: str | None = option(
+        "hub", None, "Access token. By default it is that of `hf auth login`."
+    )
     dry_run: bool = option(
         "run",
         False,
-        "print the configuration, data, memory and parameter counts, do one step, save nothing",
+        "Print the configuration, the data, parameter counts and memory, do one step, and save "
+        "nothing.",
+        common=True,
     )
-    config_file: str | None = option("run", None, "TOML file of options; the command line wins")
+    config_file: str | None = option(
+        "run",
+        None,
+        "TOML file of options, in any tables. Options of the command line win.",
+        common=True,
+    )
     output_config: str | None = option(
-        "run", None, "write the resolved options as TOML to this file (- for the screen), and stop"
+        "run",
+        None,
+        "Write the resolved options as TOML to this file, or to the screen for -, and stop.",
     )
+    strict: bool = option("run", False, "Treat warnings about options as errors.")
+
+    @field_validator("output_name")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if re.search(r'[/\\:*?"<>|\x00-\x1f]', value) or value.strip(". ") == "":
+            raise ValueError(
+                "expected the name of a file without folders, and --output_dir for the folder"
+            )
+        return value
+
+    @field_validator("metadata_tags", mode="before")
+    @classmethod
+    def _tags_as_text(cls, value: Any) -> Any:
+        """TOML files may give a list."""
+        return ",".join(map(str, value)) if isinstance(value, list) else value

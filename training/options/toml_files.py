@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from dmp_common import PatchError
@@ -15,6 +16,23 @@ else:
 
 _MAX_BYTES = 1024**2  # of a file of options
 _MAX_DOTS = 256  # on a line; a key with many parts takes quadratic time to read
+
+
+def read_toml_file(path: Path, what: str = "a TOML file") -> dict[str, Any]:
+    """The tables of a TOML file on disk.
+
+    Args:
+        path: of the file; a byte order mark at its beginning is skipped.
+        what: the kind of file that is expected, for the messages.
+
+    Raises:
+        PatchError: no such file, or no TOML.
+    """
+    # Here, because `--help` does without torch.
+    from dmp_common.patch.serialize import opened
+
+    with opened(path, what) as (file, _):
+        return parse_toml(file.read(), path)
 
 
 def parse_toml(data: bytes, path: object) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Metadata:
             "ss_dmp_config": json.dumps(without_paths(config.recorded())),
             "ss_dmp_prediction": frozen.prediction,
         }
+        self.fixed |= own_words(config)
         revision = git_revision(ROOT)
         if revision is not None:
             self.fixed["ss_dmp_git_revision"] = revision
@@ -103,6 +104,14 @@ class Metadata:
             "ss_training_finished_at": f"{now:.0f}",
             "modelspec.date": date.isoformat(timespec="seconds"),
         }
+
+
+def own_words(config: TrainConfig) -> dict[str, str]:
+    """What the user says about the patch: title, author and so on, and the comment."""
+    names = ("title", "author", "description", "tags", "license")
+    found = {f"modelspec.{name}": getattr(config, f"metadata_{name}") for name in names}
+    found["ss_training_comment"] = config.training_comment
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,7 @@ differ."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,102 +17,7 @@ from training.data.draws import generator
 from training.objective.pictures import comparison
 from training.objective.sampling import condition, draw_images, is_guided
 from training.options.config import TrainConfig
-
-_OPTION = re.compile(r"\s--([a-z]+)\s+")
-_CLASSES = 8  # previews of a base with classes, where no file says which
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One line of a prompt file (kohya's format).
-
-    Args:
-        text: caption, or class id.
-        negative: what the guidance leads away from.
-        width, height: in pixels.
-        seed: of the noise.
-        steps: denoising steps.
-        scale: of classifier-free guidance; for Flux the guidance told to the model.
-    """
-
-    text: str
-    negative: str
-    width: int
-    height: int
-    seed: int
-    steps: int
-    scale: float
-
-
-def read_prompts(config: TrainConfig, frozen: FrozenBase) -> list[Prompt]:
-    """The prompts of --sample_prompts; without a file, the first classes of a base with classes.
-
-    Raises:
-        PatchError: no file where captions are needed, or a line that is no prompt.
-    """
-    kind = frozen.kind
-    if config.sample_prompts is None:
-        if kind.conditioning == "caption":
-            raise PatchError(
-                "expected --sample_prompts, a text file with one prompt a line, for previews, "
-                "found none: write one, or leave out the previews."
-            )
-        count = min(_CLASSES, kind.num_classes or 4)
-        lines = [str(number) for number in range(count)]
-    else:
-        path = Path(config.sample_prompts)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PatchError(
-                f"expected a text file with one prompt a line at {path}, found {error}: check "
-                "--sample_prompts."
-            ) from error
-        lines = [line.strip() for line in text.splitlines()]
-        lines = [line for line in lines if line and not line.startswith("#")]
-        if not lines:
-            raise PatchError(f"expected a prompt in {path}, found none: write one a line.")
-    return [_parse(line, number, config, frozen) for number, line in enumerate(lines)]
-
-
-def _parse(line: str, number: int, config: TrainConfig, frozen: FrozenBase) -> Prompt:
-    kind = frozen.kind
-    side = int(str(config.resolution).split(",")[0]) if config.resolution else kind.resolution
-    text, *rest = _OPTION.split(line)
-    given = dict(zip(rest[::2], rest[1::2], strict=True))
-    try:
-        prompt = Prompt(
-            text=text.strip(),
-            negative=given.pop("n", "").strip(),
-            width=int(given.pop("w", side)),
-            height=int(given.pop("h", side)),
-            seed=int(given.pop("d", config.seed + number)),
-            steps=int(given.pop("s", config.sample_steps)),
-            scale=float(given.pop("l", given.pop("g", frozen.family.guidance))),
-        )
-        if kind.conditioning == "label":
-            label = int(prompt.text)
-            if not 0 <= label < (kind.num_classes or 0):
-                raise ValueError(f"class {label} of {kind.num_classes}")
-        if kind.square and prompt.width != prompt.height:
-            raise ValueError(f"{prompt.width} x {prompt.height}; this base takes squares only")
-        if min(prompt.width, prompt.height, prompt.steps) < 1 or given:
-            raise ValueError(f"--{next(iter(given))}" if given else "a size or number below 1")
-    except ValueError as error:
-        what = "a class id" if kind.conditioning == "label" else "a prompt"
-        raise PatchError(
-            f"expected {what} with --n --w --h --d --s --l in --sample_prompts, found {line!r} "
-            f"({error}): correct the line."
-        ) from error
-    step = frozen.factor * 2
-    return Prompt(
-        **{
-            **vars(prompt),
-            "width": max(step, prompt.width // step * step),
-            "height": max(step, prompt.height // step * step),
-        }
-    )
-
+from training.run.prompt_files import Prompt, read_prompts
 
 # kohya's names of samplers, by ours; those that need a noise of their own each step are left out.
 _SAMPLERS = {

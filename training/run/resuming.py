@@ -11,6 +11,7 @@ import torch
 from dmp_common import PatchError
 from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig
+from training.options.helping import section_of
 from training.run.parts import Run
 from training.run.state import State, restore_random
 
@@ -18,6 +19,8 @@ from training.run.state import State, restore_random
 APPLIED = (
     *("learning_rate", "gate_lr_factor", "weight_decay", "max_grad_norm"),
     *("lr_scheduler", "lr_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_power"),
+    *("lr_scheduler_type", "lr_scheduler_args", "lr_scheduler_min_lr_ratio", "lr_decay_steps"),
+    "lr_scheduler_timescale",
     *("max_train_steps", "max_train_epochs", "mixed_precision"),
 )
 # Sections whose options change what a run leaves or how fast it is, not what it learns.
@@ -67,12 +70,8 @@ def _deciding(config: TrainConfig) -> dict[str, Any]:
         name: value
         for name, value in config.recorded().items()
         if name not in _COMPARED_AS_FACTS
-        and (name in APPLIED or _section(fields[name]) not in _FREE_SECTIONS)
+        and (name in APPLIED or section_of(fields[name]) not in _FREE_SECTIONS)
     }
-
-
-def _section(info: Any) -> str:
-    return str(info.json_schema_extra["section"])
 
 
 def resume(run: Run, state: State, facts: Mapping[str, Any], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,11 @@ def make_accelerator(config: TrainConfig, log_dir: str | None) -> Accelerator:
             "trained values lie in the base: launch with training/accelerate/multi_gpu.yaml."
         )
     return accelerator
+
+
+def tracker_options(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """What the loggers are started with, besides the name of the project."""
+    return {} if config.wandb_run_name is None else {"wandb": {"name": config.wandb_run_name}}
 
 
 def is_sharded(config: TrainConfig, accelerator: Accelerator) -> bool:
@@ -117,6 +123,9 @@ def accumulation(config: TrainConfig, world: int) -> int:
         return config.gradient_accumulation_steps
     at_once = config.train_batch_size * world
     steps, rest = divmod(config.global_batch_size, at_once)
+    if "global_batch_size" not in config.model_fields_set:
+        # Of a recipe, not asked for: the nearest batch that the processes can take.
+        return max(1, round(config.global_batch_size / at_once))
     if rest or not steps:
         raise PatchError(
             f"expected a --global_batch_size that is a multiple of {at_once} (train_batch_size "

@@ -11,28 +11,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dmp_common import Patch, PatchError, get_base
+from dmp_common import Patch, PatchError
 from training.base.encoders import FrozenEncoders, fingerprint
-from training.base.frozen import FrozenBase, find_base, load_frozen
+from training.base.frozen import FrozenBase, load_frozen
 from training.data.batch import Data
 from training.data.build import Split, open_data
 from training.objective.noising import process_of
 from training.objective.relative import RelativeWeights, relative_config, warn_of_rounding
-from training.options.command_line import as_toml, with_base
+from training.options.command_line import as_toml
 from training.options.config import TrainConfig
-from training.options.presets import SOURCES
 from training.run.dryrun import dry_run
 from training.run.events import TrainingEvents
 from training.run.folder import RunFolder
 from training.run.loop import train
 from training.run.metadata import Metadata
-from training.run.optimisers import make_optimiser
 from training.run.outputs import Outputs, require_room
 from training.run.parts import Parts, Run, assemble
 from training.run.previews import Previews
 from training.run.publishing import push
 from training.run.resuming import facts_of, resume
-from training.run.scale import accumulation, make_accelerator
+from training.run.scale import accumulation, make_accelerator, tracker_options
 from training.run.state import find_resumed, load_state
 from training.run.telling import Telling
 from training.run.validation import Validation
@@ -44,10 +42,12 @@ TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk
 def run(config: TrainConfig) -> Path | None:
     """Trains, saves and reports; returns the path of the result, None after a dry run.
 
+    Args:
+        config: as `checking.check_run` leaves it.
+
     Raises:
         PatchError: an unusable configuration, folder, base or data; nothing is trained then.
     """
-    config = checked(config)
     accelerator = _accelerator(config)
     folder = RunFolder(config)
     alone = accelerator.is_main_process and not config.dry_run
@@ -129,7 +129,9 @@ class Trainer:
             PatchError: a loss is not finite, or the disk is full.
         """
         run, config = self.run, self.run.config
-        run.accelerator.init_trackers(config.log_prefix or config.output_name, _scalars(config))
+        run.accelerator.init_trackers(
+            config.log_prefix or config.output_name, _scalars(config), tracker_options(config)
+        )
         if run.accelerator.is_main_process:
             text = as_toml(config.model_copy(update={"resume": None, "overwrite": False}))
             path = self.events.outputs.folder / f"{config.output_name}.toml"
@@ -148,42 +150,6 @@ class Trainer:
             _after(run, self.events)
         run.accelerator.end_training()
         return path
-
-
-def checked(config: TrainConfig) -> TrainConfig:
-    """Finds what can be found before anything is loaded.
-
-    Raises:
-        PatchError: an unknown base, no data, an optimiser or variant that does not exist, or a
-            state that is not there.
-    """
-    if config.base == "auto":
-        config = with_base(config, find_base(config).name)
-    get_base(config.base)
-    RunFolder(config).require_writable()
-    if not any(getattr(config, name) for name in SOURCES):
-        raise PatchError(
-            f"expected data to train on: the images (and captions) that base {config.base} was "
-            "trained on, or their like; found none. Three commands that run, with your paths:\n"
-            f"  python training/train_dmp.py --base {config.base} --train_data_dir photos\n"
-            f"  python training/train_dmp.py --base {config.base} --webdataset "
-            '"shards/{00000..00099}.tar"\n'
-            f"  python training/train_dmp.py --base {config.base} --dataset_name user/dataset"
-        )
-    # Wishes that cannot be fulfilled, before gigabytes are loaded for them.
-    make_optimiser(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
-    with torch.device("meta"):
-        Patch.create(config.base, **config.variant)
-    if config.resume is not None:
-        find_resumed(config)
-    if config.huggingface_repo_id is not None and config.method not in ("dmp", "prompt"):
-        raise PatchError(
-            f"expected --huggingface_repo_id with a patch, found --method {config.method}: upload "
-            "its result with the tools of diffusers."
-        )
-    if config.report_samples and config.method not in ("dmp", "prompt"):
-        config = config.model_copy(update={"report_samples": 0})
-    return config
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -228,9 +194,11 @@ def _resolved(config: TrainConfig, data: Data, accelerator: Accelerator) -> Trai
     """The configuration with accumulation and number of steps as they will be."""
     micro_steps = accumulation(config, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = micro_steps
+    at_once = config.train_batch_size * accelerator.num_processes
     changes: dict[str, Any] = {"gradient_accumulation_steps": micro_steps}
+    if config.global_batch_size is not None:
+        changes["global_batch_size"] = at_once * micro_steps
     if config.max_train_epochs is not None:
-        at_once = config.train_batch_size * accelerator.num_processes
         batches = data.batches_per_epoch(at_once)
         if batches is None:
             raise PatchError(

@@ -226,7 +226,8 @@ def test_wrong_input_is_one_line(
     line = [part.format(**places) if part.startswith("{") else part for part in arguments]
     if "sd99" in line:
         message = "known bases"
-    assert main(["--out", str(tmp_path / "out"), *line]) == 1
+    base = [] if "--base" in line else ["--base", "digits"]
+    assert main(["--out", str(tmp_path / "out"), *base, *line]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert message in printed
@@ -246,7 +247,7 @@ def test_wrong_options_name_the_option(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+        main(["--base", "digits", *arguments])
     assert message in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from dmp_common import PatchError
 from tests.training.conftest import Go, Start
 from training.objective.pictures import as_image
-from training.run.previews import read_prompts
+from training.run.prompt_files import read_prompts
 from training.run.publishing import push
 
 
@@ -36,7 +36,7 @@ def test_prompts_are_read_as_kohya_writes_them(start: Start, tmp_path: Path) -> 
         ("", "expected a prompt in"),
         ("ten", "expected a class id"),
         ("10", "class 10 of 10"),
-        ("1 --s 0", "below 1"),
+        ("1 --s 0", "of at least 1"),
         ("1 --q 3", "--q"),
         ("1 --w wide", "wide"),
         ("1 --w 16 --h 8", "takes squares only"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from training.experiments.paper.cells import Table, choose, read_setup, read_table, table_names
 from training.experiments.paper.experiment import Experiment, pairs
-from training.options.command_line import ConfigError
+from training.options.problems import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from training.options.command_line import ConfigError
+from training.options.problems import ConfigError
+from training.options.toml_files import read_toml_file
 
 HERE = Path(__file__).resolve().parent
 Method = Literal["base", "dmp", "prompt", "lora", "full", "joint"]
@@ -121,7 +121,7 @@ class Table:
 
 def read_setup() -> Setup:
     """What the cells have in common."""
-    return Setup(**_toml(HERE / "setup.toml"))
+    return Setup(**read_toml_file(HERE / "setup.toml"))
 
 
 def table_names() -> list[str]:
@@ -139,7 +139,7 @@ def read_table(name: str) -> Table:
         raise ConfigError(f"expected one of {', '.join(table_names())}, found {name!r}")
     path = HERE / "tables" / f"{name}.toml"
     try:
-        file = _TableFile(**_toml(path))
+        file = _TableFile(**read_toml_file(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -181,12 +181,3 @@ def _cells(table: str, entry: _CellEntry) -> list[Cell]:
         )
         for step in steps
     ]
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    contents: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    return contents

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from training.experiments.paper.cells import Cell, Setup, read_setup
-from training.options.command_line import ConfigError, resolve
+from training.options.command_line import resolve
 from training.options.config import TrainConfig
 from training.options.data_options import DataOptions
 from training.options.model_options import ModelOptions
+from training.options.problems import ConfigError
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 # What the evaluation must know of a run: the base and its data, not how they are varied.

@@ -40,7 +40,7 @@ def test_strength_schedule_and_sampler_change_what_is_drawn(monkeypatch):
 
 def test_a_sibling_is_another_base(monkeypatch, tmp_path):
     frozen = load_frozen(TrainConfig(base="digits", method="full"))
-    method = FullMethod(frozen, TrainConfig(method="full"))
+    method = FullMethod(frozen, TrainConfig(base="digits", method="full"))
     with torch.no_grad():
         for parameter in method.trainable().values():
             parameter.mul_(1.01)

@@ -1,0 +1,168 @@
+"""What can be told of a run before anything is loaded: all of it at once, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dmp_common import Patch, PatchError, get_base
+from training.base.frozen import find_base
+from training.base.places import find_source
+from training.data.sources.dataset_config import subset_tables
+from training.options.command_line import Resolved, with_base
+from training.options.config import TrainConfig
+from training.options.data_options import SOURCES
+from training.options.problems import ConfigError
+from training.run.folder import RunFolder
+from training.run.optimisers import OPTIMISERS, PLAIN, has_package, make_optimiser, optimiser_name
+from training.run.prompt_files import read_prompt_file
+from training.run.state import find_resumed
+
+_PATCHES = ("dmp", "prompt")
+_Check = Callable[[TrainConfig], object]
+
+
+def check_run(found: Resolved) -> None:
+    """Adds to a configuration's problems and warnings what files, packages and devices tell.
+
+    The configuration is changed where this machine asks for it, with a warning each, and where the
+    base is recognised from its weights.
+    """
+    config = found.config
+    if config.base == "auto" and config.pretrained_model_name_or_path is not None:
+        try:
+            config = with_base(config, find_base(config).name)
+        except PatchError as error:
+            found.problems += _sentences(error)
+    for suit in (_suit_precision, _suit_optimiser):
+        config, warning = suit(config)
+        found.warnings += [warning] if warning else []
+    if config.report_samples and config.method not in _PATCHES:
+        config = config.model_copy(update={"report_samples": 0})
+    known = config.base != "auto"
+    checks: list[_Check] = [_base, _variant] if known else []
+    checks += [_data, _dataset_file, _prompts, _folder, _optimiser, _resumed, _upload]
+    for check in checks:
+        try:
+            check(config)
+        except PatchError as error:
+            more = _sentences(error)
+            found.problems += [problem for problem in more if problem not in found.problems]
+    found.config = config
+
+
+def _sentences(error: PatchError) -> list[str]:
+    return error.problems if isinstance(error, ConfigError) else [str(error)]
+
+
+def _suit_precision(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """fp16 becomes bf16 where there is no accelerator: CPUs have no fast fp16, nor its scaler."""
+    if config.mixed_precision != "fp16" or not _on_cpu(config):
+        return config, None
+    return config.model_copy(update={"mixed_precision": "bf16"}), (
+        "--mixed_precision fp16 becomes bf16, because there is no GPU to train on."
+    )
+
+
+def _suit_optimiser(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """An optimiser with 8-bit states becomes the plain one where it cannot run."""
+    name = optimiser_name(config.optimizer_type)
+    if name not in PLAIN:
+        return config, None
+    if _on_cpu(config):
+        why = "there is no GPU"
+    elif not has_package(name):
+        why = f"the package {OPTIMISERS[name][1]} is not installed"
+    else:
+        return config, None
+    return config.model_copy(update={"optimizer_type": PLAIN[name]}), (
+        f"--optimizer_type {name} becomes {PLAIN[name]}, because {why}."
+    )
+
+
+def _on_cpu(config: TrainConfig) -> bool:
+    return config.cpu or not torch.accelerator.is_available()
+
+
+def _base(config: TrainConfig) -> None:
+    """A base that is known, and a place of its weights that exists, as far as this disk tells."""
+    find_source(config, get_base(config.base))
+
+
+def _variant(config: TrainConfig) -> None:
+    """The patch without memory for its values: names of sites, sizes, options of its gate."""
+    get_base(config.base)
+    with torch.device("meta"):
+        Patch.create(config.base, **config.variant)
+
+
+def _data(config: TrainConfig) -> None:
+    """A source of data, and places on this disk that exist."""
+    given = [name for name in SOURCES if getattr(config, name)]
+    if not given:
+        command = f"  python training/train_dmp.py {_named(config)}"
+        raise PatchError(
+            f"expected data to train on: the images (and captions) that base {config.base} was "
+            "trained on, or their like; found none. Three commands that run, with your paths:\n"
+            f"{command} --train_data_dir photos\n"
+            f'{command} --webdataset "shards/{{00000..00099}}.tar"\n'
+            f"{command} --dataset_name user/dataset"
+        )
+    problems = []
+    if len(given) > 1:
+        both = " and ".join(f"--{name}" for name in given)
+        problems.append(f"expected one source of data, found {both}: give one of them.")
+    for name, what, exists in (
+        ("train_data_dir", "a folder of images", Path.is_dir),
+        ("in_json", "a JSON file", Path.is_file),
+        ("class_list", "a text file", Path.is_file),
+    ):
+        place = getattr(config, name)
+        if place is not None and not exists(Path(place).expanduser()):
+            problems.append(f"expected {what} at {place}, found none: check --{name}.")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _named(config: TrainConfig) -> str:
+    """The words of a command line that name the base of a configuration."""
+    try:
+        usual = get_base(config.base).hub_id if config.base != "auto" else None
+    except PatchError:  # an unknown base has a sentence of its own
+        usual = None
+    place = config.pretrained_model_name_or_path or (None if usual else "model.safetensors")
+    weights = "" if place is None else f' --pretrained_model_name_or_path "{place}"'
+    return f"--base {config.base}{weights}"
+
+
+def _dataset_file(config: TrainConfig) -> None:
+    if config.dataset_config is not None:
+        list(subset_tables(Path(config.dataset_config)))
+
+
+def _prompts(config: TrainConfig) -> None:
+    if config.sample_prompts is not None:
+        read_prompt_file(Path(config.sample_prompts))
+
+
+def _optimiser(config: TrainConfig) -> None:
+    make_optimiser(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+
+
+def _resumed(config: TrainConfig) -> None:
+    if config.resume is not None:
+        find_resumed(config)
+
+
+def _upload(config: TrainConfig) -> None:
+    if config.huggingface_repo_id is not None and config.method not in _PATCHES:
+        raise PatchError(
+            f"expected --huggingface_repo_id with a patch, found --method {config.method}: upload "
+            "its result with the tools of diffusers."
+        )
+
+
+def _folder(config: TrainConfig) -> None:
+    RunFolder(config).require_writable()
