@@ -37,6 +37,8 @@ class Batch:
         labels: (B,) int64 class ids, dropped ones are the null label.
         weights: (B,) float32 factors of the loss, None if all are 1. Validation gives 0 to the
             images that only fill up a batch, so that every image counts once.
+        masks: (B, 1, H, W) float32 in [0, 1], how much each pixel counts in the loss, at the size
+            of the pixels; None for data without masks.
     """
 
     keys: list[str]
@@ -48,6 +50,7 @@ class Batch:
     text: dict[str, Tensor] | None = None
     labels: Tensor | None = None
     weights: Tensor | None = None
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -67,6 +70,7 @@ class Batch:
             moments=moved(self.moments),
             labels=moved(self.labels),
             weights=moved(self.weights),
+            masks=moved(self.masks),
             text=text,
         )
 

@@ -115,6 +115,9 @@ class DataOptions(Options):
         "image size", False, "Crop images at a random place instead of the centre."
     )
     color_aug: bool = option("image size", False, "Vary hue and gamma slightly at random.")
+    alpha_mask: bool = option(
+        "image size", False, "Weight the loss of every pixel by the opacity of the image there."
+    )
 
     caption_extension: str | None = option(
         "captions",
