@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmp_common import PatchError
+from training.objective.digit_classifier import DigitClassifier, load_digit_classifier
 
 # Of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, the network FID is defined by.
 INCEPTION_SHA256 = "6726825d"
@@ -71,7 +72,7 @@ class Extractor:
         """
         try:
             with torch.no_grad():
-                found: Any = self.module(images.to(self.device))
+                found = self.module(images.to(self.device))
         except (ValueError, RuntimeError) as error:
             raise PatchError(
                 f"expected a feature extractor that takes images {tuple(images.shape)} in "
@@ -211,21 +212,18 @@ def load_extractor(
         return Extractor(chosen, _named(chosen), device)
     if base != "digits":
         return None
-    from training.objective.digit_classifier import load_digit_classifier
-
     return Extractor("classifier of the digits", _Classifier(load_digit_classifier()), device)
 
 
 class _Classifier(nn.Module):
     """The features of the bundled classifier."""
 
-    def __init__(self, classifier: Any) -> None:
+    def __init__(self, classifier: DigitClassifier) -> None:
         super().__init__()
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.classifier.features(images)
-        return features
+        return self.classifier.features(images)
 
 
 def _named(chosen: str) -> nn.Module:

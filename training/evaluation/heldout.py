@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from training.data.batch import Batch, Data, Position
 from training.data.build import Split, open_data
 from training.evaluation.features import Extractor, Features
 from training.objective.inputs import Inputs, encode
-from training.objective.noise import Draws
 from training.options.config import TrainConfig
 
 NAME = "evaluation"  # what its random draws depend on, besides seed and image
@@ -47,21 +46,8 @@ class HeldOut:
                 if not rows:
                     return
                 captions = None if self.captions is None else self.captions[number][: len(rows)]
-                yield [first + row for row in rows], of_rows(inputs, rows), captions
+                yield [first + row for row in rows], inputs.rows(rows), captions
                 first += len(rows)
-
-
-def of_rows(inputs: Inputs, rows: list[int]) -> Inputs:
-    """Some images of a batch."""
-    draws = inputs.draws
-    return replace(
-        inputs,
-        clean=inputs.clean[rows],
-        draws=Draws(*(x[rows] for x in (draws.noise, draws.latent, draws.u, draws.z))),
-        given={name: value[rows] for name, value in inputs.given.items()},
-        weights=None,
-        keys=[inputs.keys[row] for row in rows],
-    )
 
 
 def open_split(
@@ -113,7 +99,7 @@ def read_held_out(
         kept = rows if images is None else rows[: images - len(held_out)]
         names = [(NAME, seed, key) for key in batch.keys]
         inputs = encode(batch, encoders, config, names, device)
-        held_out.inputs.append(of_rows(inputs.to(torch.device("cpu")), kept))
+        held_out.inputs.append(inputs.to(torch.device("cpu")).rows(kept))
         if batch.captions is not None:
             captions.append([batch.captions[row] for row in kept])
         if images is not None and len(held_out) >= images:

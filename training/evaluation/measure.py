@@ -206,7 +206,7 @@ def _untold(blank: Mapping[str, Tensor], told: Mapping[str, Tensor], count: int)
     return {**repeated, **{name: told[name] for name in same}}
 
 
-def _precision(evaluation: Evaluation) -> AbstractContextManager[Any]:
+def _precision(evaluation: Evaluation) -> AbstractContextManager[object]:
     chosen = evaluation.config.mixed_precision
     if chosen == "no":
         return nullcontext()

@@ -9,7 +9,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Compared(ABC):
         self.spec = spec
 
     @abstractmethod
-    def on(self, frozen: FrozenBase) -> Any:
+    def on(self, frozen: FrozenBase) -> AbstractContextManager[FrozenBase]:
         """A context manager that puts it on the base; it gives the base to evaluate.
 
         Raises:

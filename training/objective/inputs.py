@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
+from training.base.frozen import FrozenBase
 from training.data.batch import Batch
-from training.objective.noise import Draws, draw
+from training.objective.noise import Draws, Names, draw, shaped
 from training.options.config import TrainConfig
 
 
@@ -25,6 +26,8 @@ class Inputs:
         given: what each sample is told.
         weights: (B,), None if all are 1.
         keys: names of the samples.
+        masks: (B, 1, H, W) in [0, 1] at the size of `clean`, how much each place counts in the
+            loss; None if all count alike.
     """
 
     clean: Tensor
@@ -32,6 +35,7 @@ class Inputs:
     given: dict[str, Tensor]
     weights: Tensor | None
     keys: list[str]
+    masks: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
         """The same on a device; the draws stay where they are."""
@@ -40,6 +44,18 @@ class Inputs:
             clean=self.clean.to(device),
             given={name: value.to(device) for name, value in self.given.items()},
             weights=None if self.weights is None else self.weights.to(device),
+            masks=None if self.masks is None else self.masks.to(device),
+        )
+
+    def rows(self, rows: list[int]) -> Inputs:
+        """Some of the samples, each with the weight 1."""
+        return Inputs(
+            clean=self.clean[rows],
+            draws=self.draws.rows(rows),
+            given={name: value[rows] for name, value in self.given.items()},
+            weights=None,
+            keys=[self.keys[row] for row in rows],
+            masks=None if self.masks is None else self.masks[rows],
         )
 
 
@@ -47,7 +63,7 @@ def encode(
     batch: Batch,
     encoders: FrozenEncoders,
     config: TrainConfig,
-    names: Sequence[tuple[object, ...]],
+    names: Names,
     device: torch.device,
 ) -> Inputs:
     """Encodes what no cache holds, and draws each sample's noise.
@@ -58,14 +74,44 @@ def encode(
     batch = batch.to(device)
     frozen = encoders.frozen
     if frozen.vae is None:
-        clean, channels = batch.pixels, batch.pixels.shape[1:]
-        draws = draw(names, tuple(channels), config.noise_offset).to(device)
+        clean = _pixels(batch)
+        draws = draw(names, _shape(clean), config).to(device)
     else:
-        moments = batch.moments if batch.moments is not None else encoders.moments(batch.pixels)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        draws = draw(names, shape, config.noise_offset).to(device)
+        moments = batch.moments if batch.moments is not None else encoders.moments(_pixels(batch))
+        draws = draw(names, _shape(moments[:, : moments.shape[1] // 2]), config).to(device)
         clean = frozen.latents(moments, draws.latent)
-    return Inputs(clean, draws, _given(batch, encoders, config), batch.weights, batch.keys)
+    masks = _masks(batch, config)
+    if masks is not None:
+        masks = interpolate(masks, clean.shape[-2:], mode="area")
+    draws = shaped(draws, clean, config)
+    return Inputs(clean, draws, _given(batch, encoders, config), batch.weights, batch.keys, masks)
+
+
+def _pixels(batch: Batch) -> Tensor:
+    if batch.pixels is None:
+        raise ValueError("expected a batch with pixels, found cached latents without a VAE")
+    return batch.pixels
+
+
+def _shape(like: Tensor) -> tuple[int, int, int]:
+    _, channels, height, width = like.shape
+    return channels, height, width
+
+
+def _masks(batch: Batch, config: TrainConfig) -> Tensor | None:
+    """The masks of a batch where an option asks for them.
+
+    Raises:
+        PatchError: --masked_loss is given, and the data have no masks.
+    """
+    if not (config.masked_loss or config.alpha_mask):
+        return None
+    if batch.masks is None and config.masked_loss:
+        raise PatchError(
+            f"expected masks for --masked_loss, found images without ({batch.keys[0]}): give "
+            "conditioning_data_dir in the data set file, or --alpha_mask."
+        )
+    return batch.masks
 
 
 def _given(batch: Batch, encoders: FrozenEncoders, config: TrainConfig) -> dict[str, Tensor]:
@@ -89,6 +135,6 @@ def _given(batch: Batch, encoders: FrozenEncoders, config: TrainConfig) -> dict[
     return given
 
 
-def _null(frozen: object, batch: Batch) -> Tensor:
-    label = frozen.null_label  # type: ignore[attr-defined]
+def _null(frozen: FrozenBase, batch: Batch) -> Tensor:
+    label = int(frozen.null_label or 0)
     return torch.full((len(batch),), label, dtype=torch.long, device=batch.sizes.device)

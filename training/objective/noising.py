@@ -6,9 +6,11 @@ Times t are on the scale 0..1000 everywhere; a flow model's sigma is t / 1000.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from dmp_common import PatchError
@@ -25,18 +27,18 @@ class Discrete:
         options: of the objective.
     """
 
-    def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
+    def __init__(self, scheduler: SchedulerMixin, options: ObjectiveOptions) -> None:
         self.prediction = str(scheduler.config.prediction_type)
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise PatchError(
                 "expected prediction type epsilon, v_prediction or sample in the scheduler's "
                 f"config, found {self.prediction!r}: correct the base's configuration."
             )
-        self.options = options
+        self.options, self.scheduler = options, scheduler
         self.alphas = scheduler.alphas_cumprod.double()  # (T,)
         self.posterior = Posterior(scheduler.betas.double())
 
-    def times(self, u: Tensor, z: Tensor, latent_hw: tuple[int, int]) -> Tensor:
+    def times(self, u: Tensor, z: Tensor, latent_hw: Sequence[int]) -> Tensor:
         """Timesteps (B,), int64, uniform over the range asked for; z is for flow models."""
         first, end = self.options.min_timestep, min(self.options.max_timestep, len(self.alphas))
         return (first + (u.double() * (end - first)).long()).clamp(max=end - 1)
@@ -70,16 +72,22 @@ class Discrete:
             return (noisy - rest * prediction) / signal
         return signal * noisy - rest * prediction
 
+    def signal_share(self, t: Tensor) -> Tensor:
+        """The scale of the signal over the sum of both scales, (B,) float32: 1 without noise."""
+        alphas = self.alphas.to(t.device)[t]
+        return (alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())).float()
+
     def weights(self, t: Tensor) -> Tensor:
         """Weights of the squared error at timesteps t (B,), float32.
 
         Sources: Hang et al. 2023 (min-SNR), Yu et al. 2023 (debiased), Choi et al. 2022 (P2).
         """
-        alphas = self.alphas.to(t.device)
-        snr = alphas / (1 - alphas)
+        options = self.options
+        if not (options.min_snr_gamma or options.debiased_estimation_loss or options.p2_gamma):
+            return torch.ones_like(t, dtype=torch.float32)
+        alphas, snr = self.alphas.to(t.device), self._snr.to(t.device)
         # Zero at the last step of a zero-terminal-SNR schedule: weights take their limits there.
         of_velocity = 1 / (snr + 1) if self.prediction == "v_prediction" else torch.ones_like(snr)
-        options = self.options
         if options.min_snr_gamma:
             capped = snr.clamp(max=options.min_snr_gamma)
             weights = {
@@ -89,21 +97,27 @@ class Discrete:
             }[self.prediction]
         elif options.debiased_estimation_loss:
             # As in kohya's scripts: 1 / (SNR + 1) for v; SNR at most 1000.
-            least = snr[snr > 0].min()
+            least = float(snr[snr > 0].min())
             weights = snr.clamp(least, 1000.0).rsqrt()
             if self.prediction == "v_prediction":
                 weights = of_velocity
-        elif options.p2_gamma:
+        else:
             # Defined on the error of epsilon, which is sqrt(a) that of v, and sqrt(SNR) of x0.
             error = {
                 "epsilon": torch.ones_like(snr),
                 "v_prediction": alphas,
                 "sample": snr,
             }[self.prediction]
-            weights = error / (options.p2_k + snr) ** options.p2_gamma
-        else:
-            weights = torch.ones_like(snr)
+            weights = error / (options.p2_k + snr) ** (options.p2_gamma or 0.0)
         return weights[t].float()
+
+    @cached_property
+    def _snr(self) -> Tensor:
+        """Signal-to-noise ratio of every timestep (T,), float64."""
+        from diffusers.training_utils import compute_snr  # takes seconds
+
+        snr: Tensor = compute_snr(self.scheduler, torch.arange(len(self.alphas)))
+        return snr.double()
 
     def _scales(self, like: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas.to(t.device)[t].reshape(-1, 1, 1, 1)
@@ -120,13 +134,13 @@ class Flow:
 
     prediction = "flow"
 
-    def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
+    def __init__(self, scheduler: SchedulerMixin, options: ObjectiveOptions) -> None:
         config = scheduler.config
         own = 1.0 if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
         self.shift = options.discrete_flow_shift or own
         self.options = options
 
-    def times(self, u: Tensor, z: Tensor, latent_hw: tuple[int, int]) -> Tensor:
+    def times(self, u: Tensor, z: Tensor, latent_hw: Sequence[int]) -> Tensor:
         """Times (B,), float32, from uniform u (B,) and standard normal z (B,).
 
         The densities are those of kohya's scripts and diffusers' SD3 training, also in that
@@ -162,16 +176,27 @@ class Flow:
         """What the model is to predict (B, C, H, W)."""
         return noise - clean
 
+    def signal_share(self, t: Tensor) -> Tensor:
+        """The scale of the signal over the sum of both scales, (B,) float32: 1 without noise."""
+        return 1 - t.float() / 1000
+
     def weights(self, t: Tensor) -> Tensor:
         """Weights of the squared error at times t (B,), float32 (Esser et al. 2024)."""
-        sigma = t.float() / 1000
-        if self.options.weighting_scheme == "sigma_sqrt":
-            return sigma**-2.0
-        if self.options.weighting_scheme == "cosmap":
-            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-        return torch.ones_like(sigma)
+        sigma, scheme = t.float() / 1000, self.options.weighting_scheme
+        if scheme not in ("sigma_sqrt", "cosmap"):  # the others are densities, or nothing
+            return torch.ones_like(sigma)
+        from diffusers.training_utils import compute_loss_weighting_for_sd3  # takes seconds
+
+        weights: Tensor = compute_loss_weighting_for_sd3(scheme, sigma)
+        return weights
 
     def _density(self, u: Tensor, z: Tensor) -> Tensor:
+        """The density of --weighting_scheme, as a function of draws that are already made.
+
+        `compute_density_for_timestep_sampling` of diffusers has the same formulas, but draws for
+        a whole batch from one generator: a sample's timestep would depend on the others, and a
+        resumed run or another number of processes would train on other timesteps.
+        """
         options = self.options
         if options.weighting_scheme == "logit_normal":
             return torch.sigmoid(options.logit_mean + options.logit_std * z)
@@ -187,21 +212,31 @@ class Flow:
 
 
 Process = Discrete | Flow
+# Options that weight timesteps by the SNR, or change what the noise at the noisiest one is.
+_DISCRETE_ONLY = (
+    *("min_snr_gamma", "debiased_estimation_loss", "p2_gamma"),
+    *("noise_offset", "adaptive_noise_scale", "multires_noise_iterations"),
+)
 
 
-def process_of(scheduler: Any, options: ObjectiveOptions) -> Process:
+def process_of(scheduler: SchedulerMixin, options: ObjectiveOptions) -> Process:
     """The process a scheduler describes.
 
     Raises:
-        PatchError: an unknown prediction type, or weights that the process does not have.
+        PatchError: an unknown prediction type, or options that the process does not have.
     """
-    snr = ("min_snr_gamma", "debiased_estimation_loss", "p2_gamma")
+    if options.relative_loss and options.loss_type != "l2":
+        raise PatchError(
+            "expected --loss_type l2 with --relative_loss, whose weights are the base's squared "
+            f"error, found {options.loss_type}: leave out one of them."
+        )
     if not is_flow(scheduler):
         return Discrete(scheduler, options)
-    wrong = [name for name in (*snr, "noise_offset") if getattr(options, name)]
+    wrong = [name for name in _DISCRETE_ONLY if getattr(options, name)]
     if wrong:
         raise PatchError(
-            f"expected a base with epsilon or v prediction for --{wrong[0]}, found a flow model: "
-            "use --weighting_scheme and --timestep_sampling."
+            "expected a base with epsilon or v prediction for "
+            f"{', '.join('--' + name for name in wrong)}, found a flow model: use "
+            "--weighting_scheme and --timestep_sampling."
         )
     return Flow(scheduler, options)

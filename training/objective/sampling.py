@@ -8,14 +8,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
 from training.base.schedulers import flux_shift, is_flow
 from training.data.draws import generator
-from training.objective.losses import evaluating
 
 # Samplers of diffusers for discrete schedules; flow models take Euler.
 SAMPLERS = {
@@ -30,7 +29,9 @@ Given = Mapping[str, Tensor]
 Predict = Callable[[Tensor, Tensor, Given], Tensor]
 
 
-def make_sampler(scheduler: Any, steps: int, tokens: int, name: str = "default") -> Any:
+def make_sampler(
+    scheduler: SchedulerMixin, steps: int, tokens: int, name: str = "default"
+) -> SchedulerMixin:
     """A sampler on the schedule of a base, its timesteps set: deterministic DDIM, or Euler for
     flow models, if no other is asked for.
 
@@ -74,7 +75,7 @@ def make_sampler(scheduler: Any, steps: int, tokens: int, name: str = "default")
 
 def denoise(
     predict: Predict,
-    sampler: Any,
+    sampler: SchedulerMixin,
     noise: Tensor,
     told: Given,
     untold: Given | None,
@@ -109,7 +110,7 @@ def denoise(
     return x
 
 
-def _scales(sampler: Any) -> bool:
+def _scales(sampler: SchedulerMixin) -> bool:
     return hasattr(sampler, "scale_model_input")
 
 
@@ -181,62 +182,3 @@ def condition(
     labelled = frozen.kind.conditioning == "label" and text is not None
     label = int(text) if labelled and text is not None else frozen.null_label
     return {**given, "labels": torch.tensor([label])}
-
-
-def sample(
-    model: nn.Module,
-    scheduler: SchedulerMixin,
-    labels: Tensor,
-    *,
-    seed: int,
-    steps: int = 50,
-    guidance_scale: float = 1.0,
-    null_label: int | None = None,
-    sampler: str = "default",
-    batch_size: int = 500,
-) -> Tensor:
-    """Draw one image per label of a pixel model, classifier-free guided.
-
-    Args:
-        model: diffusers model with `config.in_channels` and `config.sample_size`.
-        scheduler: any diffusers scheduler; the sampler takes over its betas and prediction type.
-        labels: (B,) class ids.
-        seed: decides the initial noise alone; image i is comparable between two models.
-        guidance_scale: w in uncond + w (cond - uncond); 1 evaluates the conditional branch only.
-        null_label: class id that means "no class"; by default the DiT's number of classes.
-        sampler: a deterministic one, see `make_sampler`; DDIM if none is named.
-
-    Returns:
-        (B, C, H, W) float32 on the CPU, clipped to [-1, 1].
-
-    Raises:
-        ValueError: labels are not (B,), or guidance is asked for without a null label.
-
-    Source: Song et al. 2021 (DDIM); Ho and Salimans 2022 (guidance).
-    """
-    if labels.ndim != 1 or labels.numel() == 0:
-        raise ValueError(f"expected labels (B,) with B >= 1, found shape {tuple(labels.shape)}")
-    if null_label is None:
-        null_label = getattr(model.config, "num_embeds_ada_norm", None)
-    if guidance_scale != 1 and null_label is None:
-        raise ValueError("guidance needs the model's null class: pass null_label")
-    size = model.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (labels.shape[0], model.config.in_channels, height, width)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    like = next(model.parameters())
-
-    def predict(x: Tensor, step: Tensor, given: Given) -> Tensor:
-        t = step.to(x.device).expand(len(x))
-        y = given["labels"].to(x.device)
-        return model(x.to(like.dtype), timestep=t, class_labels=y).sample
-
-    parts = []
-    with evaluating(model):
-        for x, y in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
-            null = None if guidance_scale == 1 else {"labels": torch.full_like(y, null_label)}
-            made = make_sampler(scheduler, steps, height * width, sampler)
-            told = {"labels": y}
-            x = denoise(predict, made, x.to(like.device), told, null, guidance_scale)
-            parts.append(x.float().cpu())
-    return torch.cat(parts).clamp(-1, 1)

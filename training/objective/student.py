@@ -9,6 +9,7 @@ from torch import Tensor
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
 from training.methods.method import Method
+from training.objective.error import huber_threshold, masked_mean, prediction_error
 from training.objective.noising import Discrete, Process
 from training.objective.relative import RelativeWeights
 from training.objective.variational import variational_term
@@ -54,6 +55,8 @@ class Student(nn.Module):
         given: Given,
         weights: Tensor | None,
         step: int,
+        masks: Tensor | None = None,
+        entering: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of one batch.
 
@@ -63,12 +66,15 @@ class Student(nn.Module):
             given: what each sample is told.
             weights: (B,) of the samples, None if all are 1.
             step: the micro-step, which seeds the draws of the balancing losses.
+            masks: (B, 1, H, W), how much each place counts; None if all count alike.
+            entering: (B, C, H, W), the noise of the model's input where it is perturbed; None
+                where it is `noise`, which the target knows.
 
         Returns:
             "loss", the weighted sum; its parts "denoising", "variational", "importance" and
             "load", where there are such; and "samples" (B,), the loss of each sample.
         """
-        parts = self.denoising(clean, noise, t, given)
+        parts = self._denoising(clean, noise, t, given, masks, entering)
         scale = self._process.weights(t)
         if self.relative is not None:
             scale = scale * self.relative(t)
@@ -94,22 +100,47 @@ class Student(nn.Module):
                 total = total + factor * losses[name]
         return {"loss": total, **losses}
 
-    def denoising(self, clean: Tensor, noise: Tensor, t: Tensor, given: Given) -> dict[str, Tensor]:
-        """Unweighted losses (B,) of each sample: "denoising", and "variational" if sigma is
-        learned and its weight is not 0."""
-        process = self._process
-        noisy = process.noisy(clean, noise, t)
-        like = next(self.backbone.parameters())
-        output = self._frozen.family.predict(self.backbone, noisy.to(like.dtype), t, given).float()
+    def squared_error(
+        self, clean: Tensor, noise: Tensor, t: Tensor, given: Given, masks: Tensor | None = None
+    ) -> Tensor:
+        """The squared error (B,) of each sample, unweighted: the measure of held-out images.
+
+        It is the same for every --loss_type, so that runs with different ones can be compared.
+        """
+        noisy = self._process.noisy(clean, noise, t)
+        prediction = self._output(noisy, t, given)[:, : clean.shape[1]]
+        target = self._process.target(clean, noise, t).float()
+        return masked_mean((prediction - target).square(), masks)
+
+    def _denoising(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        given: Given,
+        masks: Tensor | None,
+        entering: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Losses (B,) of each sample before weights of timesteps: "denoising", and "variational"
+        if sigma is learned and its weight is not 0."""
+        process, config = self._process, self._config
+        noisy = process.noisy(clean, noise if entering is None else entering, t)
+        output = self._output(noisy, t, given)
         prediction = output[:, : clean.shape[1]]
         target = process.target(clean, noise, t).float()
-        parts = {"denoising": (prediction - target).square().flatten(1).mean(1)}
-        learned = output.shape[1] == 2 * clean.shape[1] and isinstance(process, Discrete)
-        if learned and self._config.variational_weight:
-            assert isinstance(process, Discrete)
+        threshold = huber_threshold(process, t, config)
+        error = prediction_error(prediction, target, config, threshold)
+        parts = {"denoising": masked_mean(error, masks)}
+        learned = output.shape[1] == 2 * clean.shape[1]
+        if learned and config.variational_weight and isinstance(process, Discrete):
             means = process.clean_from(prediction, noisy, t)
             sigma = output[:, clean.shape[1] :]
-            parts["variational"] = variational_term(
-                process.posterior, clean, means, noisy, sigma, t
-            )
+            term = variational_term(process.posterior, clean, means, noisy, sigma, t)
+            parts["variational"] = masked_mean(term, masks).float()
         return parts
+
+    def _output(self, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """The model's output (B, C or 2C, H, W), float32."""
+        like = next(self.backbone.parameters())
+        family = self._frozen.family
+        return family.predict(self.backbone, noisy.to(like.dtype), t, given).float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from training.options.declaring import Options, option
+from training.options.loss_options import LossOptions
 
 Method = Literal["dmp", "prompt", "lora", "full", "joint"]
 TimestepSampling = Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
@@ -208,7 +209,7 @@ class PatchOptions(Options):
     )
 
 
-class ObjectiveOptions(Options):
+class ObjectiveOptions(LossOptions):
     """What the prediction is compared with, at which timesteps, with which weight."""
 
     v_parameterization: bool = option(
@@ -220,9 +221,6 @@ class ObjectiveOptions(Options):
         "objective",
         False,
         "Rescale the noise schedule so that the last timestep is pure noise.",
-    )
-    noise_offset: float = option(
-        "objective", 0.0, "Share of the noise that is constant over the image.", ge=0, le=1
     )
     min_snr_gamma: float | None = option(
         "objective",

@@ -17,8 +17,7 @@ from training.base.frozen import FrozenBase
 from training.data.sources.digits_images import NUM_CLASSES, DigitsSplit, load_digits_split
 from training.objective.digit_classifier import load_digit_classifier
 from training.objective.frechet import frechet_distance
-from training.objective.losses import denoising_loss_by_bin
-from training.objective.sampling import sample
+from training.objective.labelled import labelled_losses, labelled_samples
 from training.options.config import TrainConfig
 from training.run.state import History
 
@@ -94,18 +93,9 @@ def _measure(
     frozen: FrozenBase, test: DigitsSplit, labels: Tensor
 ) -> tuple[DigitsMeasures, Tensor]:
     """Measures of the model as it is now, and its samples (B, 1, 8, 8)."""
-    losses = denoising_loss_by_bin(
-        frozen.model, frozen.scheduler, test.images, test.labels, bins=BINS, draws=_DRAWS, seed=1
-    )
-    images = sample(
-        frozen.model,
-        frozen.scheduler,
-        labels,
-        seed=_SAMPLE_SEED,
-        steps=_STEPS,
-        sampler=_SAMPLER,
-    )
-    return DigitsMeasures(losses.tolist(), _features_distance(images, test.images)), images
+    losses = labelled_losses(frozen, test.images, test.labels, bins=BINS, draws=_DRAWS, seed=1)
+    images = labelled_samples(frozen, labels, seed=_SAMPLE_SEED, steps=_STEPS, sampler=_SAMPLER)
+    return DigitsMeasures(losses.mean(0).tolist(), _features_distance(images, test.images)), images
 
 
 def _features_distance(images: Tensor, reference: Tensor) -> float:

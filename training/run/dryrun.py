@@ -52,7 +52,10 @@ def _one_step(run: Run) -> tuple[int, float]:
         height, width = inputs.clean.shape[-2:]
         t = run.process.times(draws.u, draws.z, (height, width))
         with held, accelerator.autocast():
-            losses = run.wrapped(inputs.clean, draws.noise, t, inputs.given, inputs.weights, 0)
+            losses = run.wrapped(
+                inputs.clean, draws.noise, t, inputs.given, inputs.weights, 0, inputs.masks,
+                draws.entering,
+            )  # fmt: skip
         accelerator.backward(losses["loss"])
         run.optimiser.step()
         run.optimiser.zero_grad()

@@ -83,7 +83,9 @@ def step_losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
     t = run.process.times(draws.u, draws.z, (height, width))
     given, weights = inputs.given, inputs.weights
     with run.accelerator.autocast():
-        losses: dict[str, Tensor] = run.wrapped(inputs.clean, draws.noise, t, given, weights, micro)
+        losses: dict[str, Tensor] = run.wrapped(
+            inputs.clean, draws.noise, t, given, weights, micro, inputs.masks, draws.entering
+        )
     samples = losses.pop("samples").detach()
     bad = ~(samples.isfinite() & losses["loss"].isfinite())
     # All processes must stop, or the others wait for this one for ever.

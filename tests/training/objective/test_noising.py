@@ -17,7 +17,6 @@ from torch import Tensor
 from dmp_common import PatchError
 from training.base.schedulers import flux_shift
 from training.objective.noising import Discrete, Flow, process_of
-from training.objective.variational import Posterior, variational_term
 from training.options.model_options import ObjectiveOptions
 
 T = torch.tensor([0, 1, 500, 998, 999])
@@ -59,6 +58,20 @@ def test_discrete_agrees_with_diffusers(prediction: str) -> None:
     assert torch.allclose(target, expected, atol=1e-6)
     # A perfect prediction means the clean data.
     assert torch.allclose(process.clean_from(target, noisy, T), clean, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode", "none"])
+def test_flow_density_is_the_formula_of_diffusers(scheme: str) -> None:
+    """From equal draws, which diffusers makes itself."""
+    theirs = compute_density_for_timestep_sampling(
+        scheme, 50, 0.3, 0.8, 1.29, generator=torch.Generator().manual_seed(5)
+    )
+    source = torch.Generator().manual_seed(5)
+    draws = torch.randn if scheme == "logit_normal" else torch.rand
+    drawn = draws(50, generator=source)
+    process = flow(weighting_scheme=scheme, logit_mean=0.3, logit_std=0.8)
+    ours = process.times(drawn, drawn, (8, 8))
+    assert torch.allclose(ours, (1000 * (1 - theirs)).clamp(1, 1000), atol=1e-3)
 
 
 def snr(process: Discrete) -> Tensor:
@@ -190,57 +203,15 @@ def test_flow_sampling_and_shift() -> None:
 def test_flow_refuses_what_it_does_not_have(option: str) -> None:
     with pytest.raises(PatchError, match=f"--{option}, found a flow model"):
         flow(**{option: 0.5})
+    with pytest.raises(PatchError, match=f"--{option}, --multires_noise_iterations, found"):
+        flow(**{option: 0.5, "multires_noise_iterations": 6})
+
+
+def test_relative_loss_is_of_the_squared_error() -> None:
+    with pytest.raises(PatchError, match="--loss_type l2 with --relative_loss.*found huber"):
+        discrete(relative_loss=True, loss_type="huber")
 
 
 def test_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(PatchError, match="found 'quantum'"):
         discrete({"prediction_type": "quantum"})
-
-
-def reference_bound(betas: Tensor, clean: Tensor, means: Tensor, noisy: Tensor, share: Tensor,
-                    t: int) -> float:  # fmt: skip
-    """The term of Nichol and Dhariwal in plain scalars, with torch's own distributions."""
-    alphas = torch.cumprod(1 - betas, 0)
-    before = alphas[t - 1] if t else torch.tensor(1.0)
-    small = (betas * (1 - torch.cat([torch.ones(1), alphas[:-1]])) / (1 - alphas))[max(t, 1)]
-    variance = torch.exp(share * betas[t].log() + (1 - share) * small.log())
-
-    def mean(x: Tensor) -> Tensor:
-        return (
-            before.sqrt() * betas[t] / (1 - alphas[t]) * x
-            + (1 - betas[t]).sqrt() * (1 - before) / (1 - alphas[t]) * noisy
-        )
-
-    model = torch.distributions.Normal(mean(means), variance.sqrt())
-    if t == 0:
-        high, low = model.cdf(clean + 1 / 255), model.cdf(clean - 1 / 255)
-        inside = torch.where(clean < -0.999, high, torch.where(clean > 0.999, 1 - low, high - low))
-        return float(-inside.clamp(min=1e-12).log().mean() / math.log(2))
-    true = torch.distributions.Normal(mean(clean), small.sqrt())
-    return float(torch.distributions.kl_divergence(true, model).mean() / math.log(2))
-
-
-def test_variational_term_is_the_bound() -> None:
-    betas = torch.linspace(1e-4, 0.02, 1000).double()
-    draw = torch.Generator().manual_seed(3)
-    clean = (torch.rand(4, 1, 4, 4, generator=draw) * 2 - 1).double()
-    clean[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
-    noisy, wrong = torch.randn(2, 4, 1, 4, 4, generator=draw).double()
-    means, sigma = clean + 0.05 * wrong, torch.rand(4, 1, 4, 4, generator=draw).double() * 2 - 1
-    t = torch.tensor([0, 1, 400, 999])
-    ours = variational_term(Posterior(betas), clean, means, noisy, sigma, t)
-    expected = [
-        reference_bound(betas, clean[n], means[n], noisy[n], (sigma[n] + 1) / 2, int(t[n]))
-        for n in range(4)
-    ]
-    assert ours.tolist() == pytest.approx(expected, rel=1e-4)
-
-
-def test_variational_term_teaches_the_variance_alone() -> None:
-    betas = torch.linspace(1e-4, 0.02, 1000)
-    means = torch.zeros(2, 1, 2, 2, requires_grad=True)
-    sigma = torch.zeros(2, 1, 2, 2, requires_grad=True)
-    x = torch.ones(2, 1, 2, 2) / 2
-    variational_term(Posterior(betas), x, means, x, sigma, torch.tensor([5, 900])).sum().backward()
-    assert means.grad is None
-    assert bool(sigma.grad.any())

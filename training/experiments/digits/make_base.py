@@ -33,7 +33,7 @@ from training.experiments.miniature.pretraining import (  # noqa: E402
     untie,
 )
 from training.objective.digit_classifier import DigitClassifier  # noqa: E402
-from training.objective.losses import denoising_loss_by_bin  # noqa: E402
+from training.objective.labelled import labelled_losses, pixel_base  # noqa: E402
 
 # Chosen on validation loss.
 RECIPE = BaseRecipe(
@@ -70,9 +70,8 @@ def train_digit_classifier(data: DigitsSplit, steps: int = 1500, seed: int = 0) 
 def validation_loss(model: nn.Module) -> torch.Tensor:
     """Denoising loss (10,) by timestep bin on the validation split, 60,000 fixed draws."""
     data = load_digits_split("validation")
-    return denoising_loss_by_bin(
-        model, build_scheduler(), data.images, data.labels, draws=20, batch_size=500
-    )
+    frozen = pixel_base("digits", model, build_scheduler())
+    return labelled_losses(frozen, data.images, data.labels, draws=20).mean(0)
 
 
 def make_digit_classifier(out: Path, data: DigitsSplit) -> None:

@@ -11,18 +11,24 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
 from PIL import Image
 
 # As in make_base.py: the repository root in place of this file's folder.
 _FOLDER, _ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[3]
 sys.path[:] = [str(_ROOT), *(p for p in sys.path if not p or Path(p).resolve() != _FOLDER)]
 
-from training.data.sources.digits_images import DigitsSplit, load_digits_split  # noqa: E402
+from training.base.frozen import FrozenBase, load_frozen  # noqa: E402
+from training.data.sources.digits_images import (  # noqa: E402
+    DigitsSplit,
+    SplitName,
+    load_digits_split,
+)
 from training.objective.digit_classifier import load_digit_classifier  # noqa: E402
 from training.objective.frechet import frechet_distance  # noqa: E402
-from training.objective.losses import denoising_loss_by_bin  # noqa: E402
-from training.objective.sampling import sample  # noqa: E402
+from training.objective.labelled import labelled_losses, labelled_samples  # noqa: E402
+from training.options.config import TrainConfig  # noqa: E402
+
+_BASE = _ROOT / "training" / "base" / "digits"
 
 
 def labels_like(split: DigitsSplit, count: int) -> torch.Tensor:
@@ -41,24 +47,21 @@ def save_grid(drawn: torch.Tensor, real: DigitsSplit, path: Path, rows: int = 6)
     picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST).save(path)
 
 
-def report(base: DiTTransformer2DModel, scheduler: DDIMScheduler, name: str, count: int) -> None:
+def report(frozen: FrozenBase, name: SplitName, count: int) -> None:
     """Print accuracy, loss and Frechet distances of one held-out split."""
-    classifier, train, split = (
-        load_digit_classifier(),
-        load_digits_split("train"),
-        load_digits_split(name),
-    )
+    classifier = load_digit_classifier()
+    train, split = load_digits_split("train"), load_digits_split(name)
     real = classifier.features(split.images)
     accuracy = (classifier(split.images).argmax(1) == split.labels).double().mean()
     print(f"{name}: classifier accuracy {accuracy:.4f}")
     floor = frechet_distance(classifier.features(train.images), real)
     print(f"{name}: Frechet distance of the training images {floor:.3f}")
-    loss = denoising_loss_by_bin(base, scheduler, split.images, split.labels, draws=20)
+    loss = labelled_losses(frozen, split.images, split.labels, draws=20).mean(0)
     print(f"{name}: loss {loss.mean():.5f}, by bin {' '.join(f'{x:.4f}' for x in loss)}")
     labels = labels_like(split, count)
     for seed in (0, 1):
         start = time.monotonic()
-        drawn = sample(base, scheduler, labels, seed=seed)
+        drawn = labelled_samples(frozen, labels, seed=seed)
         seconds = time.monotonic() - start
         distance = frechet_distance(classifier.features(drawn), real)
         right = (classifier(drawn).argmax(1) == labels).double().mean()
@@ -72,19 +75,21 @@ def report(base: DiTTransformer2DModel, scheduler: DDIMScheduler, name: str, cou
 def main() -> None:
     """Measure on validation and test."""
     parser = argparse.ArgumentParser(description="Measure the bundled digits base.")
-    parser.add_argument("--base", type=Path, default=_FOLDER / "base", help="folder to measure")
+    parser.add_argument("--base", type=Path, default=_BASE, help="folder to measure")
     parser.add_argument("--grid", type=Path, help="also write a picture of samples, PNG")
     parser.add_argument("--samples", type=int, default=2000, help="images per Frechet distance")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    base = DiTTransformer2DModel.from_pretrained(arguments.base / "transformer").eval()
-    scheduler = DDIMScheduler.from_pretrained(arguments.base / "scheduler")
+    frozen = load_frozen(
+        TrainConfig(base="digits", pretrained_model_name_or_path=str(arguments.base))
+    )
     if arguments.grid:
-        drawn = sample(base, scheduler, torch.arange(10).repeat(6), seed=0)
+        drawn = labelled_samples(frozen, torch.arange(10).repeat(6), seed=0)
         save_grid(drawn, load_digits_split("validation"), arguments.grid)
-    for name in ("validation", "test"):
-        report(base, scheduler, name, arguments.samples)
+    splits: tuple[SplitName, ...] = ("validation", "test")
+    for name in splits:
+        report(frozen, name, arguments.samples)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ class CifarClassifier(nn.Module):
 def train_cifar_classifier(data: ImageSplit, epochs: int = 5, seed: int = 0) -> CifarClassifier:
     """Train on the training split; images are mirrored and moved by up to four pixels."""
     torch.manual_seed(seed)
-    model = CifarClassifier().train().to(memory_format=torch.channels_last)
+    model = CifarClassifier().train()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = epochs * (len(data) // _BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     anneal = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -73,7 +74,7 @@ def train_cifar_classifier(data: ImageSplit, epochs: int = 5, seed: int = 0) -> 
         optimizer.step()
         anneal.step()
     # As `load_cifar_classifier` has it: another layout rounds differently.
-    model = model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False)
 
 

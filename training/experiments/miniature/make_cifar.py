@@ -28,7 +28,7 @@ from training.experiments.miniature.cifar import (
 )
 from training.experiments.miniature.cifar_classifier import train_cifar_classifier
 from training.experiments.miniature.pretraining import BaseRecipe, Pretraining, as_float, untie
-from training.objective.losses import denoising_loss_by_bin
+from training.objective.labelled import labelled_losses, pixel_base
 
 RECIPE = BaseRecipe(
     size=32,
@@ -84,14 +84,13 @@ def make_cifar_base(
         run.run(min(ends, (run.step // _KEPT + 1) * _KEPT), said)
         run.save(states / f"{run.step}.pt" if run.step <= recipe.constant_steps else own)
     model = untie(run.average)
-    loss = denoising_loss_by_bin(
-        model,
-        run.scheduler,
+    loss = labelled_losses(
+        pixel_base("cifar10", model, run.scheduler),
         as_float(shrunk(held_out.images, recipe.size)),
         held_out.labels,
         draws=1,
-        batch_size=250,
-    )
+        batch=250,
+    ).mean(0)
     model.save_pretrained(out / name / "transformer")
     run.scheduler.save_pretrained(out / name / "scheduler")
     said(

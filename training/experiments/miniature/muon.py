@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"expected matrices only, found shapes {sorted(set(shapes))}")
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
@@ -65,22 +65,23 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                directions = orthogonalise(
-                    torch.stack([self._nesterov(p, group) for p in parameters])
-                )
+                ahead = [self._nesterov(p, p.grad, group) for p in parameters if p.grad is not None]
+                directions = orthogonalise(torch.stack(ahead))
                 # Tall matrices: keep the size of the change of each output, not of the matrix.
                 size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.sub_(direction, alpha=size)
 
-    def _nesterov(self, parameter: torch.nn.Parameter, group: dict[str, float]) -> torch.Tensor:
+    def _nesterov(
+        self, parameter: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, float]
+    ) -> torch.Tensor:
         """Running mean of the gradients, looked at one step ahead."""
         state = self.state[parameter]
         if "mean" not in state:
             state["mean"] = torch.zeros_like(parameter)
-        state["mean"].lerp_(parameter.grad, 1 - group["momentum"])
-        return parameter.grad.lerp(state["mean"], group["momentum"])
+        state["mean"].lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(state["mean"], group["momentum"])
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:

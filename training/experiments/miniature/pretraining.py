@@ -122,7 +122,8 @@ def build_optimizers(
     model: DiTTransformer2DModel, recipe: BaseRecipe
 ) -> tuple[torch.optim.Optimizer, torch.optim.AdamW]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = name.startswith("transformer_blocks") and "embedding_table" not in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)

@@ -23,6 +23,7 @@ import torch
 
 from dmp_common import PatchError, get_base
 from training.experiments.miniature import trial
+from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.contenders import CONTENDERS, Setting, ablations
 from training.experiments.miniature.plot import plot_confirmation
 from training.experiments.miniature.study_tables import (
@@ -57,7 +58,7 @@ class Job:
 
     name: str
     options: Mapping[str, Any]
-    split: str
+    split: SplitName
     strengths: tuple[float, ...] = (1.0,)
     first: float = trial.WHOLE
 

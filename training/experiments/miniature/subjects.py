@@ -30,8 +30,13 @@ DIGITS_BASE = Path(__file__).resolve().parents[2] / "base" / "digits"
 class Split(Protocol):
     """Images (B, C, H, W) with labels (B,)."""
 
-    images: Tensor
-    labels: Tensor
+    @property
+    def images(self) -> Tensor:
+        """(B, C, H, W)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def digits() -> Subject:
         base="digits",
         weights=DIGITS_BASE,
         options={"dataset_name": "digits", "train_batch_size": 128},
-        split=load_digits_split,  # type: ignore[arg-type]
+        split=load_digits_split,
         features=features,
         samples=2000,
         samplers=SAMPLERS,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,11 +18,11 @@ from dmp_common import Schedule, attach
 from dmp_common.patch.serialize import write_atomically
 from training.base.frozen import FrozenBase, load_frozen
 from training.evaluation.models import PatchModel, Spec, load_compared
+from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.pretraining import as_float
 from training.experiments.miniature.subjects import Subject
 from training.objective.frechet import frechet_distance
-from training.objective.losses import denoising_losses
-from training.objective.sampling import sample
+from training.objective.labelled import labelled_losses, labelled_samples
 from training.options.config import TrainConfig
 from training.run.trainer import run
 
@@ -109,7 +108,7 @@ def train_trial(subject: Subject, options: Mapping[str, Any], folder: Path) -> S
 def measure_trial(
     subject: Subject,
     spec: Spec | None,
-    split: str,
+    split: SplitName,
     path: Path,
     *,
     strength: float = 1.0,
@@ -129,7 +128,7 @@ def measure_trial(
     )
     compared = None if spec is None else load_compared(spec)
     if isinstance(compared, PatchModel):
-        context: Any = attach(
+        context: AbstractContextManager[object] = attach(
             frozen.model, compared.patch, strength=strength, schedule=Schedule(first=first)
         )
     else:
@@ -137,10 +136,10 @@ def measure_trial(
     switched = first < WHOLE and not isinstance(compared, PatchModel)  # no host can do this
     plain = copy.deepcopy(frozen.model) if switched else None
     with context as used:
-        model = used.model if isinstance(used, FrozenBase) else frozen.model
+        judged = used if isinstance(used, FrozenBase) else frozen
         if plain is not None:
-            model = _Switched(plain, model, first)
-        found = _measure(subject, model, frozen.scheduler, split)
+            judged = replace(judged, model=_Switched(plain, judged.model, first).eval())
+        found = _measure(subject, judged, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
     return found
@@ -161,25 +160,18 @@ class _Switched(nn.Module):
         return (self.other if acts.all() else self.base)(x, timestep=timestep, **given)
 
 
-def _measure(
-    subject: Subject, model: nn.Module, scheduler: SchedulerMixin, split: Any
-) -> TrialMeasures:
+def _measure(subject: Subject, frozen: FrozenBase, split: SplitName) -> TrialMeasures:
     held_out = subject.split(split)
     images = as_float(held_out.images)
     stride = max(len(images) // (subject.loss_images or len(images)), 1)
-    losses = denoising_losses(
-        model, scheduler, images[::stride], held_out.labels[::stride],
+    losses = labelled_losses(
+        frozen, images[::stride], held_out.labels[::stride],
         bins=BINS, draws=subject.draws, seed=_LOSS_SEED,
     )  # fmt: skip
     real, distances = subject.features(images), {}
     for sampler, steps in subject.samplers.items():
-        drawn = sample(
-            model,
-            scheduler,
-            subject.labels(split),
-            seed=_SAMPLE_SEED,
-            steps=steps,
-            sampler=sampler,
+        drawn = labelled_samples(
+            frozen, subject.labels(split), seed=_SAMPLE_SEED, steps=steps, sampler=sampler
         )
         distances[sampler] = frechet_distance(subject.features(drawn), real)
     return TrialMeasures(losses, distances)

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dmp_common import Patch, Schedule, attach
 from training.base.frozen import FrozenBase, load_frozen
@@ -26,11 +24,10 @@ from training.experiments.miniature.study import LATE, Study
 from training.experiments.miniature.subjects import Subject
 from training.experiments.miniature.trial import WHOLE
 from training.objective.frechet import frechet_distance
-from training.objective.sampling import draw_images, noises
+from training.objective.labelled import labelled_samples
 from training.options.config import TrainConfig
 
 SEEDS = (0, 1)
-_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Use:
     @contextmanager
     def model(self, sibling: bool) -> Iterator[FrozenBase]:
         """The base, or its sibling."""
-        context: Any = nullcontext(self.frozen)
+        context: AbstractContextManager[FrozenBase] = nullcontext(self.frozen)
         if sibling:
             if self.full is None:
                 raise ValueError("expected --full for a fine-tuned sibling, found none")
@@ -111,33 +108,18 @@ class Use:
                 return self.of_base[setting.base_part], self._distances(frozen, setting)
 
     def _distances(self, frozen: FrozenBase, setting: UseSetting) -> list[float]:
-        return [
-            frechet_distance(self.subject.features(self._draw(frozen, setting, seed)), self.real)
-            for seed in SEEDS
-        ]
-
-    def _draw(self, frozen: FrozenBase, setting: UseSetting, seed: int) -> Tensor:
-        size = frozen.model.config.sample_size
-        shape, parts = (frozen.channels, size, size), []
-        for rows in torch.arange(len(self.labels)).split(_BATCH):
-            noise, sources = noises([(seed, int(row)) for row in rows], shape)
-            told = {"labels": self.labels[rows]}
-            untold = None
-            if setting.guidance != 1:
-                untold = {"labels": torch.full_like(told["labels"], int(frozen.null_label or 0))}
-            parts.append(
-                draw_images(
-                    frozen,
-                    noise,
-                    told,
-                    untold,
-                    steps=setting.steps,
-                    scale=setting.guidance,
-                    sampler=setting.sampler,
-                    generators=sources,
-                )
+        found = []
+        for seed in SEEDS:
+            drawn = labelled_samples(
+                frozen,
+                self.labels,
+                seed=seed,
+                steps=setting.steps,
+                scale=setting.guidance,
+                sampler=setting.sampler,
             )
-        return torch.cat(parts)
+            found.append(frechet_distance(self.subject.features(drawn), self.real))
+        return found
 
 
 def table(use: Use) -> str:

@@ -18,10 +18,12 @@ from training.options.problems import ConfigError
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 # What the evaluation must know of a run: the base and its data, not how they are varied.
-_VARIED = ("flip_aug", "caption_dropout_rate", "persistent_data_loader_workers")
 _CACHES = ("cache_latents", "cache_text_encoder_outputs")
-_VARIED += (*_CACHES, *(f"{name}_to_disk" for name in _CACHES), "cache_dir", "vae_batch_size")
-_TOLD = {*ModelOptions.model_fields, *DataOptions.model_fields} - set(_VARIED)
+_VARIED = {
+    *("flip_aug", "caption_dropout_rate", "persistent_data_loader_workers"),
+    *_CACHES, *(f"{name}_to_disk" for name in _CACHES), "cache_dir", "vae_batch_size",
+}  # fmt: skip
+_TOLD = {*ModelOptions.model_fields, *DataOptions.model_fields} - _VARIED
 _FOLDERS = ("full", "joint")  # methods whose result is a folder
 
 
@@ -73,7 +75,8 @@ class Experiment:
             options["pretrained_model_name_or_path"] = self.untrained_folder(cell).as_posix()
         return {**{name: self._place(value) for name, value in options.items()}, **self.training}
 
-    def _place(self, value: Any) -> Any:
+    def _place(self, value: object) -> object:
+        """A value with the folders of this computer in it."""
         if not isinstance(value, str):
             return value
         return value.replace("{data}", self.data.as_posix()).replace("{out}", self.out.as_posix())

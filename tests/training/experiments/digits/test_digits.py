@@ -8,29 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 
+from training.base.frozen import FrozenBase, load_frozen
 from training.data.sources.digits_images import load_digits_split, split_indices
 from training.experiments.digits.make_base import RECIPE
 from training.experiments.miniature.muon import Muon, make_muon, orthogonalise
 from training.experiments.miniature.pretraining import Pretraining, build_base, untie
 from training.objective.digit_classifier import DigitClassifier, load_digit_classifier
 from training.objective.frechet import frechet_distance
-from training.objective.losses import denoising_loss_by_bin
-from training.objective.sampling import sample
+from training.objective.labelled import labelled_losses, labelled_samples
+from training.options.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[4]
-BASE = ROOT / "training" / "base" / "digits"
 
 
 @pytest.fixture(scope="module")
-def base() -> DiTTransformer2DModel:
-    return DiTTransformer2DModel.from_pretrained(BASE / "transformer").eval()
-
-
-@pytest.fixture(scope="module")
-def scheduler() -> DDIMScheduler:
-    return DDIMScheduler.from_pretrained(BASE / "scheduler")
+def base() -> FrozenBase:
+    return load_frozen(TrainConfig(base="digits"))
 
 
 def test_split_is_the_pinned_one():
@@ -93,31 +88,31 @@ def test_classifier_refuses_other_shapes_and_missing_files(tmp_path):
         load_digit_classifier(tmp_path / "none.safetensors")
 
 
-def test_base_is_what_the_readme_says(base, scheduler):
-    assert scheduler.config.prediction_type == "epsilon"
-    assert scheduler.config.num_train_timesteps == 1000
-    assert sum(p.numel() for p in base.parameters()) == 584900
+def test_base_is_what_the_readme_says(base):
+    assert base.scheduler.config.prediction_type == "epsilon"
+    assert base.scheduler.config.num_train_timesteps == 1000
+    assert sum(p.numel() for p in base.model.parameters()) == 584900
     # One embedding for all blocks, as in the original DiT: a gate sees block 0's for all sites.
-    embeddings = [block.norm1.emb.state_dict() for block in base.transformer_blocks]
+    embeddings = [block.norm1.emb.state_dict() for block in base.model.transformer_blocks]
     for name, value in embeddings[0].items():
         assert all(torch.equal(value, other[name]) for other in embeddings[1:])
 
 
-def test_base_denoises_validation_images_and_uses_the_label(base, scheduler):
+def test_base_denoises_validation_images_and_uses_the_label(base):
     split = load_digits_split("validation")
-    loss = denoising_loss_by_bin(base, scheduler, split.images, split.labels, draws=1)
+    loss = labelled_losses(base, split.images, split.labels, draws=1).mean(0)
     assert (loss[0] > loss[4]) and (loss[4] > loss[9])
     assert loss.mean() < 0.075  # predicting zero scores 1; the README has the measured value
     wrong = (split.labels + 1) % 10
-    wrong_loss = denoising_loss_by_bin(base, scheduler, split.images, wrong, draws=1)
+    wrong_loss = labelled_losses(base, split.images, wrong, draws=1)
     null = torch.full_like(split.labels, RECIPE.classes)
-    null_loss = denoising_loss_by_bin(base, scheduler, split.images, null, draws=1)
+    null_loss = labelled_losses(base, split.images, null, draws=1)
     assert loss.mean() < null_loss.mean() < wrong_loss.mean()
 
 
-def test_base_draws_the_digit_it_is_asked_for(base, scheduler):
+def test_base_draws_the_digit_it_is_asked_for(base):
     labels = torch.arange(10).repeat(20)
-    images, classifier = sample(base, scheduler, labels, seed=0, steps=10), load_digit_classifier()
+    images, classifier = labelled_samples(base, labels, seed=0, steps=10), load_digit_classifier()
     assert (classifier(images).argmax(1) == labels).double().mean() > 0.9
     real = classifier.features(images_of("validation"))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
