@@ -69,7 +69,7 @@ class TrainConfig(
 
         The place of the base stays while its name is not known yet (--base auto).
         """
-        places = {"{method}": self.method}
+        places: dict[str, str] = {"{method}": self.method}
         if self.base != "auto":
             places["{base}"] = self.base.replace("/", "-")
         for name in ("output_dir", "output_name"):

@@ -23,5 +23,5 @@ def option(section: str, default: Any, text: str, *, common: bool = False, **lim
         common: whether the short `--help` shows it.
         limits: of pydantic, such as ge=1.
     """
-    extra = {"section": section, "common": common}
+    extra: dict[str, Any] = {"section": section, "common": common}
     return Field(default, description=text, json_schema_extra=extra, **limits)

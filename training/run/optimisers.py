@@ -153,7 +153,7 @@ def make_schedule(config: TrainConfig, optimiser: Any, steps: int) -> Any:
         case "inverse_sqrt":
             timescale = config.lr_scheduler_timescale or warmup or None
             return transformers_schedules.get_inverse_sqrt_schedule(optimiser, warmup, timescale)
-    special = {
+    special: dict[str, dict[str, Any]] = {
         "cosine_with_restarts": {"num_cycles": config.lr_scheduler_num_cycles},
         "polynomial": {"power": config.lr_scheduler_power},
     }

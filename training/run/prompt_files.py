@@ -107,6 +107,7 @@ def read_prompt_file(path: Path) -> list[Entry]:
     from dmp_common.patch.serialize import parse_json, read_bounded
     from training.options.toml_files import parse_toml
 
+    found: object
     try:
         data = read_bounded(path, _MAX_BYTES, "a file of prompts")
         match path.suffix.lower():

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dmp_common import PatchError
+from dmp_common import Patch, PatchError
 from tests.training.conftest import Go, Start
 from training.objective.pictures import as_image
+from training.options.command_line import resolve
 from training.run.prompt_files import read_prompts
 from training.run.publishing import push
+from training.run.scale import tracker_options
 
 
 def write(path: Path, text: str) -> str:
@@ -133,3 +135,20 @@ def test_result_is_pushed_with_a_card_that_shows_it(
     shown = sent["pictures"]
     assert [name.startswith("Base, patched") for name in shown] == [True] * 4 + [False]
     assert all("-step00000004-" in str(path) for path in list(shown.values())[:4])
+
+
+def test_what_the_user_says_of_a_patch_is_in_its_file(go: Go) -> None:
+    _, events = go(
+        metadata_title="T", metadata_author="A", metadata_description="D", metadata_tags="x,y",
+        metadata_license="MIT", training_comment="C", max_train_steps=1,
+    )  # fmt: skip
+    metadata = Patch.load(events.outputs.path()).metadata
+    for name, text in {"title": "T", "author": "A", "description": "D", "tags": "x,y"}.items():
+        assert metadata[f"modelspec.{name}"] == text
+    assert (metadata["modelspec.license"], metadata["ss_training_comment"]) == ("MIT", "C")
+
+
+def test_wandb_gets_the_name_of_the_run() -> None:
+    named = resolve({"base": "digits", "wandb_run_name": "mine"})
+    assert tracker_options(named) == {"wandb": {"name": "mine"}}
+    assert tracker_options(resolve({"base": "digits"})) == {}

@@ -1,0 +1,92 @@
+"""What a run's command line is told before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.options.command_line import Resolved, read_options
+from training.run import checking, optimisers
+from training.run.checking import check_run
+
+
+def checked(tmp_path: Path, **options: object) -> Resolved:
+    defaults = {"base": "digits", "output_dir": str(tmp_path / "out")}
+    found = read_options({**defaults, **options})
+    check_run(found)
+    return found
+
+
+def test_problems_of_every_part_are_one_report(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a --q 1\nb --w x\n")
+    dataset = tmp_path / "d.toml"
+    dataset.write_text("[[datasets]]\nquantum = 1\n")
+    (tmp_path / "file").write_text("in the way")
+    found = checked(
+        tmp_path, quantum=1, dmp_sites="nowhere", optimizer_args=["x"], resume="latest",
+        sample_prompts=str(prompts), dataset_config=str(dataset), train_data_dir="nowhere",
+        output_dir=str(tmp_path / "file"), pretrained_model_name_or_path="./none",
+    )  # fmt: skip
+    report = "\n".join(found.problems)
+    for part in (
+        "--quantum", "'nowhere'", "one source of data", "folder of images at nowhere",
+        "unknown key quantum", "line 1", "line 2", "--output_dir", "--optimizer_args", "--resume",
+        "check --pretrained_model_name_or_path",
+    ):  # fmt: skip
+        assert part in report
+    assert len(set(found.problems)) == len(found.problems)
+
+
+def test_a_good_line_has_no_problems(tmp_path: Path) -> None:
+    found = checked(tmp_path)
+    assert (found.problems, found.warnings) == ([], [])
+
+
+def test_a_cpu_takes_bf16_and_plain_optimisers(tmp_path: Path) -> None:
+    found = checked(tmp_path, cpu=True, mixed_precision="fp16", optimizer_type="adamw8bit")
+    assert (found.config.mixed_precision, found.config.optimizer_type) == ("bf16", "AdamW")
+    assert found.problems == []
+    assert "fp16 becomes bf16" in found.warnings[0]
+    assert "AdamW8bit becomes AdamW, because there is no GPU" in found.warnings[1]
+
+
+def test_an_8bit_optimiser_without_its_package_becomes_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(checking, "has_package", lambda name: False)
+    found = checked(tmp_path, mixed_precision="fp16", optimizer_type="PagedAdamW8bit")
+    assert (found.config.mixed_precision, found.config.optimizer_type) == ("fp16", "AdamW")
+    assert "because the package bitsandbytes is not installed" in found.warnings[0]
+    assert optimisers.has_package("AdamW")
+
+
+def test_every_plain_optimiser_is_known() -> None:
+    assert {*optimisers.PLAIN, *optimisers.PLAIN.values()} <= set(optimisers.OPTIMISERS)
+
+
+def test_base_auto_is_recognised_and_takes_its_recipe(tmp_path: Path, digits_base: Path) -> None:
+    found = checked(
+        tmp_path, base="auto", pretrained_model_name_or_path=str(digits_base), dataset_name="digits"
+    )
+    assert found.config.base == "tiny-digits"
+    assert found.problems == []
+    unknown = checked(tmp_path, base="auto", pretrained_model_name_or_path=str(tmp_path))
+    assert any("expected data" in problem for problem in unknown.problems)
+    assert len(unknown.problems) == 2
+
+
+def test_a_recipes_batch_is_rounded_to_what_processes_take() -> None:
+    """--train_batch_size 3 does not divide the recipe's 128; asked for, 128 stays an error."""
+    from dmp_common import PatchError
+    from training.run.scale import accumulation
+
+    config = read_options({"base": "sd15", "train_batch_size": 3}).config
+    assert accumulation(config, 1) == 43
+    assert accumulation(config, 100) == 1
+    asked = read_options({"base": "sd15", "train_batch_size": 3, "global_batch_size": 128}).config
+    with pytest.raises(PatchError, match="multiple of 3"):
+        accumulation(asked, 1)
