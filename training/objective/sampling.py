@@ -21,9 +21,14 @@ SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++_single": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+_NOISY = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 Given = Mapping[str, Tensor]
 # The model's whole output (B, C or 2C, H, W) for noisy data, a timestep (), and what it is told.
 Predict = Callable[[Tensor, Tensor, Given], Tensor]
@@ -94,8 +99,10 @@ def denoise(
     """
     channels = noise.shape[1]
     x = noise * getattr(sampler, "init_noise_sigma", 1.0)
-    stochastic = isinstance(sampler, diffusers.DDPMScheduler)
-    learned = stochastic and str(sampler.config.variance_type).startswith("learned")
+    stochastic = type(sampler).__name__ in _NOISY
+    learned = isinstance(sampler, diffusers.DDPMScheduler) and str(
+        sampler.config.variance_type
+    ).startswith("learned")
     more: dict[str, Any] = {"generator": list(generators)} if stochastic and generators else {}
     for step in sampler.timesteps:
         scaled = sampler.scale_model_input(x, step) if _scales(sampler) else x

@@ -85,7 +85,6 @@ OURS_OF_LORA = ("network_dim", "network_alpha")
 
 _NO_TEXT = "text encoders stay frozen, only the denoiser is patched; leave it out"
 _REGULARISED = "a patch learns the base's own data, without regularisation images; leave it out"
-_NOISE = "the noise is Gaussian with --noise_offset or --multires_noise_iterations; leave it out"
 _CONTROL = "ControlNets are not trained; leave it out"
 _INVERSION = "textual inversion is not trained; leave it out"
 _RESUMED = "use --resume to go on from a saved state"
@@ -101,14 +100,11 @@ REFUSED: dict[str, str] = {
     "base_weights": "use --network_weights to initialise from a patch",
     "base_weights_multiplier": "use --network_weights to initialise from a patch",
     "reg_data_dir": _REGULARISED,
-    **dict.fromkeys(("adaptive_noise_scale", "ip_noise_gamma"), _NOISE),
-    **dict.fromkeys(("noise_offset_random_strength", "ip_noise_gamma_random_strength"), _NOISE),
     "weighted_captions": "captions are encoded as they are written; take the weights out of them",
     "token_warmup_step": "captions are whole from the first step on; use --caption_dropout_rate",
     "face_crop_aug_range": "faces are not looked for; use --random_crop",
     "scale_v_pred_loss_like_noise_pred": "use --min_snr_gamma or --debiased_estimation_loss",
     "v_pred_like_loss": "use --min_snr_gamma or --debiased_estimation_loss",
-    "huber_scale": "use --huber_c",
     "block_lr": "a patch has one rate, --learning_rate, and --gate_lr_factor for its gate",
     "optimizer_schedulefree_wrapper": "use --optimizer_type AdamWScheduleFree",
     "schedulefree_wrapper_args": "use --optimizer_type AdamWScheduleFree with --optimizer_args",
@@ -136,7 +132,6 @@ REFUSED: dict[str, str] = {
 # Values with which such an option changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dataset_repeats": (1,),
-    "huber_scale": (1,),
     "optimizer_schedulefree_wrapper": (),
     "network_multiplier": (1,),
 }

@@ -9,38 +9,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
 from training.base.schedulers import is_flow
 from training.data.draws import generator
 from training.objective.pictures import comparison
-from training.objective.sampling import condition, draw_images, is_guided
+from training.objective.sampling import SAMPLERS, condition, draw_images, is_guided
 from training.options.config import TrainConfig
 from training.run.prompt_files import Prompt, read_prompts
 
-# kohya's names of samplers, by ours; those that need a noise of their own each step are left out.
-_SAMPLERS = {
-    None: "default", "ddim": "ddim", "euler": "euler", "k_euler": "euler",
-    "dpmsolver": "dpm++", "dpmsolver++": "dpm++", "dpmsingle": "dpm++",
-}  # fmt: skip
+# kohya's names of samplers that are not ours.
+_SAMPLERS = {"dpmsolver": "dpm++", "dpmsolver++": "dpm++", "dpmsingle": "dpm++_single"}
 
 
 def sampler_of(name: str | None, flow: bool) -> str:
-    """The sampler of previews for kohya's name of it.
+    """The name that `make_sampler` knows of a sampler of --sample_sampler.
 
-    Raises:
-        PatchError: a sampler that previews do not have.
+    Those that it does not have, and any for a flow model, become "default".
     """
-    if flow:
-        return "default"  # Euler
-    if name not in _SAMPLERS:
-        known = ", ".join(str(entry) for entry in _SAMPLERS if entry)
-        raise PatchError(
-            f"expected --sample_sampler out of {known}, found {name}: choose one of these, or "
-            "leave it out for ddim."
-        )
-    return _SAMPLERS[name]
+    if flow or name is None:
+        return "default"
+    plain = name.removeprefix("k_")
+    known = _SAMPLERS.get(plain, plain)
+    return known if known in SAMPLERS else "default"
 
 
 class Previews:
@@ -100,6 +91,14 @@ class Previews:
         height, width = (side // frozen.factor for side in (prompt.height, prompt.width))
         source = generator("preview", prompt.seed)
         x = torch.randn(1, frozen.channels, height, width, generator=source).to(self.device)
+        more = [generator("preview noise", prompt.seed)]
         return draw_images(
-            frozen, x, told, untold, steps=prompt.steps, scale=prompt.scale, sampler=self.sampler
+            frozen,
+            x,
+            told,
+            untold,
+            steps=prompt.steps,
+            scale=prompt.scale,
+            sampler=self.sampler,
+            generators=more,
         )[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,4 +89,24 @@ def test_unknown_samplers_are_errors() -> None:
         make_sampler(flow, 3, 64, "ddim")
     with pytest.raises(PatchError, match="out of default, ddim"):
         make_sampler(diffusers.DDIMScheduler(), 3, 64, "magic")
-    assert set(SAMPLERS) == {"ddim", "ddpm", "dpm++", "euler", "unipc"}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_removes_the_noise_that_a_perfect_model_names(name: str) -> None:
+    """Whatever a sampler adds on its way, the last step leaves the picture alone."""
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    sampler = make_sampler(scheduler, 10, 64, name)
+    alphas = scheduler.alphas_cumprod
+    picture = torch.full((1, 1, 4, 4), 0.5)
+
+    def predict(x: torch.Tensor, step: torch.Tensor, given: object) -> torch.Tensor:
+        alpha = float(np.interp(float(step), np.arange(1000), alphas.numpy()))
+        return (x - alpha**0.5 * picture) / (1 - alpha) ** 0.5
+
+    source = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 1, 4, 4, generator=source)
+    drawn = denoise(predict, sampler, noise, {}, None, 1.0, [torch.Generator().manual_seed(1)])
+    again = make_sampler(scheduler, 10, 64, name)
+    repeated = denoise(predict, again, noise, {}, None, 1.0, [torch.Generator().manual_seed(1)])
+    assert torch.equal(drawn, repeated)
+    torch.testing.assert_close(drawn, picture, atol=0.1, rtol=0)
