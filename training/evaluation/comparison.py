@@ -26,10 +26,10 @@ class Difference:
     """model - against, of one measure.
 
     Args:
-        mean: of the difference.
-        low, high: of its 95 % interval.
-        n: images, samples or seeds.
-        over: which of these.
+        mean: the mean difference.
+        low, high: the ends of its 95 % interval.
+        n: the number of images, samples or seeds.
+        over: images, samples or seeds.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Difference:
     over: str
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluation.json has it."""
+        """The difference as evaluation.json has it."""
         return asdict(self)
 
     @property

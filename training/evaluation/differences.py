@@ -16,7 +16,7 @@ from training.objective.intervals import Interval, t_interval
 
 @dataclass
 class ModelResult:
-    """What one trained model (or the base) gave.
+    """The figures of one trained model, or of the base.
 
     Args:
         losses: (images, bins) float64.
@@ -35,7 +35,7 @@ class ModelResult:
 
 @dataclass
 class Judged:
-    """All seeds of one label.
+    """The results of all seeds of one label.
 
     Args:
         method: base, or the kind of the model.
@@ -53,7 +53,7 @@ class Judged:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over seeds."""
+        """The metrics by name, means over seeds."""
         names = self.results[0].measured.values
         return {
             name: sum(result.measured.values[name] for result in self.results) / len(self.results)
@@ -61,7 +61,7 @@ class Judged:
         }
 
     def seeds(self, measure: str) -> list[float]:
-        """The measure of each seed."""
+        """The values of a measure, one for each seed."""
         if measure == "loss":
             return [float(result.losses.mean()) for result in self.results]
         return [result.measured.values[measure] for result in self.results]

@@ -61,7 +61,7 @@ def evaluate(options: EvaluationOptions, config: TrainConfig) -> Path:
 
 
 def _require_packages(options: EvaluationOptions) -> None:
-    """What is needed at the end, found out at the beginning."""
+    """Stops at the beginning where a package is missing that is needed at the end."""
     needed = ["matplotlib"]
     if options.samples and "kid" in options.wanted:
         needed.append("torchmetrics")
@@ -118,7 +118,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _settings(evaluation: Evaluation, controls: Controls) -> dict[str, Any]:
-    """What the figures depend on, and what could not be computed."""
+    """The settings that the figures depend on, and the metrics that could not be computed."""
     options, reference = evaluation.options, evaluation.reference
     kept = options.model_dump(mode="json", exclude={"model", "out", "grid", "require_controls"})
     return {

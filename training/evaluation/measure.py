@@ -1,4 +1,4 @@
-"""What one model is measured by: losses on held-out images, and metrics of its samples."""
+"""Measures one model: its losses on held-out images, and the metrics of its samples."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Evaluation:
 
     @property
     def scale(self) -> float:
-        """Of guidance."""
+        """The scale of classifier-free guidance: the one asked for, or the base's own."""
         chosen = self.options.guidance_scale
         return self.frozen.family.guidance if chosen is None else chosen
 
@@ -188,22 +188,24 @@ def generate(
     guided = is_guided(frozen, scale)
     blank = condition(frozen, evaluation.encoders, None, (1, 1), scale) if guided else None
     for numbers, inputs, captions in evaluation.held_out.conditions(options.samples):
-        told = {**inputs.given, "guidance": torch.full((len(numbers),), scale)}
-        untold = None if blank is None else _untold(blank, told, len(numbers))
+        conditional = {**inputs.given, "guidance": torch.full((len(numbers),), scale)}
+        unconditional = None if blank is None else _unconditional(blank, conditional, len(numbers))
         names = [(options.seed, number) for number in numbers]
         noise, sources = noises(names, tuple(inputs.clean.shape[1:]))
         pictures = draw_images(
-            frozen, noise.to(evaluation.device), told, untold, steps=options.sample_steps,
-            scale=scale, sampler=options.sampler, generators=sources,
+            frozen, noise.to(evaluation.device), conditional, unconditional,
+            steps=options.sample_steps, scale=scale, sampler=options.sampler, generators=sources,
         )  # fmt: skip
         yield numbers, pictures, captions
 
 
-def _untold(blank: Mapping[str, Tensor], told: Mapping[str, Tensor], count: int) -> dict[str, Any]:
+def _unconditional(
+    blank: Mapping[str, Tensor], conditional: Mapping[str, Tensor], count: int
+) -> dict[str, Any]:
     """No condition for each of a batch, at the sizes of its pictures."""
     same = ("sizes", "guidance")
     repeated = {n: v.expand(count, *v.shape[1:]) for n, v in blank.items() if n not in same}
-    return {**repeated, **{name: told[name] for name in same}}
+    return {**repeated, **{name: conditional[name] for name in same}}
 
 
 def _precision(evaluation: Evaluation) -> AbstractContextManager[object]:

@@ -24,7 +24,7 @@ _ROWS = 1024  # of a matrix of distances at a time
 
 @dataclass
 class Measured:
-    """What the samples of one model gave.
+    """The metrics of one model's samples.
 
     Args:
         values: by name; "kid_std" beside "kid".

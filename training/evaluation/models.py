@@ -1,4 +1,4 @@
-"""What is compared: the base, and what was trained on it, put on it for a while.
+"""The models that are compared: the base, and what was trained on it, attached for a while.
 
 Each is a context manager around the frozen base, which is bit for bit itself again afterwards.
 """
@@ -46,7 +46,7 @@ class Spec:
 
     @staticmethod
     def parse(text: str) -> Spec:
-        """Reads what the command line says.
+        """Reads a value of --model.
 
         Raises:
             PatchError: it is not LABEL=KIND:PATH.
@@ -82,7 +82,7 @@ class Compared(ABC):
 
     @abstractmethod
     def on(self, frozen: FrozenBase) -> AbstractContextManager[FrozenBase]:
-        """A context manager that puts it on the base; it gives the base to evaluate.
+        """A context manager that puts the model on the base and gives the base to evaluate.
 
         Raises:
             PatchError: it was not made for this base.
@@ -90,7 +90,7 @@ class Compared(ABC):
 
     @property
     def trained(self) -> dict[str, float | int | None]:
-        """How it was trained, as its file says; None where it does not."""
+        """How the model was trained, as its file says; None where the file does not say it."""
         config = _json(self.metadata.get("ss_dmp_config"))
         steps = _number(self.metadata.get("ss_steps"))
         return {
@@ -263,7 +263,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _json(text: str | None) -> dict[str, Any]:
-    """An entry of a header; empty where it is none of ours."""
+    """A JSON entry of a header; empty where the header has none that can be read."""
     try:
         value = parse_json(text or "{}")
     except ValueError:
@@ -280,5 +280,5 @@ def _number(value: object) -> float | None:
 
 
 def base_parameters(model: nn.Module) -> int:
-    """Number of values of the base."""
+    """The number of values of the base."""
     return sum(parameter.numel() for parameter in model.parameters())

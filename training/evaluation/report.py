@@ -1,4 +1,4 @@
-"""What an evaluation leaves: evaluation.json, evaluation.md, and two pictures."""
+"""The files of an evaluation: evaluation.json, evaluation.md, and two pictures."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What is reported.
+    """The content of a report.
 
     Args:
-        base: its name.
+        base: the base's name.
         settings: what the figures depend on.
         judged: by label, the base first.
         models: the trained models by label, one for each seed.

@@ -36,7 +36,7 @@ class FullMethod(Method):
         return {n: p for n, p in self.frozen.model.named_parameters() if p.requires_grad}
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        """A folder with the denoiser and its scheduler, in the layout of diffusers."""
+        """Writes a folder with the denoiser and its scheduler, in the layout of diffusers."""
         replace_folder(_write_base(self.frozen, path, metadata, dtype), path)
 
     def remove(self) -> None:
@@ -58,22 +58,22 @@ class JointMethod(PatchMethod):
         return {n: p for n, p in self.frozen.model.named_parameters() if p.requires_grad}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the patch trains, and all weights of the denoiser as base.*."""
+        """The values of the patch, and all weights of the denoiser as base.*."""
         return super().trainable() | {f"base.{n}": p for n, p in self._weights().items()}
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """The groups of the patch, and the weights."""
+        """The parameter groups of the patch, and one of the weights."""
         weights = {"params": list(self._weights().values()), "lr": config.learning_rate}
         return [*super().groups(config), weights]
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        """The folder of `full`, with the patch in it."""
+        """Writes the folder of `full` with the patch in it."""
         partial = _write_base(self.frozen, path, metadata, dtype)
         super().save(partial / self.patch_file, metadata, dtype)
         replace_folder(partial, path)
 
     def saved_parameters(self) -> int:
-        """Of both."""
+        """The number of values in the patch and in the denoiser."""
         return super().saved_parameters() + sum(p.numel() for p in self._weights().values())
 
     def remove(self) -> None:

@@ -50,7 +50,7 @@ class LoraMethod(Method):
         return {name: own[name] for name in self._names}
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        """A file that `load_lora_weights` of a diffusers pipeline reads."""
+        """Writes a file that `load_lora_weights` of a diffusers pipeline reads."""
         from peft.utils import get_peft_model_state_dict
 
         prefix = self.frozen.family.denoiser

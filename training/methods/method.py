@@ -1,4 +1,4 @@
-"""What a method of training is: trainable values on a base, and how their file is written."""
+"""A method of training: trainable values on a base, and the file they are written to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from training.options.config import TrainConfig
 
 
 class Method(nn.Module):
-    """What one method adds to a base.
+    """The trainable values that one method adds to a base.
 
     Args:
-        frozen: the base; `remove` gives it back as it was (except for `full`, which is the base).
+        frozen: the base; `remove` gives it back as it was (`full`, which trains it, does not).
     """
 
-    ending = ".safetensors"  # of its file; "" for a folder
+    ending = ".safetensors"  # the ending of the method's file; "" for a folder
 
     def __init__(self, frozen: FrozenBase) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Method(nn.Module):
 
     @property
     def frozen(self) -> FrozenBase:
-        """The base."""
+        """The base that the method is on."""
         return self._frozen[0]
 
     @abstractmethod
@@ -38,14 +38,14 @@ class Method(nn.Module):
         """The trained values by name."""
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameters for the optimiser."""
+        """The optimiser's parameter groups."""
         return [{"params": list(self.trainable().values()), "lr": config.learning_rate}]
 
     def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Losses of the method besides that of the prediction, by name.
+        """The losses of the method besides the prediction's, by name.
 
         Args:
-            given: what each sample of the batch is told.
+            given: the conditions of the batch, tensors (B, ...) by name.
             step: the micro-step, which seeds the draws.
         """
         return {}
@@ -55,7 +55,7 @@ class Method(nn.Module):
         """Writes the file (or folder) of this method, atomically."""
 
     def saved_parameters(self) -> int:
-        """Number of values in the file."""
+        """The number of values in the method's file."""
         return sum(p.numel() for p in self.trainable().values())
 
     @abstractmethod

@@ -83,7 +83,7 @@ class PatchMethod(Method):
     def _classes(
         self, given: Mapping[str, Tensor], source: torch.Generator, count: int
     ) -> Tensor | None:
-        """Classes for a gate that sees them, of all there are; of pooled text the batch's."""
+        """Classes for a gate that sees them: drawn from all classes, or the batch's pooled text."""
         if self.patch.variant.condition != "t+y":
             return None
         if "pooled" in given:
@@ -94,11 +94,11 @@ class PatchMethod(Method):
         return torch.randint(0, kind.num_classes, (count,), generator=source)
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        """The patch file."""
+        """Writes the patch file."""
         self.patch.save(path, metadata, dtype)
 
     def saved_parameters(self) -> int:
-        """Without the noise, which only training needs."""
+        """The number of values in the file, which lacks the noise that only training needs."""
         return self.patch.saved_parameters
 
     def remove(self) -> None:
@@ -114,7 +114,7 @@ def _even_embedding(frozen: FrozenBase) -> Tensor:
 
 
 def _load_matching(config: TrainConfig, frozen: FrozenBase) -> Patch:
-    """The patch to go on from, which must be of this base."""
+    """The patch that training starts from; it must be of this base and variant."""
     patch = Patch.load(str(config.network_weights))
     if patch.base != frozen.base:
         raise PatchError(

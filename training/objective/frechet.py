@@ -10,8 +10,8 @@ class Gaussian:
     """A Gaussian fitted to features (N, F): one side of many Frechet distances.
 
     Args:
-        features: of the reference images.
-        name: how an error calls them.
+        features: (N, F), those of the reference images.
+        name: the features' name in errors.
 
     Raises:
         ValueError: not (N, F), fewer than two samples, or values that are not finite.

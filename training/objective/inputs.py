@@ -1,4 +1,4 @@
-"""From a batch of the data to what the student takes."""
+"""Makes the student's inputs from a batch of the data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Inputs:
 
     Args:
         clean: latents, or pixels of a base without VAE (B, C, H, W).
-        draws: of each sample.
-        given: what each sample is told.
-        weights: (B,), None if all are 1.
+        draws: the random draws of the samples.
+        given: the conditions of the samples, tensors (B, ...) by name.
+        weights: (B,), factors of the losses; None if all are 1.
         keys: names of the samples.
         masks: (B, 1, H, W) in [0, 1] at the size of `clean`, how much each place counts in the
             loss; None if all count alike.
@@ -38,7 +38,7 @@ class Inputs:
     masks: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
-        """The same on a device; the draws stay where they are."""
+        """The same inputs on a device; the draws stay where they are."""
         return replace(
             self,
             clean=self.clean.to(device),

@@ -136,12 +136,12 @@ def labelled_samples(
     device = next(frozen.model.parameters()).device
     for rows in torch.arange(len(labels)).split(batch):
         noise, sources = noises([(seed, int(row)) for row in rows], shape)
-        told, untold = {"labels": labels[rows]}, None
+        conditional, unconditional = {"labels": labels[rows]}, None
         if scale != 1:
-            untold = {"labels": torch.full_like(labels[rows], int(frozen.null_label or 0))}
+            unconditional = {"labels": torch.full_like(labels[rows], int(frozen.null_label or 0))}
         parts.append(
             draw_images(
-                frozen, noise.to(device), told, untold, steps=steps, scale=scale,
+                frozen, noise.to(device), conditional, unconditional, steps=steps, scale=scale,
                 sampler=sampler, generators=sources,
             )
         )  # fmt: skip

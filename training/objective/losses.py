@@ -21,7 +21,7 @@ def losses_by_bin(
 
     Args:
         student: the base, or the base with what was trained on it.
-        process: of the base.
+        process: how the base's data become noisy.
         inputs: B images, encoded, on the student's device.
         draws: timesteps and noises for each image and bin.
         name: what the draws depend on, besides image, bin and number: never on batch or model.

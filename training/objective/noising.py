@@ -24,7 +24,7 @@ class Discrete:
 
     Args:
         scheduler: diffusers scheduler with `alphas_cumprod`; its config names the prediction.
-        options: of the objective.
+        options: the prediction's timesteps and weights.
     """
 
     def __init__(self, scheduler: SchedulerMixin, options: ObjectiveOptions) -> None:
@@ -55,7 +55,7 @@ class Discrete:
         return signal * clean + rest * noise
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model is to predict (B, C, H, W)."""
+        """The target (B, C, H, W) of the model's prediction."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -129,7 +129,7 @@ class Flow:
 
     Args:
         scheduler: diffusers' FlowMatchEulerDiscreteScheduler, for its shift.
-        options: of the objective.
+        options: the prediction's timesteps and weights.
     """
 
     prediction = "flow"
@@ -173,7 +173,7 @@ class Flow:
         return (1 - sigma) * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model is to predict (B, C, H, W)."""
+        """The target (B, C, H, W) of the model's prediction."""
         return noise - clean
 
     def signal_share(self, t: Tensor) -> Tensor:

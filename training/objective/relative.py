@@ -31,7 +31,7 @@ class RelativeWeights:
     So the weighted loss of the base itself is its mean loss at every timestep.
 
     Args:
-        losses: of the base in equal ranges of timesteps (bins,), least noisy first, positive.
+        losses: the base's, in equal ranges of timesteps (bins,), least noisy first, positive.
 
     Raises:
         ValueError: they are not.
@@ -56,8 +56,8 @@ def warn_of_rounding(losses: Tensor, precision: str) -> None:
     """Warns where the base loses hardly more than half precision rounds away.
 
     Args:
-        losses: of the base in ranges of timesteps (bins,), least noisy first.
-        precision: of --mixed_precision.
+        losses: the base's, in ranges of timesteps (bins,), least noisy first.
+        precision: the value of --mixed_precision.
     """
     limit, least = _ROUNDED.get(precision, 0.0), float(losses.min())
     if least < limit:
@@ -70,7 +70,8 @@ def warn_of_rounding(losses: Tensor, precision: str) -> None:
 
 
 def relative_config(config: TrainConfig) -> TrainConfig:
-    """How those losses are measured: `BINS` ranges, `IMAGES` images, one draw each."""
+    """The configuration with which those losses are measured: `BINS` ranges, `IMAGES` images and
+    one draw of each image and range."""
     return config.model_copy(
         update={
             "validation_bins": BINS,

@@ -30,7 +30,7 @@ SAMPLERS = {
 }
 _NOISY = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 Given = Mapping[str, Tensor]
-# The model's whole output (B, C or 2C, H, W) for noisy data, a timestep (), and what it is told.
+# The model's whole output (B, C or 2C, H, W) for noisy data, a timestep () and a condition.
 Predict = Callable[[Tensor, Tensor, Given], Tensor]
 
 
@@ -41,9 +41,9 @@ def make_sampler(
     flow models, if no other is asked for.
 
     Args:
-        scheduler: of the base.
+        scheduler: the base's.
         steps: at most as many as the schedule has.
-        tokens: of a picture, for flow models that shift by them.
+        tokens: how many a picture has, for flow models that shift by it.
         name: default, or a name in `SAMPLERS`.
 
     Raises:
@@ -82,8 +82,8 @@ def denoise(
     predict: Predict,
     sampler: SchedulerMixin,
     noise: Tensor,
-    told: Given,
-    untold: Given | None,
+    conditional: Given,
+    unconditional: Given | None,
     scale: float,
     generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
@@ -91,7 +91,8 @@ def denoise(
 
     Args:
         sampler: a scheduler of diffusers whose timesteps are set.
-        untold: what stands for no condition; None without guidance.
+        conditional: the condition of each item, tensors (B, ...) by name.
+        unconditional: what stands for no condition; None without guidance.
         scale: w in uncond + w (cond - uncond).
         generators: one for each item, for samplers that add noise.
 
@@ -106,10 +107,10 @@ def denoise(
     more: dict[str, Any] = {"generator": list(generators)} if stochastic and generators else {}
     for step in sampler.timesteps:
         scaled = sampler.scale_model_input(x, step) if _scales(sampler) else x
-        output = predict(scaled, step, told).float()
+        output = predict(scaled, step, conditional).float()
         prediction = output[:, :channels]
-        if untold is not None:
-            other = predict(scaled, step, untold)[:, :channels].float()
+        if unconditional is not None:
+            other = predict(scaled, step, unconditional)[:, :channels].float()
             prediction = other + scale * (prediction - other)
         if learned:  # the variance is the condition's, as in the official code of DiT
             prediction = torch.cat([prediction, output[:, channels:]], dim=1)
@@ -124,8 +125,8 @@ def _scales(sampler: SchedulerMixin) -> bool:
 def draw_images(
     frozen: FrozenBase,
     noise: Tensor,
-    told: Given,
-    untold: Given | None,
+    conditional: Given,
+    unconditional: Given | None,
     *,
     steps: int,
     scale: float,
@@ -137,7 +138,7 @@ def draw_images(
     Args:
         frozen: the base, with whatever is on it.
         noise: (B, C, h, w) on the model's device.
-        told, untold: see `denoise`; of B samples.
+        conditional, unconditional: the conditions of the B samples, see `denoise`.
     """
     height, width = noise.shape[-2:]
     dtype = next(frozen.model.parameters()).dtype
@@ -149,7 +150,7 @@ def draw_images(
 
     made = make_sampler(frozen.scheduler, steps, (height // 2) * (width // 2), sampler)
     with torch.no_grad():
-        latents = denoise(predict, made, noise, told, untold, scale, generators)
+        latents = denoise(predict, made, noise, conditional, unconditional, scale, generators)
     return frozen.decode(latents)
 
 
@@ -160,9 +161,10 @@ def noises(names: Sequence[object], shape: tuple[int, ...]) -> tuple[Tensor, lis
 
 
 def is_guided(frozen: FrozenBase, scale: float) -> bool:
-    """Whether a scale means a second call without condition: not for a model that is told it."""
-    told_scale = bool(getattr(frozen.model.config, "guidance_embeds", False))
-    return scale != 1.0 and not told_scale and frozen.kind.conditioning != "none"
+    """Whether a scale means a second call without condition; a model that takes the scale itself
+    needs none."""
+    embedded = bool(getattr(frozen.model.config, "guidance_embeds", False))
+    return scale != 1.0 and not embedded and frozen.kind.conditioning != "none"
 
 
 def condition(
@@ -172,12 +174,12 @@ def condition(
     size: tuple[int, int],
     scale: float,
 ) -> dict[str, Tensor]:
-    """What the model is told of one picture (1, ...).
+    """The condition of one picture, tensors (1, ...) by name.
 
     Args:
         text: caption or class id; None for no class (of captions "" means none).
         size: height and width in pixels.
-        scale: of guidance, for models that are told it.
+        scale: of guidance, for models that take it as a condition.
     """
     height, width = size
     given = {

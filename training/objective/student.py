@@ -1,4 +1,4 @@
-"""What is trained for: denoising with the frozen base, and a balanced gate."""
+"""The losses of a training step: denoising with the frozen base, and the method's own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Student(nn.Module):
         self.relative: RelativeWeights | None = None
 
     def train(self, mode: bool = True) -> Student:
-        """Training mode of what is added alone: in its own, the base would drop labels."""
+        """Sets the mode of the method alone: in training mode the base would drop labels."""
         super().train(mode)
         if mode:
             self.backbone.eval()
@@ -63,7 +63,7 @@ class Student(nn.Module):
         Args:
             clean, noise: (B, C, H, W).
             t: (B,), on the scale 0..1000.
-            given: what each sample is told.
+            given: the conditions of the samples, tensors (B, ...) by name.
             weights: (B,) of the samples, None if all are 1.
             step: the micro-step, which seeds the draws of the balancing losses.
             masks: (B, 1, H, W), how much each place counts; None if all count alike.

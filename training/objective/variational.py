@@ -41,7 +41,7 @@ def variational_term(
     DMP codes add it with weight 1 (LossType.MSE, learned range).
 
     Args:
-        posterior: of the schedule.
+        posterior: the true reverse process of the schedule.
         clean: x_0 (B, C, H, W).
         predicted: x_0 as the model has it; gradients stop here.
         noisy: x_t.

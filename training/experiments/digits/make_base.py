@@ -1,6 +1,6 @@
 """Train the bundled `digits` base and its classifier from fixed seeds, or check convergence.
 
-    python training/experiments/digits/make_digits_base.py --out DIR
+    python training/experiments/digits/make_base.py --out DIR
 
 makes both, as bundled; --extra 0.2 also trains 20 % longer and compares.
 

@@ -36,7 +36,7 @@ class ImageSplit:
     labels: Tensor
 
     def __len__(self) -> int:
-        """Number of images."""
+        """The number of images."""
         return self.labels.shape[0]
 
 

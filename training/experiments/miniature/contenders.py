@@ -13,7 +13,7 @@ _RATES = (3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tuned.
+    """The options that are tuned.
 
     Args:
         rate: learning rate.
@@ -25,12 +25,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the setting's folder."""
         return f"{self.rate:g}" if self.relative else f"{self.rate:g}-plain"
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the trainer."""
+        """The trainer's options of this setting."""
         return {"learning_rate": self.rate} | ({"relative_loss": True} if self.relative else {})
 
 
@@ -39,7 +39,7 @@ class Contender:
     """A method with everything but what is tuned, and the seed.
 
     Args:
-        options: of the trainer.
+        options: the trainer's.
         rates: learning rates to choose from, as many for each contender.
         objectives: relative loss (True) and plain loss (False), to choose from.
     """
@@ -50,7 +50,7 @@ class Contender:
 
     @property
     def settings(self) -> list[Setting]:
-        """All of them."""
+        """All settings to choose from."""
         return [Setting(rate, relative) for relative in self.objectives for rate in self.rates]
 
 

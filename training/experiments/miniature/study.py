@@ -84,7 +84,7 @@ class Study:
     steps: int
 
     def open(self) -> Subject:
-        """The subject itself."""
+        """The subject that the study is about."""
         if self.subject == "digits":
             return digits()
         if self.data is None:
@@ -94,7 +94,7 @@ class Study:
     def options(
         self, contender: str, setting: Setting, seed: int, **changes: Any
     ) -> dict[str, Any]:
-        """Of the trainer."""
+        """The trainer's options for a contender, a setting and a seed."""
         own = dict(CONTENDERS[contender].options)
         # K = 4 grids of half the side: as many prompts as the others have.
         if contender in ("stages", "stages-half", "mixture", "prompt-coarse"):
@@ -145,13 +145,13 @@ class Study:
     def measures(
         self, name: str, split: str, strength: float = 1.0, first: float = trial.WHOLE
     ) -> trial.TrialMeasures:
-        """Of a job that is done."""
+        """The measures of a job that is done."""
         return trial.TrialMeasures.load(self.path(name, split, strength, first))
 
     def path(
         self, name: str, split: str, strength: float = 1.0, first: float = trial.WHOLE
     ) -> Path:
-        """Of its measures."""
+        """The file of a job's measures."""
         suffix = "" if strength == 1.0 else f"-{strength:g}"
         late = "" if first == trial.WHOLE else f"-from{first:g}"
         return self.out / self.subject / name / f"{split}{suffix}{late}.safetensors"

@@ -34,7 +34,7 @@ _FRECHET = "frechet."  # before the sampler's name in a file
 
 @dataclass(frozen=True)
 class TrialMeasures:
-    """What a model did on one split.
+    """The measures of a model on one split.
 
     Args:
         losses: of each held-out image in each bin of timesteps (images, BINS), least noisy first.
@@ -54,7 +54,7 @@ class TrialMeasures:
         return ((self.losses - base.losses) / base.losses.mean(0)).mean(1)
 
     def save(self, path: Path) -> None:
-        """Writes them."""
+        """Writes the measures to a file."""
         distances = {
             _FRECHET + name: torch.tensor(value, dtype=torch.float64)
             for name, value in self.frechet.items()
@@ -63,7 +63,7 @@ class TrialMeasures:
 
     @staticmethod
     def load(path: Path) -> TrialMeasures:
-        """Reads them."""
+        """Reads the measures from a file."""
         kept = load_file(path)
         losses = kept.pop("losses")
         return TrialMeasures(losses, {k.removeprefix(_FRECHET): float(v) for k, v in kept.items()})
