@@ -1,4 +1,8 @@
-"""The model card of a patch."""
+"""The model card of a patch.
+
+Written without `huggingface_hub.ModelCard`, which would make a card need that package and PyYAML;
+all it would replace is the line that writes the front matter. Tests read the cards with it.
+"""
 
 from __future__ import annotations
 

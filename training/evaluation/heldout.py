@@ -98,7 +98,7 @@ def read_held_out(
     for batch, rows in once(data, size, config.max_data_loader_n_workers):
         kept = rows if images is None else rows[: images - len(held_out)]
         names = [(NAME, seed, key) for key in batch.keys]
-        inputs = encode(batch, encoders, config, names, device)
+        inputs = encode(batch, encoders, config, names, device, held_out=True)
         held_out.inputs.append(inputs.to(torch.device("cpu")).rows(kept))
         if batch.captions is not None:
             captions.append([batch.captions[row] for row in kept])

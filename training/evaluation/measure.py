@@ -80,7 +80,6 @@ class Evaluation:
 
 def prepare_evaluation(options: EvaluationOptions, config: TrainConfig) -> Evaluation:
     """Loads base, data and feature extractor, and measures the reference images."""
-    config = config.model_copy(update={"variational_weight": 0.0, "noise_offset": 0.0})
     device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
     extractor = clip = None
     wanted = options.wanted if options.samples else []

@@ -65,20 +65,24 @@ def encode(
     config: TrainConfig,
     names: Names,
     device: torch.device,
+    held_out: bool = False,
 ) -> Inputs:
     """Encodes what no cache holds, and draws each sample's noise.
 
     Args:
-        names: of each sample, what its draws depend on.
+        names: what the draws of each sample depend on.
+        held_out: draw plain noise, whatever noise the options ask for: the latents of held-out
+            images, which are drawn too, are then the same for every run.
     """
+    options = None if held_out else config
     batch = batch.to(device)
     frozen = encoders.frozen
     if frozen.vae is None:
         clean = _pixels(batch)
-        draws = draw(names, _shape(clean), config).to(device)
+        draws = draw(names, _shape(clean), options).to(device)
     else:
         moments = batch.moments if batch.moments is not None else encoders.moments(_pixels(batch))
-        draws = draw(names, _shape(moments[:, : moments.shape[1] // 2]), config).to(device)
+        draws = draw(names, _shape(moments[:, : moments.shape[1] // 2]), options).to(device)
         clean = frozen.latents(moments, draws.latent)
     masks = _masks(batch, config)
     if masks is not None:

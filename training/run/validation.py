@@ -82,7 +82,7 @@ class Validation:
             workers=config.max_data_loader_n_workers,
         ):
             names = [("validation", key) for key in batch.keys]
-            inputs = encode(batch, parts.encoders, config, names, parts.device)
+            inputs = encode(batch, parts.encoders, config, names, parts.device, held_out=True)
             self.batches.append(inputs.to(torch.device("cpu")))
             seen += parts.at_once
             enough = config.max_validation_images

@@ -111,6 +111,26 @@ def test_masks_have_the_size_of_the_latent_by_area(folders: Callable[[str], Path
     assert found.masks[0, 0, :, 3].tolist() == [1, 1, 0.5, 0, 0, 0, 0, 0]
 
 
+def test_held_out_latents_are_the_same_for_every_run(folders: Callable[[str], Path]) -> None:
+    """Latents are drawn from the VAE's distribution, after the noise offset."""
+
+    def clean(held_out: bool, offset: float) -> Tensor:
+        config = TrainConfig(
+            base=FAMILIES["dit"].base.name, pretrained_model_name_or_path=str(folders("dit")),
+            noise_offset=offset,
+        )  # fmt: skip
+        encoders = FrozenEncoders(load_frozen(config), config)
+        batch = Batch(
+            ["a"], torch.zeros(1, 6, dtype=torch.long), Position(), torch.zeros(1, 3, 16, 16),
+            labels=torch.zeros(1, dtype=torch.long),
+        )  # fmt: skip
+        return encode(batch, encoders, config, [("x",)], CPU, held_out).clean
+
+    assert torch.equal(clean(True, 0.0), clean(True, 0.1))
+    assert torch.equal(clean(True, 0.0), clean(False, 0.0))
+    assert not torch.equal(clean(False, 0.0), clean(False, 0.1))
+
+
 @pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1"])
 def test_loss_type_changes_training_and_no_held_out_figure(student_of, kind: str) -> None:
     plain, inputs = student_of()
