@@ -109,8 +109,8 @@ def main() -> None:
         make_images(Path(folder), options.images)
         for name, (caches, workers) in WAYS.items():
             given = DataOptions(train_data_dir=folder, resolution=str(SIDE), **caches)
-            data = open_data(given, DataKind("caption"), Encoders(), seed=0, split="train")
-            data.prepare_caches()
+            data = open_data(given, DataKind("caption"), seed=0, split="train")
+            data.prepare_caches(Encoders())
             batches = data.batches(global_batch=options.batch, workers=workers)
             waited = statistics.median(waits(batches, step, options.steps))
             print(f"{name}: waits {1000 * waited:.2f} ms, "

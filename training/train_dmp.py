@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     try:
         run(config)
+    except ConfigError as error:  # several problems of the data
+        print(f"error: {numbered(error.problems)}", file=sys.stderr)
+        return 1
     except PatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from training.data.caching.encoding import Encoders
+from training.data.summary import DataSummary
+
 # What is done, how many are done, how many there are.
 Progress = Callable[[str, int, int], None]
 
@@ -36,9 +39,11 @@ class Batch:
         text: cached outputs of the text encoders, each (B, ...).
         labels: (B,) int64 class ids, dropped ones are the null label.
         weights: (B,) float32 factors of the loss, None if all are 1. Validation gives 0 to the
-            images that only fill up a batch, so that every image counts once.
+            images that only fill up a batch, so that every image counts once; images that cannot
+            be used have 0, too.
         masks: (B, 1, H, W) float32 in [0, 1], how much each pixel counts in the loss, at the size
             of the pixels; None for data without masks.
+        broken: what is wrong with images that cannot be used, by key.
     """
 
     keys: list[str]
@@ -51,6 +56,7 @@ class Batch:
     labels: Tensor | None = None
     weights: Tensor | None = None
     masks: Tensor | None = None
+    broken: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """B."""
@@ -75,93 +81,11 @@ class Batch:
         )
 
 
-@dataclass(frozen=True)
-class BucketRow:
-    """One line of the bucket table: `items` counts images with their repeats."""
-
-    width: int
-    height: int
-    images: int
-    items: int
-
-
-@dataclass(frozen=True)
-class SubsetRow:
-    """One line of the table of subsets."""
-
-    name: str
-    images: int
-    repeats: int
-
-
-@dataclass(frozen=True)
-class DataSummary:
-    """What a dry run tells of the data.
-
-    Args:
-        source: where the data is from, in words.
-        images: different images in this split; None where a stream does not know.
-        items: images with repeats in one epoch.
-        captioned, uncaptioned: images with and without a caption of their own.
-        classes: images of each class, by name.
-        buckets: sizes and how many images have them.
-        subsets: folders with their repeats.
-        cropped: mean share of an image's area that is cut off.
-        notes: what the user should know, a sentence each.
-    """
-
-    source: str
-    images: int | None
-    items: int | None
-    captioned: int = 0
-    uncaptioned: int = 0
-    classes: dict[str, int] = field(default_factory=dict)
-    buckets: list[BucketRow] = field(default_factory=list)
-    subsets: list[SubsetRow] = field(default_factory=list)
-    cropped: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-    def batches_per_epoch(self, global_batch: int) -> int | None:
-        """Global batches of an epoch; a bucket's last one is filled up, not dropped."""
-        if self.items is None:
-            return None
-        if not self.buckets:
-            return -(-self.items // global_batch)
-        return sum(-(-row.items // global_batch) for row in self.buckets)
-
-    def filled(self, global_batch: int) -> int:
-        """Images seen once more in an epoch, to fill up the last batch of a bucket."""
-        return sum(-row.items % global_batch for row in self.buckets)
-
-    def text(self, global_batch: int) -> str:
-        """The summary as a user reads it."""
-        known = f"{self.images:,} images" if self.images is not None else "images: not counted"
-        lines = [f"data: {self.source}: {known}"]
-        if self.items is not None:
-            if self.items != self.images:
-                lines.append(f"with repeats: {self.items:,}")
-            lines.append(
-                f"steps per epoch: {self.batches_per_epoch(global_batch):,} of batch "
-                f"{global_batch} ({self.filled(global_batch):,} images seen twice to fill batches)"
-            )
-        if self.captioned or self.uncaptioned:
-            lines.append(f"captions: {self.captioned:,} images with, {self.uncaptioned:,} without")
-        if self.classes:
-            counts = sorted(self.classes.values())
-            lines.append(f"classes: {len(counts):,}, of {counts[0]:,} to {counts[-1]:,} images")
-        if len(self.subsets) > 1 or any(row.repeats != 1 for row in self.subsets):
-            lines += [f"  {r.name}: {r.images:,} images x {r.repeats}" for r in self.subsets]
-        if self.buckets:
-            lines += ["buckets (width x height: images, with repeats):"]
-            lines += [f"  {r.width}x{r.height}: {r.images:,}, {r.items:,}" for r in self.buckets]
-            lines.append(f"cut off on average: {self.cropped:.1%} of an image")
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
-
-
 class Data(ABC):
     """One split of a data set. Every source gives this interface."""
 
     size: int | None  # images with repeats in an epoch; None where a stream does not know
+    needs_encoders = False  # whether `prepare_caches` has to make something
 
     @abstractmethod
     def summary(self) -> DataSummary:
@@ -173,12 +97,21 @@ class Data(ABC):
 
     @abstractmethod
     def prepare_caches(
-        self, rank: int = 0, world: int = 1, progress: Progress | None = None
+        self,
+        encoders: Encoders | None,
+        rank: int = 0,
+        world: int = 1,
+        progress: Progress | None = None,
     ) -> None:
         """Fills the caches that the options ask for; does nothing where they ask for none.
 
         On disk each of `world` processes makes its share: let all of them finish (a barrier)
         before the first calls `batches`. In memory each process makes everything.
+
+        Args:
+            encoders: make what is missing; None only where `needs_encoders` is false.
+            rank, world: this process and how many there are.
+            progress: is told how far it is.
 
         Raises:
             PatchError: an image that does not decode, a full disk, an unwritable folder.
@@ -198,13 +131,14 @@ class Data(ABC):
         """Batches without end, epoch after epoch, from `start` on.
 
         A global batch is of one size; the rank gets its contiguous share of it. What is in it
-        depends on the seed, the position and the global batch size alone.
+        depends on the seed, the position and the global batch size alone. Batches for training of
+        a data set with a batch size of its own have that size times `world` instead.
 
         Raises:
             PatchError: a batch size that the processes cannot share, or an image that does not
                 decode.
         """
 
-    def batches_per_epoch(self, global_batch: int) -> int | None:
+    def batches_per_epoch(self, global_batch: int, world: int = 1) -> int | None:
         """Global batches of an epoch, None where a stream does not know."""
-        return self.summary().batches_per_epoch(global_batch)
+        return self.summary().batches_per_epoch(global_batch, world)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,29 +13,80 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dmp_common import PatchError
+from dmp_common.errors import printable_path
 
-# What Pillow reads by itself; the endings a folder is searched for.
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+# Endings of images that Pillow reads, by itself or with a plug-in that is installed.
+_ENDINGS = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+     ".avif", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".qoi"}
+)  # fmt: skip
+# What file managers, cameras and disks put beside images: mostly thumbnails of them.
+SYSTEM_FOLDERS = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found",
+                            "system volume information"})  # fmt: skip
+_HEIF = "pip install pillow-heif"
+_JXL = "pip install pillow-jxl-plugin"
+_INSTALL = {".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".jxl": _JXL}
+# Beginnings of files that are often called .jpg, and what they are.
+_OTHERS = (
+    (4, b"ftyphe", f"a HEIC image; {_HEIF} to read it"),
+    (4, b"ftypmif1", f"a HEIF image; {_HEIF} to read it"),
+    (0, b"\xff\x0a", f"a JPEG XL image; {_JXL} to read it"),
+    (4, b"JXL \r\n", f"a JPEG XL image; {_JXL} to read it"),
+    (0, b"<", "a web page or an SVG drawing"),
+)
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that turn width into height
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_FLOATING = "floating point pixels, whose white is not known; save 8 or 16 bits"
+
+
+class BrokenImageError(PatchError):
+    """An image that cannot be used: unlike other errors, a run may do without a few of these."""
+
+
+@cache
+def endings() -> frozenset[str]:
+    """Endings of the images that can be read here; registers the plug-ins that are installed."""
+    # Both are extras; `how_to_read` names them where a file needs one.
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401
+    return _ENDINGS & Image.registered_extensions().keys()
+
+
+def how_to_read(ending: str) -> str | None:
+    """What to install for images of an ending (lower case) that cannot be read here.
+
+    None for an ending that can be read, or that is no image's.
+    """
+    if ending not in _ENDINGS or ending in endings():
+        return None
+    return _INSTALL.get(ending, "pip install --upgrade pillow")
 
 
 def is_image(path: Path) -> bool:
     """Whether the ending is an image's. Files of the system (`._a.jpg`) are none."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    return path.suffix.lower() in endings() and not path.name.startswith(".")
 
 
 def upright_size(file: BinaryIO, name: str) -> tuple[int, int]:
     """Width and height of an image as it is to be seen, from its header alone.
 
     Raises:
-        PatchError: not an image.
+        BrokenImageError: not an image.
     """
+    endings()
     try:
         with Image.open(file) as image:
             width, height = image.size
             sideways = _orientation(image) in _SIDEWAYS
+            if image.mode == "F":
+                raise ValueError(_FLOATING)
+    except UnidentifiedImageError as error:
+        raise _unidentified(file, name) from error
     except _BROKEN as error:
         raise broken(name, error) from error
     if width < 1 or height < 1:
@@ -48,8 +101,9 @@ def open_image(file: BinaryIO, name: str, channels: int = 3) -> Image.Image:
     CMYK by Pillow's plain formula; colour profiles are ignored, as other trainers do.
 
     Raises:
-        PatchError: the image does not decode.
+        BrokenImageError: the image does not decode.
     """
+    endings()
     try:
         with Image.open(file) as image:
             image.seek(0)
@@ -77,7 +131,7 @@ def _plain(image: Image.Image, channels: int) -> Image.Image:
         scaled = values / 257 if values.max(initial=0) > 255 or ";16" in image.mode else values
         image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating point pixels, whose white is not known; save 8 or 16 bits")
+        raise ValueError(_FLOATING)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -85,15 +139,58 @@ def _plain(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def broken(name: str, error: Exception) -> PatchError:
+def opacity(file: BinaryIO, name: str) -> Image.Image | None:
+    """How opaque an image is at each pixel, in mode L, upright; None where it is so everywhere.
+
+    Raises:
+        BrokenImageError: the image does not decode.
+    """
+    endings()
+    try:
+        with Image.open(file) as image:
+            image.seek(0)
+            turned = _orientation(image) > 1
+            image.load()
+            if not image.has_transparency_data:
+                return None
+            upright = ImageOps.exif_transpose(image) if turned else image
+            return upright.convert("RGBA").getchannel("A")
+    except _BROKEN as error:
+        raise broken(name, error) from error
+
+
+def open_mask(file: BinaryIO, name: str) -> Image.Image:
+    """A mask image in mode L, upright: its red channel, as with kohya, or its grey values.
+
+    Raises:
+        BrokenImageError: the image does not decode.
+    """
+    return open_image(file, name, 3).getchannel(0)
+
+
+def broken(name: str, error: Exception) -> BrokenImageError:
     """The error for an image that cannot be used."""
     if isinstance(error, UnidentifiedImageError):
         found = "a file that is not an image, or is cut short"
     else:
         found = " ".join(str(error).split()) or type(error).__name__
-    return PatchError(
-        f"expected an image in {name}, found {found}: repair, replace or remove this file."
+    return _broken(name, found)
+
+
+def _broken(name: str, found: str) -> BrokenImageError:
+    return BrokenImageError(
+        f"expected an image in {printable_path(name)}, found {found}: repair, replace or remove "
+        "this file."
     )
+
+
+def _unidentified(file: BinaryIO, name: str) -> BrokenImageError:
+    file.seek(0)
+    head = file.read(16).lstrip()
+    for start, mark, meaning in _OTHERS:
+        if head[start:].startswith(mark):
+            return _broken(name, meaning)
+    return _broken(name, "a file that is not an image, or is cut short")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

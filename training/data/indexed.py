@@ -5,48 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cached_property
 from itertools import chain, groupby
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from training.data.batch import (
-    Batch,
-    BucketRow,
-    Data,
-    DataSummary,
-    Position,
-    Progress,
-    SubsetRow,
-)
+from training.data.batch import Batch, Data, Position, Progress
 from training.data.caching.caches import Caches
-from training.data.items import Item, Recipe, Request, ahead, load, with_texts
+from training.data.caching.encoding import Encoders
+from training.data.caching.plan import CachePlan
+from training.data.captions.caption_notes import caption_counts, caption_notes
+from training.data.faults import Faults
+from training.data.items import Item, Recipe, Request, with_texts
+from training.data.loader import ahead, load
 from training.data.order import Order, share
 from training.data.samples import Sample, Subset
 from training.data.sizes import fit
+from training.data.sources.found import Found
+from training.data.summary import BucketRow, CaptionCounts, DataSummary, SubsetRow
 
 _LOOKED_AT = 64  # images whose content goes into the fingerprint of the data
-
-
-@dataclass
-class Found:
-    """What a source found: its images, and what it has to say about them.
-
-    Args:
-        source: in words.
-        folder: where cache files go by default; None where there is no such place.
-        notes: for the summary.
-        classes: names of the class ids.
-    """
-
-    source: str
-    samples: list[Sample]
-    store: Any
-    folder: Path | None = None
-    notes: list[str] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
 
 
 class IndexedData(Data):
@@ -55,32 +34,58 @@ class IndexedData(Data):
     Args:
         found: the images of this split; at least one.
         recipe: how they are loaded.
-        caches: of latents and texts, made by `prepare_caches`.
+        plan: of the caches of latents and texts that `prepare_caches` makes.
     """
 
-    def __init__(self, found: Found, recipe: Recipe, caches: Caches | None = None) -> None:
-        self._found, self._recipe, self._caches = found, recipe, caches
+    def __init__(self, found: Found, recipe: Recipe, plan: CachePlan | None = None) -> None:
+        self._found, self._recipe, self._plan = found, recipe, plan
         self.samples = found.samples
+        self._faults = Faults(found.skips)
         repeats = [s.subset.repeats if recipe.augment else 1 for s in self.samples]
         self._items = np.repeat(np.arange(len(self.samples)), repeats)  # item -> sample
         self._repeats = np.concatenate([np.arange(n) for n in repeats])  # item -> which repeat
         targets = [fit(s.size, s.subset.sizes, s.bucket) for s in self.samples]
-        self._targets = [how.target for how in targets]
+        self._buckets = [
+            (how.target, self._batch(s)) for s, how in zip(self.samples, targets, strict=True)
+        ]
         self._cropped = float(np.mean([how.cropped for how in targets]))
+        own = {bucket: bucket[1] for bucket in self._buckets if bucket[1] is not None}
         self._order = Order(
-            [self._targets[n] for n in self._items], recipe.seed, shuffle=recipe.augment
+            [self._buckets[n] for n in self._items], recipe.seed, recipe.augment, own
         )
+        images, items = Counter(self._buckets), Counter(self._buckets[n] for n in self._items)
+        self._rows = [
+            BucketRow(*size, images[size, batch], items[size, batch], batch)
+            for size, batch in sorted(items, key=lambda bucket: (bucket[0], bucket[1] or 0))
+        ]
         self.size = len(self._items)
+        self.needs_encoders = plan is not None and plan.wanted
+
+    def _batch(self, sample: Sample) -> int | None:
+        """The batch size of a sample's data set; what is only evaluated is read as its reader
+        likes."""
+        return sample.subset.batch if self._recipe.augment else None
+
+    def batches_per_epoch(self, global_batch: int, world: int = 1) -> int:
+        """See `Data.batches_per_epoch`; a run asks for it often."""
+        return sum(row.batches(global_batch, world)[0] for row in self._rows)
+
+    @cached_property
+    def _about_captions(self) -> tuple[CaptionCounts, list[str]]:
+        window = self._recipe.kind.window
+        counts = caption_counts(self.samples, self._found.empty, window)
+        return counts, caption_notes(self.samples)
 
     def summary(self) -> DataSummary:
         """Counts of what was found."""
-        images, items = Counter(self._targets), Counter(self._targets[n] for n in self._items)
         subsets: Counter[Subset] = Counter(s.subset for s in self.samples)
-        captioned = sum(any(s.captions) for s in self.samples)
-        asked = self._recipe.kind.conditioning == "caption"
         classes = Counter(self._class_name(s) for s in self.samples if s.label is not None)
-        notes = list(self._found.notes)
-        fixed = not self._recipe.kind.square and not any(s.sizes.bucket for s in subsets)
+        notes, kind = list(self._found.notes), self._recipe.kind
+        if kind.conditioning == "caption":
+            notes += self._about_captions[1]
+        if self._plan is not None:
+            notes += self._plan.notes
+        fixed = not kind.square and not any(s.sizes.bucket for s in subsets)
         if fixed and self._cropped > 0.1:
             notes.append(
                 f"{self._cropped:.0%} of the pictures is cut off: --enable_bucket keeps shapes"
@@ -89,15 +94,15 @@ class IndexedData(Data):
             source=self._found.source,
             images=len(self.samples),
             items=self.size,
-            captioned=captioned if asked else 0,
-            uncaptioned=len(self.samples) - captioned if asked else 0,
+            captions=self._about_captions[0] if kind.conditioning == "caption" else None,
             classes=dict(sorted(classes.items())),
-            buckets=[BucketRow(*size, images[size], items[size]) for size in sorted(items)],
+            buckets=self._rows,
             subsets=[
                 SubsetRow(s.name, count, s.repeats if self._recipe.augment else 1)
                 for s, count in subsets.items()
             ],
             cropped=self._cropped,
+            skipped=[*self._found.skips.summary(), *self._faults.summary()],
             notes=notes,
         )
 
@@ -113,13 +118,21 @@ class IndexedData(Data):
         return digest.hexdigest()
 
     def prepare_caches(
-        self, rank: int = 0, world: int = 1, progress: Progress | None = None
+        self,
+        encoders: Encoders | None,
+        rank: int = 0,
+        world: int = 1,
+        progress: Progress | None = None,
     ) -> None:
         """See `Data.prepare_caches`."""
-        if self._caches is not None:
-            self.samples, self._recipe = self._caches.prepared(
-                self.samples, self._recipe, rank, world, progress
-            )
+        if self._plan is None or not self._plan.wanted:
+            return
+        if encoders is None:
+            raise ValueError("a cache needs encoders")
+        caches = Caches(self._plan, encoders, self._faults)
+        self.samples, self._recipe = caches.prepared(
+            self.samples, self._recipe, rank, world, progress
+        )
 
     def batches(
         self,
@@ -132,16 +145,19 @@ class IndexedData(Data):
         persistent: bool = False,
     ) -> Iterator[Batch]:
         """See `Data.batches`."""
-        if self._caches is not None and self._recipe.latents is self._recipe.texts is None:
+        if self.needs_encoders and self._recipe.latents is None and self._recipe.texts is None:
             raise RuntimeError("prepare_caches comes before batches")
-        places = share(global_batch, rank, world)
-        fills = None if self._recipe.augment else self._order.fills(global_batch)
+        share(global_batch, rank, world)  # says at once what cannot be shared
+        requests = self._requests(start, global_batch, rank, world)
+        return self._faults.counted(self._loaded(requests, workers, persistent))
 
-        requests, recipe = self._requests(start, global_batch, places, fills), self._recipe
+    def _loaded(
+        self, requests: Iterator[Request], workers: int, persistent: bool
+    ) -> Iterator[Batch]:
+        recipe, texts = self._recipe, self._recipe.texts
         if not workers or recipe.latents is not None:
             # A thread reads cache files faster than processes can hand them over.
             return ahead(load(requests, recipe.batch, 0))
-        texts = recipe.texts
         if texts is None or texts.cache.folder is not None:
             return self._in_workers(requests, recipe, workers, persistent)
         # What is in memory stays here: each worker would get a copy.
@@ -157,18 +173,20 @@ class IndexedData(Data):
         return chain.from_iterable(load(group, recipe.batch, workers) for _, group in by_epoch)
 
     def _requests(
-        self, start: Position, global_batch: int, places: slice, fills: Any
+        self, start: Position, global_batch: int, rank: int, world: int
     ) -> Iterator[Request]:
-        for position in self._order.positions(start, global_batch):
-            chosen = self._order.plan(position.epoch, global_batch)[position.batch][places]
-            weights = np.ones(len(chosen))
+        fills = None if self._recipe.augment else self._order.fills(global_batch, world)
+        for position in self._order.positions(start, global_batch, world):
+            row = self._order.plan(position.epoch, global_batch, world)[position.batch]
+            places = share(len(row), rank, world)
+            weights = np.ones(places.stop - places.start)
             if fills is not None:
                 weights -= fills[position.batch][places]
             items = [
                 Item(self.samples[self._items[n]], position.epoch, int(self._repeats[n]), float(w))
-                for n, w in zip(chosen, weights, strict=True)
+                for n, w in zip(row[places], weights, strict=True)
             ]
-            yield Request(items, self._order.after(position, global_batch))
+            yield Request(items, self._order.after(position, global_batch, world))
 
     def _class_name(self, sample: Sample) -> str:
         names = self._found.classes

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dmp_common import PatchError
+from dmp_common.patch.serialize import open_regular
 from training.data import draws
 from training.data.augment import vary_color
 from training.data.batch import Batch, Position
+from training.data.caching.cached import Latents, Texts
 from training.data.captions.caption_rules import caption_text, is_dropped
-from training.data.images import open_image, to_tensor
+from training.data.images import BrokenImageError, opacity, open_image, open_mask, to_tensor
 from training.data.kind import DataKind
 from training.data.samples import Sample, Store, TensorStore
-from training.data.sizes import crop_and_resize, fit
+from training.data.sizes import Fit, crop_and_resize, fit
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """What random draws hang on: each repeat of an image has its own."""
+        """Random draws are keyed by it: each repeat of an image has its own."""
         return f"{self.sample.key}#{self.repeat}" if self.repeat else self.sample.key
 
 
@@ -47,35 +47,49 @@ class Request:
     next: Position
 
 
+class _Loaded(NamedTuple):
+    """An image or its moments, its row of `Batch.sizes`, its mask, and what is wrong with it."""
+
+    image: Tensor
+    sizes: tuple[int, ...]
+    mask: Tensor | None
+    broken: str = ""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How items become tensors.
 
     Args:
-        kind: what the base eats.
+        kind: what the base needs.
+        store: of the images.
         seed: of all draws.
         augment: training; validation mirrors, drops and shuffles nothing.
         latents, texts: caches that are ready, or None.
-        skip_broken: an image that does not decode becomes grey with weight 0, not an error. So
-            the others of the batch are the same, whichever process finds it.
+        masked: whether batches have masks.
     """
 
     kind: DataKind
     store: Store | TensorStore
     seed: int
     augment: bool
-    latents: Any = None
-    texts: Any = None
-    skip_broken: bool = False
+    latents: Latents | None = None
+    texts: Texts | None = None
+    masked: bool = False
 
     def batch(self, request: Request) -> Batch:
         """Loads and stacks items of one size.
 
+        An image that cannot be used becomes grey with weight 0, and is named in `Batch.broken`.
+        So the others of the batch are the same, whichever process finds it.
+
         Raises:
-            PatchError: an image does not decode, or its cache file is damaged.
+            PatchError: a cache file is damaged.
         """
-        images, sizes, weights = zip(*(self._weighted(i) for i in request.items), strict=True)
-        stacked, weight = torch.stack(images), torch.tensor(weights)
+        loaded = [self._loaded(item) for item in request.items]
+        images = torch.stack([one.image for one in loaded])
+        weight = torch.tensor([0.0 if o.broken else i.weight
+                               for o, i in zip(loaded, request.items, strict=True)])  # fmt: skip
         captions, labels = None, None
         if self.kind.conditioning == "label":
             labels = torch.tensor([self._label(item) for item in request.items])
@@ -83,28 +97,60 @@ class Recipe:
             captions = [self._caption(item) for item in request.items]
         batch = Batch(
             keys=[item.sample.key for item in request.items],
-            sizes=torch.tensor(sizes),
+            sizes=torch.tensor([one.sizes for one in loaded]),
             next=request.next,
-            pixels=stacked if self.latents is None else None,
-            moments=stacked if self.latents is not None else None,
+            pixels=images if self.latents is None else None,
+            moments=images if self.latents is not None else None,
             captions=captions,
             labels=labels,
             weights=None if bool((weight == 1).all()) else weight,
-        )
+            masks=torch.stack([one.mask for one in loaded if one.mask is not None])
+            if self.masked
+            else None,
+            broken={i.sample.key: o.broken for i, o in zip(request.items, loaded, strict=True)
+                    if o.broken},
+        )  # fmt: skip
         return batch if self.texts is None else with_texts(batch, self.texts)
 
-    def _weighted(self, item: Item) -> tuple[Tensor, tuple[int, ...], float]:
-        try:
-            return *self.image(item), item.weight
-        except PatchError as error:
-            if not self.skip_broken:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-        width, height = fit(item.sample.size, item.sample.subset.sizes, item.sample.bucket).target
-        return torch.zeros(self.kind.channels, height, width), (0, 0, 0, 0, height, width), 0.0
+    def _loaded(self, item: Item) -> _Loaded:
+        if self.latents is None:
+            try:
+                if item.sample.fault:
+                    raise BrokenImageError(item.sample.fault)
+                return self._from_image(item)
+            except BrokenImageError as error:
+                return self._grey(item, str(error))
+        how, flipped, _, row = self._view(item)
+        cached = self.latents.read(item.sample, flipped)
+        mask = None
+        if self.masked:
+            width, height = how.target
+            mask = torch.ones(1, height, width)
+            if cached.mask is not None:
+                mask = cached.mask.float() / 255
+        return _Loaded(cached.moments, row, mask, cached.broken)
 
-    def image(self, item: Item) -> tuple[Tensor, tuple[int, ...]]:
-        """Pixels (C, H, W) or moments (2C, h, w), and the row of `Batch.sizes`."""
+    def _from_image(self, item: Item) -> _Loaded:
+        how, flipped, (left, top), row = self._view(item)
+        draw = (self.seed, item.epoch, item.name)
+        colored = draw if self.augment and item.sample.subset.sizes.color else None
+        pixels = self.pixels(item.sample, left, top, colored)
+        mask = None
+        if self.masked:
+            mask = self.mask(item.sample, left, top)
+            if mask is None:
+                mask = torch.ones(1, how.target[1], how.target[0])
+            mask = mask.flip(-1) if flipped else mask
+        return _Loaded(pixels.flip(-1) if flipped else pixels, row, mask)
+
+    def _grey(self, item: Item, error: str) -> _Loaded:
+        width, height = self._view(item)[0].target
+        image = torch.zeros(self.kind.channels, height, width)
+        mask = torch.zeros(1, height, width) if self.masked else None
+        return _Loaded(image, (0, 0, 0, 0, height, width), mask, error)
+
+    def _view(self, item: Item) -> tuple[Fit, bool, tuple[int, int], tuple[int, ...]]:
+        """Resize, side and crop of an item, and its row of `Batch.sizes`."""
         sample, rules = item.sample, item.sample.subset.sizes
         draw = (self.seed, item.epoch, item.name)
         flipped = self.augment and rules.flip and draws.uniform(*draw, "flip") < 0.5
@@ -116,19 +162,25 @@ class Recipe:
         # SDXL's crop is that of the picture as it is shown: mirrored, it starts at the other side.
         shown = how.resized[0] - how.target[0] - left if flipped else left
         row = (*reversed(sample.size), top, shown, *reversed(how.target))
-        if self.latents is not None:
-            return self.latents.moments(sample, flipped), row
-        pixels = self.pixels(sample, left, top)
-        if self.augment and rules.color:
-            pixels = vary_color(pixels, *draw)
-        return pixels.flip(-1) if flipped else pixels, row
+        return how, flipped, (left, top), row
 
-    def pixels(self, sample: Sample, left: int, top: int) -> Tensor:
-        """Pixels (C, H, W) of a sample, cropped at `left` and `top` of the resized image."""
+    def pixels(
+        self, sample: Sample, left: int, top: int, colored: tuple[object, ...] | None = None
+    ) -> Tensor:
+        """Pixels (C, H, W) of a sample, cropped at `left` and `top` of the resized image.
+
+        Args:
+            sample: the image.
+            left, top: of the crop.
+            colored: what the change of its colours is keyed by; None for no change.
+
+        Raises:
+            BrokenImageError: the image does not decode, or is another than at the start.
+        """
         if isinstance(self.store, TensorStore):
             return self.store.images[sample.place]
         name = self.store.name(sample.place)
-        with self.store.open(sample.place) as file:
+        with self._opened(sample.place) as file:
             image = open_image(file, name, self.kind.channels)
         if image.size != sample.size:
             raise PatchError(
@@ -137,7 +189,36 @@ class Recipe:
                 "does not change."
             )
         how = fit(sample.size, sample.subset.sizes, sample.bucket)
-        return to_tensor(crop_and_resize(image, how, left, top))
+        image = crop_and_resize(image, how, left, top)
+        return to_tensor(image if colored is None else vary_color(image, *colored))
+
+    def mask(self, sample: Sample, left: int, top: int) -> Tensor | None:
+        """How much each pixel of a sample counts, (1, H, W) in [0, 1]; None where all do.
+
+        Raises:
+            BrokenImageError: the mask or the image does not decode.
+        """
+        if isinstance(self.store, TensorStore):
+            return None
+        mask = None
+        if sample.mask is not None:
+            with open_regular(Path(sample.mask), "a mask") as file:
+                mask = open_mask(file, sample.mask)
+        elif sample.subset.alpha_mask:
+            with self._opened(sample.place) as file:
+                mask = opacity(file, self.store.name(sample.place))
+        if mask is None:
+            return None
+        how = fit(sample.size, sample.subset.sizes, sample.bucket)
+        cropped = crop_and_resize(mask, how, left, top, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(cropped)).float()[None] / 255
+
+    def _opened(self, place: Any) -> BinaryIO:
+        assert not isinstance(self.store, TensorStore), "its images are open"
+        try:
+            return self.store.open(place)
+        except PatchError as error:
+            raise BrokenImageError(str(error)) from error
 
     def _label(self, item: Item) -> int:
         rules = item.sample.subset.captions
@@ -155,76 +236,7 @@ class Recipe:
         return caption_text(item.sample.captions, rules, self.seed, epoch, item.name)
 
 
-def with_texts(batch: Batch, texts: Any) -> Batch:
+def with_texts(batch: Batch, texts: Texts) -> Batch:
     """The batch with cached outputs in place of its captions."""
     assert batch.captions is not None, "open_data checked it"
     return replace(batch, captions=None, text=texts.stacked(batch.captions))
-
-
-class _Loading(Dataset[Any]):
-    """A function of requests, in whichever process. An error travels as a value.
-
-    Raised in a worker, it would reach the user inside a traceback of the worker.
-    """
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __getitem__(self, request: Any) -> Any:
-        try:
-            return self._function(request)
-        except PatchError as error:
-            return error
-
-
-def load(requests: Iterable[Any], function: Callable[[Any], Any], workers: int) -> Iterator[Any]:
-    """What `function` makes of each request, in their order, ahead of time by `workers` processes.
-
-    Raises:
-        PatchError: as the function does.
-    """
-    loader: DataLoader[Any] = DataLoader(
-        _Loading(function), sampler=_Once(requests), batch_size=None, num_workers=workers,
-        collate_fn=_as_it_is, generator=own_generator(),
-    )  # fmt: skip
-    yield from unpacked(loader)
-
-
-def own_generator() -> torch.Generator:
-    """For a loader to draw its workers' seed from: torch's global one is the trainer's."""
-    return torch.Generator().manual_seed(0)
-
-
-def ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
-    """The same batches, without end, `count` of them ahead of time in a thread.
-
-    Reading files and decoding images let go of Python's lock, so they run beside the step.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, batches) for _ in range(count))
-        while True:
-            batch = waiting.popleft().result()
-            waiting.append(pool.submit(next, batches))
-            yield batch
-
-
-def unpacked(results: Iterable[Any]) -> Iterator[Any]:
-    """The results of a loader; raises the error that a worker returned."""
-    for result in results:
-        if isinstance(result, PatchError):
-            raise result
-        yield result
-
-
-class _Once:
-    """An iterable as a sampler: torch asks a sampler for its length, where it has one."""
-
-    def __init__(self, requests: Iterable[Any]) -> None:
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._requests)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value

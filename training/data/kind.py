@@ -1,4 +1,4 @@
-"""What a base eats, as far as data is concerned."""
+"""What a base needs from its data."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class DataKind:
         num_classes: with class ids, how many the base knows.
         null_label: what the label of a dropped condition becomes.
         square: the model takes square inputs only; there are no buckets then.
+        window: tokens of a caption that the text encoders read; None where it is not known.
     """
 
     conditioning: Literal["caption", "label", "none"]
@@ -27,3 +28,4 @@ class DataKind:
     num_classes: int | None = None
     null_label: int | None = None
     square: bool = False
+    window: int | None = None

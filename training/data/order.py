@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,8 @@ from dmp_common import PatchError
 from training.data import draws
 from training.data.batch import Position
 
-Plan = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int64]
+Plan = Sequence[Numbers]
 
 
 class Order:
@@ -21,60 +24,89 @@ class Order:
         buckets: a bucket for every item; items of one batch are of one bucket.
         seed: of the order.
         shuffle: without it the order is that of the items, for validation.
+        batches: images of one process and step, for the buckets of data sets that set it by
+            themselves.
     """
 
-    def __init__(self, buckets: Sequence[Hashable], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Hashable],
+        seed: int,
+        shuffle: bool,
+        batches: Mapping[Any, int] = MappingProxyType({}),
+    ) -> None:
         numbers: dict[Hashable, int] = {}
         which = np.array([numbers.setdefault(b, len(numbers)) for b in buckets], dtype=np.int64)
         self._members = [np.flatnonzero(which == n) for n in range(len(numbers))]
+        self._own = [batches.get(bucket) for bucket in numbers]
         self._seed, self._shuffle = seed, shuffle
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[int, int, int], Plan] = {}
 
-    def plan(self, epoch: int, global_batch: int) -> Plan:
-        """Item numbers of an epoch, (batches, global_batch).
+    def plan(self, epoch: int, global_batch: int, world: int = 1) -> Plan:
+        """Item numbers of an epoch: an array for each batch.
 
         The last batch of a bucket is filled up from the bucket's start, whose images are others
         in each epoch: none is dropped, and over epochs none is preferred.
+
+        Args:
+            epoch: of the plan.
+            global_batch: images of a batch, for buckets without a batch size of their own.
+            world: processes; the other batches have their own size times this.
         """
-        known = self._plans.get((epoch, global_batch))
+        known = self._plans.get((epoch, global_batch, world))
         if known is not None:
             return known
-        rows = []
+        blocks: list[Numbers] = []
         for number, members in enumerate(self._members):
             if self._shuffle:
                 chosen = draws.permutation(len(members), self._seed, epoch, "bucket", number)
                 members = members[chosen]
-            count = -(-len(members) // global_batch)
-            rows.append(np.resize(members, (count, global_batch)))
-        plan = np.concatenate(rows)
+            size = self._size(number, global_batch, world)
+            blocks.append(np.resize(members, (-(-len(members) // size), size)))
+        plan: Plan = _joined(blocks)
         if self._shuffle:
-            plan = plan[draws.permutation(len(plan), self._seed, epoch, "batches")]
-        self._plans = {(epoch, global_batch): plan, **dict(list(self._plans.items())[:1])}
+            chosen = draws.permutation(len(plan), self._seed, epoch, "batches")
+            plan = plan[chosen] if isinstance(plan, np.ndarray) else [plan[n] for n in chosen]
+        kept = dict(list(self._plans.items())[:1])
+        self._plans = {(epoch, global_batch, world): plan, **kept}
         return plan
 
-    def fills(self, global_batch: int) -> npt.NDArray[np.bool_]:
+    def fills(self, global_batch: int, world: int = 1) -> Sequence[npt.NDArray[np.bool_]]:
         """Places of an unshuffled plan that repeat an image to fill up a batch."""
-        rows = []
-        for members in self._members:
-            count = -(-len(members) // global_batch)
-            places = np.arange(count * global_batch) >= len(members)
-            rows.append(places.reshape(count, global_batch))
-        return np.concatenate(rows)
+        blocks = []
+        for number, members in enumerate(self._members):
+            size = self._size(number, global_batch, world)
+            count = -(-len(members) // size)
+            places = np.arange(count * size) >= len(members)
+            blocks.append(places.reshape(count, size))
+        rows: Sequence[npt.NDArray[np.bool_]] = _joined(blocks)
+        return rows
 
-    def positions(self, start: Position, global_batch: int) -> Iterator[Position]:
+    def _size(self, number: int, global_batch: int, world: int) -> int:
+        own = self._own[number]
+        return global_batch if own is None else own * world
+
+    def positions(self, start: Position, global_batch: int, world: int = 1) -> Iterator[Position]:
         """Positions from `start` on, without end; a position past its epoch begins the next."""
-        count = len(self.plan(start.epoch, global_batch))
+        count = len(self.plan(start.epoch, global_batch, world))
         epoch, batch = start.epoch + start.batch // count, start.batch % count
         while True:
             yield Position(epoch, batch)
             epoch, batch = (epoch, batch + 1) if batch + 1 < count else (epoch + 1, 0)
 
-    def after(self, position: Position, global_batch: int) -> Position:
+    def after(self, position: Position, global_batch: int, world: int = 1) -> Position:
         """The position after one batch."""
-        last = position.batch + 1 >= len(self.plan(position.epoch, global_batch))
+        last = position.batch + 1 >= len(self.plan(position.epoch, global_batch, world))
         return Position(position.epoch + 1, 0) if last else position._replace(
             batch=position.batch + 1
         )  # fmt: skip
+
+
+def _joined(blocks: Sequence[npt.NDArray[Any]]) -> Any:
+    """The rows of all blocks: an array where all are of one length, which takes less memory."""
+    if len({block.shape[1] for block in blocks}) == 1:
+        return np.concatenate(blocks)
+    return [row for block in blocks for row in block]
 
 
 def share(global_batch: int, rank: int, world: int) -> slice:

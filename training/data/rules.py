@@ -8,40 +8,55 @@ from dataclasses import fields
 from typing import Any
 
 from dmp_common import PatchError
-from training.data.augment import require_kornia
 from training.data.captions.caption_rules import CaptionRules
 from training.data.kind import DataKind
 from training.data.samples import Subset
 from training.data.sizes import Size, size_rules
+from training.options.data_options import DataOptions
 
 CAPTION_RULES = tuple(entry.name for entry in fields(CaptionRules))
 SIZE_RULES = (
     *("resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"),
     *("bucket_no_upscale", "flip_aug", "random_crop", "color_aug"),
 )
+_OTHERS = ("alpha_mask", "validation_split", "validation_seed")
 
 
-def values_of(options: Any) -> dict[str, Any]:
+def values_of(options: DataOptions) -> dict[str, Any]:
     """The options that a subset may have of its own, from a configuration."""
-    return {name: getattr(options, name) for name in (*CAPTION_RULES, *SIZE_RULES)}
+    return {name: getattr(options, name) for name in (*CAPTION_RULES, *SIZE_RULES, *_OTHERS)}
 
 
-def make_subset(values: Mapping[str, Any], kind: DataKind, name: str, repeats: int = 1) -> Subset:
+def make_subset(
+    values: Mapping[str, Any],
+    kind: DataKind,
+    name: str,
+    repeats: int = 1,
+    *,
+    masked: bool = False,
+) -> Subset:
     """A subset from the values of its options.
 
     Raises:
         PatchError: sizes that the base cannot take, or options that contradict each other.
     """
-    if values["color_aug"]:
-        if kind.channels != 3:
-            raise PatchError("expected colour images for color_aug, found a base of grey ones.")
-        require_kornia()
+    if values["color_aug"] and kind.channels != 3:
+        raise PatchError("expected colour images for color_aug, found a base of grey ones.")
     if kind.conditioning == "none" and values["enable_wildcard"]:
         raise PatchError("expected captions for enable_wildcard, found a base that takes none.")
     sizes = {entry: values[entry] for entry in SIZE_RULES}
     sizes["resolution"] = parse_resolution(values["resolution"])
     captions = {entry: values[entry] for entry in CAPTION_RULES}
-    return Subset(name, repeats, size_rules(kind, **sizes), CaptionRules(**captions))
+    return Subset(
+        name,
+        repeats,
+        size_rules(kind, **sizes),
+        CaptionRules(**captions),
+        alpha_mask=values["alpha_mask"],
+        masked=masked,
+        batch=values.get("batch_size"),
+        validation=(values["validation_split"] or 0.0, values["validation_seed"]),
+    )
 
 
 def parse_resolution(value: object) -> Size | None:

@@ -24,12 +24,20 @@ class Subset:
     Args:
         name: for the summary.
         repeats: how often each image is seen in an epoch.
+        alpha_mask: whether the opacity of an image is its mask, where it has no mask file.
+        masked: whether its images have mask files.
+        batch: images of one process and step, where the data set sets it by itself.
+        validation: share of its images kept for validation, and the seed of the choice.
     """
 
     name: str
     repeats: int
     sizes: SizeRules
     captions: CaptionRules
+    alpha_mask: bool = False
+    masked: bool = False
+    batch: int | None = None
+    validation: tuple[float, int | None] = (0.0, None)
 
 
 @dataclass(frozen=True, slots=True)  # there are millions of them
@@ -37,14 +45,18 @@ class Sample:
     """One image.
 
     Args:
-        key: unique and readable; random draws and the validation split hang on it.
+        key: unique and readable; random draws and the validation split are keyed by it.
         place: where its store finds it.
         size: width and height, upright.
         captions: its own captions, one of which is drawn; empty without any.
         label: class id.
         bucket: the size it is trained at, where its metadata says so.
         fingerprint: of its content, once it is needed.
-        origin: key of the image itself, where it is in several subsets; the split hangs on it.
+        origin: key of the image itself, where it is in several subsets; the validation split is
+            keyed by it.
+        mask: path of its mask file.
+        mask_print: fingerprint of the mask, once it is needed.
+        fault: why it cannot be used, where that is known before it is loaded.
     """
 
     key: str
@@ -56,6 +68,9 @@ class Sample:
     bucket: Size | None = None
     fingerprint: str = ""
     origin: str = ""
+    mask: str | None = None
+    mask_print: str = ""
+    fault: str = ""
 
 
 class Store(Protocol):
@@ -71,6 +86,10 @@ class Store(Protocol):
 
     def fingerprint(self, place: Any) -> str:
         """Changes when the image changes: the key of its cache."""
+        ...
+
+    def stamp(self, place: Any) -> str:
+        """Changes when the image changes, as far as can be told without reading all of it."""
         ...
 
 
@@ -104,6 +123,14 @@ class FileStore:
                 file.seek(start)
                 digest.update(file.read(_BLOCK))
         return digest.hexdigest()
+
+    def stamp(self, place: str) -> str:
+        """Path, length and time of change."""
+        try:
+            found = Path(place).stat()
+        except OSError:
+            return place  # whoever opens it says what is wrong
+        return f"{place}:{found.st_size}:{found.st_mtime_ns}"
 
 
 @dataclass(frozen=True)

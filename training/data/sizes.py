@@ -95,8 +95,14 @@ def bucket_sizes(rules: SizeRules) -> tuple[Size, ...]:
     return tuple(sorted(sizes))
 
 
-def crop_and_resize(image: Image.Image, how: Fit, left: int, top: int) -> Image.Image:
-    """Resizes with antialiasing (Lanczos) and crops, in one step.
+def crop_and_resize(
+    image: Image.Image,
+    how: Fit,
+    left: int,
+    top: int,
+    filter_: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """Resizes with antialiasing and crops, in one step.
 
     Reads only the part of the image that is kept.
     """
@@ -106,7 +112,7 @@ def crop_and_resize(image: Image.Image, how: Fit, left: int, top: int) -> Image.
            min(bottom * down, image.height))  # fmt: skip
     if image.size == how.target and box == (0, 0, *image.size):
         return image
-    return image.resize(how.target, Image.Resampling.LANCZOS, box=box)
+    return image.resize(how.target, filter_, box=box)
 
 
 def size_rules(

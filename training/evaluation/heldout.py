@@ -59,7 +59,7 @@ def open_split(
         PatchError: see `open_data`.
     """
     off = {"caption_dropout_rate": 0.0, "flip_aug": False, "random_crop": False}
-    return open_data(config.model_copy(update=off), frozen.kind, encoders, seed=0, split=split)
+    return open_data(config.model_copy(update=off), frozen.kind, seed=0, split=split)
 
 
 def once(data: Data, size: int, workers: int) -> Iterator[tuple[Batch, list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Any
 
 from pydantic import field_validator
@@ -75,6 +76,31 @@ class DataOptions(Options):
         lt=1,
         common=True,
     )
+    validation_seed: int | None = option(
+        "data",
+        None,
+        "Choose other images for validation; without it the choice is always the same.",
+    )
+    conditioning_data_dir: str | None = option(
+        "data",
+        None,
+        "Folder of mask images with the names of the images: white counts in the loss, black does "
+        "not.",
+    )
+    verify_images: bool = option(
+        "data", False, "Decode every image once before the run, and remember which ones are whole."
+    )
+    max_broken: int = option(
+        "data",
+        10,
+        "Skip and list at most this many broken images; 0 stops at the first one.",
+        ge=0,
+    )
+    skip_broken: bool = option(
+        "data",
+        False,
+        "Skip every image that is broken or has no caption or class, however many there are.",
+    )
 
     resolution: str | None = option(
         "image size",
@@ -123,6 +149,11 @@ class DataOptions(Options):
         "captions",
         None,
         "Ending of caption files. By default .txt is taken, else .caption.",
+    )
+    caption_encoding: str = option(
+        "captions",
+        "utf-8",
+        "Read caption files in this encoding, such as cp1252; a byte order mark is recognised.",
     )
     class_tokens: str | None = option("captions", None, "Caption of the images that have none.")
     allow_empty_captions: bool = option(
@@ -200,9 +231,17 @@ class DataOptions(Options):
     shuffle_buffer: int = option(
         "loading", 1024, "Images of shards among which the next one is drawn.", ge=1
     )
-    skip_broken: bool = option(
-        "loading", False, "Skip unreadable images of shards instead of stopping."
-    )
+
+    @field_validator("caption_encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError as error:
+            raise ValueError(
+                "expected the name of an encoding that Python knows, such as utf-8 or cp1252"
+            ) from error
+        return value
 
     @field_validator("resolution", mode="before")
     @classmethod
@@ -215,6 +254,6 @@ class DataOptions(Options):
     @field_validator("caption_extension")
     @classmethod
     def _is_an_ending(cls, value: str | None) -> str | None:
-        if value is not None and (value[0:1] != "." or len(value) < 2 or set(value) & set("/\\\0")):
+        if value is not None and (not value.strip(".") or set(value) & set("/\\\0")):
             raise ValueError("expected an ending such as .txt")
         return value

@@ -88,7 +88,7 @@ def _about(run: Run) -> list[str]:
     base = sum(p.numel() for p in run.frozen.model.parameters())
     saved = run.method.saved_parameters()
     return [
-        run.data.summary().text(at_once),
+        run.data.summary().text(at_once, world),
         f"effective batch: {at_once * config.gradient_accumulation_steps} "
         f"({config.train_batch_size} x {world} processes x {config.gradient_accumulation_steps} "
         "accumulated)",

@@ -94,7 +94,8 @@ class Run(Parts):
 
     def epoch_after(self, step: int) -> int:
         """The epoch that is reached after a number of steps; 0 where a stream has none."""
-        batches = self.data.batches_per_epoch(self.at_once)
+        world = self.accelerator.num_processes
+        batches = self.data.batches_per_epoch(self.at_once, world)
         return step * self.config.gradient_accumulation_steps // batches if batches else 0
 
     @property

@@ -86,7 +86,8 @@ class Trainer:
         with tell.timed("loading the base"):
             frozen = load_frozen(config).to(accelerator.device)
         config, data, held_out = _open(config, frozen, accelerator)
-        tell.say(data.summary().text(config.train_batch_size * accelerator.num_processes))
+        world = accelerator.num_processes
+        tell.say(data.summary().text(config.train_batch_size * world, world))
         parts = Parts(
             config=config,
             accelerator=accelerator,
@@ -168,9 +169,7 @@ def _open(
     """Training and held-out images, and the configuration with what depends on their number."""
 
     def split(name: Split) -> Data:
-        return open_data(
-            chosen, frozen.kind, FrozenEncoders(frozen, config), seed=config.seed, split=name
-        )
+        return open_data(chosen, frozen.kind, seed=config.seed, split=name)
 
     chosen = config
     if config.dry_run:  # looks at the data, does not encode all of it
@@ -186,7 +185,9 @@ def _open(
 
 def _fill_caches(data: Data, parts: Parts, tell: Telling) -> None:
     accelerator = parts.accelerator
-    data.prepare_caches(accelerator.process_index, accelerator.num_processes, tell.progress)
+    data.prepare_caches(
+        parts.encoders, accelerator.process_index, accelerator.num_processes, tell.progress
+    )
     accelerator.wait_for_everyone()
 
 
@@ -199,7 +200,7 @@ def _resolved(config: TrainConfig, data: Data, accelerator: Accelerator) -> Trai
     if config.global_batch_size is not None:
         changes["global_batch_size"] = at_once * micro_steps
     if config.max_train_epochs is not None:
-        batches = data.batches_per_epoch(at_once)
+        batches = data.batches_per_epoch(at_once, accelerator.num_processes)
         if batches is None:
             raise PatchError(
                 "expected --max_train_steps for data whose number of images is unknown, found "

@@ -197,7 +197,7 @@ def test_dry_run_tells_and_leaves_nothing(train: Train, capsys: pytest.CaptureFi
         "6 images",
         "16x16",
         "effective batch: 2",
-        "captions: 6 images with, 0 without",
+        "captions: 6 images with",
         "estimated memory",
         "one step:",
         "nothing was saved",

@@ -54,12 +54,19 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 def shard_of(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:
     """A tar file of samples: contents by ending, by key."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    return tar_of(
+        path,
+        {f"{key}.{end}": data for key, parts in samples.items() for end, data in parts.items()},
+    )
+
+
+def tar_of(path: Path, files: Mapping[str, bytes]) -> Path:
+    """A tar file of files in this order."""
     with tarfile.open(path, "w") as tar:
-        for key, parts in samples.items():
-            for ending, content in parts.items():
-                entry = tarfile.TarInfo(f"{key}.{ending}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
     return path
 
 
@@ -100,16 +107,11 @@ class Encoders:
 
 
 def opened(
-    kind: DataKind = CAPTIONS,
-    encoders: Any = None,
-    *,
-    seed: int = 3,
-    split: Any = "train",
-    **options: Any,
+    kind: DataKind = CAPTIONS, *, seed: int = 3, split: Any = "train", **options: Any
 ) -> Data:
     """Data from options; without caption dropout, unless asked for."""
     given = DataOptions(**{"caption_dropout_rate": 0.0, **options})
-    return open_data(given, kind, encoders, seed=seed, split=split)
+    return open_data(given, kind, seed=seed, split=split)
 
 
 def epoch(data: Data, number: int = 0, global_batch: int = 4, **how: Any) -> list[Batch]:
@@ -134,7 +136,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
     assert first.keys == second.keys
     assert first.captions == second.captions
     assert first.next == second.next
-    for name in ("pixels", "moments", "labels", "sizes", "weights"):
+    for name in ("pixels", "moments", "labels", "sizes", "weights", "masks"):
         a, b = getattr(first, name), getattr(second, name)
         assert (a is None) == (b is None), name
         assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name

@@ -196,7 +196,7 @@ def test_the_global_generator_is_left_alone(place: Path, name: str) -> None:
 @pytest.mark.slow
 def test_workers_may_be_spawned(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows and macOS: everything that goes to a worker can be pickled."""
-    from training.data import items as loading
+    from training.data import loader as loading
 
     data = source(place, "folder")
     expected = next(data.batches(global_batch=4))
@@ -245,7 +245,7 @@ def test_two_sources_are_one_too_many(place: Path) -> None:
         ("folder", {"class_list": "x.txt"}),
         ("folder", {"image_column": "x"}),
         ("parquet", {"label_column": "x"}),
-        ("folder", {"skip_broken": True}),
+        ("shards", {"conditioning_data_dir": "x"}),
     ],
 )
 def test_options_are_not_passed_over(place: Path, name: str, options: dict[str, Any]) -> None:

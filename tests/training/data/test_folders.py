@@ -13,6 +13,8 @@ from dmp_common import PatchError
 from tests.training.data import making
 from tests.training.data.making import CAPTIONS, LABELS, NOTHING, epoch, keys, opened, picture
 from training.data.kind import DataKind
+from training.data.summary import CaptionCounts
+from training.options.problems import ConfigError
 
 
 def captions_of(folder: Path, **options: Any) -> dict[str, str]:
@@ -38,7 +40,7 @@ def test_caption_files_of_both_endings_and_both_habits(tmp_path: Path) -> None:
         "a.png": "from txt", "b.png": "mit Umlaut ü", "c.png": "double ending", "d.png": "first",
     }  # fmt: skip
     data = opened(train_data_dir=str(tmp_path))
-    assert any("several lines" in note and "d.png" in note for note in data.summary().notes)
+    assert any("several lines" in note and "d.txt" in note for note in data.summary().notes)
     drawn = {captions_of(tmp_path, enable_wildcard=True, seed=n)["d.png"] for n in range(20)}
     assert drawn == {"first", "second"}
 
@@ -60,15 +62,25 @@ def test_missing_captions_are_never_silent(tmp_path: Path) -> None:
     assert captions_of(tmp_path, class_tokens="a dog")["001.png"] == "a dog"
     assert captions_of(tmp_path, allow_empty_captions=True)["002.png"] == ""
     summary = opened(train_data_dir=str(tmp_path), allow_empty_captions=True).summary()
-    assert (summary.captioned, summary.uncaptioned) == (1, 2)
+    assert summary.captions == CaptionCounts(found=1, missing=1, empty=1)
+    assert "captions: 1 images with, 1 missing, 1 empty" in summary.text(1)
     assert any("2 images are trained on the empty caption" in note for note in summary.notes)
 
 
 def test_captions_that_are_not_utf8(tmp_path: Path) -> None:
-    making.folder_of(tmp_path, 1)
-    (tmp_path / "000.txt").write_bytes("Käse".encode("latin-1"))
-    with pytest.raises(PatchError, match=r"UTF-8 text in .*000\.txt"):
+    making.folder_of(tmp_path, 3)
+    for n in (0, 2):
+        (tmp_path / f"{n:03d}.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
         captions_of(tmp_path)
+    assert len(caught.value.problems) == 2
+    for name in ("000.txt", "002.txt", "--caption_encoding"):
+        assert name in str(caught.value)
+    assert captions_of(tmp_path, caption_encoding="cp1252")["000.png"] == "Käse"
+    data = opened(train_data_dir=str(tmp_path), skip_broken=True)
+    assert data.size == 1 and "2 images whose caption cannot" in data.summary().skipped[0].text
+    with pytest.raises(ValueError, match="encoding that Python knows"):
+        captions_of(tmp_path, caption_encoding="utf-99")
 
 
 def test_repeat_folders(tmp_path: Path) -> None:
@@ -84,7 +96,8 @@ def test_repeat_folders(tmp_path: Path) -> None:
     assert found["3_sks dog/000.png"] == "sks dog"
     assert found["1_cat/005.png"] == "one, two, number 5"
     text = data.summary().text(2)
-    assert "3_sks dog: 2 images x 3" in text and "0_off: 0 repeats" in text
+    assert "3_sks dog: 2 images x 3" in text
+    assert "2 images of folder 0_off, which has 0 repeats" in text
     assert "4 images" in text and "with repeats: 8" in text
 
 
@@ -186,7 +199,8 @@ def test_kohyas_json(tmp_path: Path) -> None:
     }  # fmt: skip
     data = opened(train_data_dir=str(images), **options)
     assert {(r.width, r.height) for r in data.summary().buckets} >= {(64, 16)}
-    assert any("1 of 4 images are not in its metadata" in n for n in data.summary().notes)
+    (line,) = data.summary().skipped
+    assert line.count == 1 and "not in meta.json (003.png)" in line.text
 
 
 @pytest.mark.parametrize(
@@ -194,7 +208,7 @@ def test_kohyas_json(tmp_path: Path) -> None:
     [
         ("[]", "found a list"),
         ("{", "expected JSON"),
-        ('{"nothere": {"caption": "x"}}', "entry 'nothere', found none"),
+        ('{"nothere": {"caption": "x"}}', "none of its 1 entries there, such as nothere"),
         ('{"000": {"caption": 3}}', "text as caption"),
         ('{"000": {"caption": "x", "train_resolution": [3, 5]}}', "multiples of 8"),
         ('{"000": {"caption": "x", "train_resolution": "big"}}', r"\[width, height\]"),
@@ -224,7 +238,8 @@ def test_metadata_files_of_hugging_face(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [("{", "JSON in line 1, found Expecting"), ("3", r"expected \{...\}"), ("{}", "a file_name"),
-     ('{"file_name": "x.png"}', "no such file")],
+     ('{"file_name": "x.png"}', "none that can be used: 1 entries of metadata"),
+     ("3\n4", r"line 1.*\n.*line 2"), ('{"file_name": "000.png", "text": 3}', "text as caption")],
 )  # fmt: skip
 def test_bad_metadata(tmp_path: Path, line: str, message: str) -> None:
     making.folder_of(tmp_path, 1)
@@ -237,13 +252,19 @@ def test_broken_images_are_all_found_before_training(tmp_path: Path) -> None:
     making.folder_of(tmp_path, 3)
     (tmp_path / "001.png").write_bytes(b"")
     with pytest.raises(PatchError, match=r"image in .*001\.png, found .*remove this file"):
-        opened(train_data_dir=str(tmp_path))
+        opened(train_data_dir=str(tmp_path), max_broken=0)
     for n in range(10, 17):
         (tmp_path / f"{n:03d}.jpg").write_bytes(b"broken")
         (tmp_path / f"{n:03d}.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(PatchError, match=r"found 8 images that cannot be used") as caught:
-        opened(train_data_dir=str(tmp_path))
-    assert "and 3 more" in str(caught.value)
+    with pytest.raises(PatchError, match=r"at most 7 images .*, found 8") as caught:
+        opened(train_data_dir=str(tmp_path), max_broken=7)
+    assert all(f"{n:03d}.jpg" in str(caught.value) for n in range(10, 17))
+    for options in ({"max_broken": 8}, {}, {"max_broken": 0, "skip_broken": True}):
+        data = opened(train_data_dir=str(tmp_path), **options)
+        assert data.size == 2
+        (line,) = data.summary().skipped
+        assert line.count == 8 and line.text.startswith("8 broken images (001.png")
+        assert f"skipped: {line.text}" in data.summary().text(1)
 
 
 def test_an_image_that_breaks_while_training_is_named(tmp_path: Path) -> None:

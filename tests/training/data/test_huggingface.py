@@ -115,13 +115,13 @@ def test_an_image_folder_of_the_library(tmp_path: Path) -> None:
 def test_caches_need_a_place_and_use_the_content(tmp_path: Path) -> None:
     name = saved(tmp_path, text=TEXTS)
     with pytest.raises(PatchError, match="give --cache_dir"):
-        opened(CAPTIONS, Encoders(), dataset_name=name, cache_latents_to_disk=True)
+        opened(CAPTIONS, dataset_name=name, cache_latents_to_disk=True)
     made = []
     for texts in (TEXTS, TEXTS[::-1]):
         encoders = Encoders()
-        data = opened(CAPTIONS, encoders, dataset_name=saved(tmp_path, text=texts),
+        data = opened(CAPTIONS, dataset_name=saved(tmp_path, text=texts),
                       cache_latents_to_disk=True, cache_dir=str(tmp_path / "cache"))  # fmt: skip
-        data.prepare_caches()
+        data.prepare_caches(encoders)
         made.append(encoders.images)
     assert made == [4, 0]
 
@@ -133,8 +133,38 @@ def test_broken_rows_are_named(tmp_path: Path) -> None:
     ]
     made = datasets.Dataset.from_dict({"image": images, "text": ["a", "b"]})
     made.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "b.parquet"))
+    name = str(tmp_path / "b.parquet")
     with pytest.raises(PatchError, match=r"image in .*b\.parquet, row 0"):
-        opened(dataset_name=str(tmp_path / "b.parquet"))
+        opened(dataset_name=name, max_broken=0)
+    data = opened(dataset_name=name)
+    assert data.size == 1 and "train/00000000" in data.summary().skipped[0].text
+
+
+def test_structs_plain_bytes_and_rows_without_an_image(tmp_path: Path) -> None:
+    data = making.encoded(picture(1))
+    rows: list[Any] = [{"bytes": data, "path": None}, None, {"bytes": None, "path": None}]
+    made = datasets.Dataset.from_dict({"picture": rows, "text": ["a", "b", "c"]})
+    made.to_parquet(str(tmp_path / "structs.parquet"))
+    found = opened(dataset_name=str(tmp_path / "structs.parquet"), max_broken=0)
+    assert [s.captions for s in found.samples] == [("a",)]
+    (line,) = found.summary().skipped
+    assert line.count == 2 and line.text.startswith("2 rows without an image")
+    assert len(epoch(found, global_batch=1)) == 1
+    plain = datasets.Dataset.from_dict({"jpg": [data, data], "text": ["a", "b"]})
+    plain.to_parquet(str(tmp_path / "bytes.parquet"))
+    assert opened(dataset_name=str(tmp_path / "bytes.parquet")).size == 2
+
+
+def test_rows_without_what_the_base_takes(tmp_path: Path) -> None:
+    texts = saved(tmp_path, text=[*TEXTS[:3], None])
+    with pytest.raises(PatchError, match="1 of 4 without one"):
+        opened(dataset_name=texts)
+    found = opened(dataset_name=texts, skip_broken=True)
+    assert found.size == 3 and "images without a caption" in found.summary().skipped[0].text
+    labels = saved(tmp_path, label=[0, 1, None, 3])
+    with pytest.raises(PatchError, match="a class id in .*train/00000002, found none"):
+        opened(LABELS, dataset_name=labels)
+    assert opened(LABELS, dataset_name=labels, skip_broken=True).size == 3
 
 
 def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:

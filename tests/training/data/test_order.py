@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmp_common import PatchError
 from training.data.batch import Position
-from training.data.items import ahead
+from training.data.loader import ahead
 from training.data.order import Order, share
 
 BUCKETS = st.lists(st.integers(0, 4), min_size=1, max_size=60)

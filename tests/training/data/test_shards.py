@@ -22,7 +22,6 @@ from tests.training.data.making import (
     CAPTIONS,
     LABELS,
     NOTHING,
-    Encoders,
     assert_equal,
     encoded,
     keys,
@@ -265,22 +264,81 @@ def test_broken_images_stop_or_are_passed_over(
     samples["5"] = {"png": image[:-300], "txt": b"x"}
     place = str(shard_of(tmp_path / "0.tar", samples))
     with pytest.raises(PatchError, match=r"image in .*0\.tar![45]"):
-        take(opened(webdataset=place).batches(global_batch=2), 3)
-    data = opened(webdataset=place, skip_broken=True, shuffle_buffer=1)
+        take(opened(webdataset=place, max_broken=0).batches(global_batch=2), 3)
+    with pytest.raises(PatchError, match=r"at most 1 images .*, found 2: .*--skip_broken"):
+        take(opened(webdataset=place, max_broken=1).batches(global_batch=2), 3)
+    data = opened(webdataset=place, shuffle_buffer=1)
+    capsys.readouterr()
     for workers in (0, 2):
         weights = {}
         for batch in take(data.batches(global_batch=2, workers=workers), 12):
             given = batch.weights if batch.weights is not None else torch.ones(2)
             weights.update(zip(batch.keys, given.tolist(), strict=True))
         assert weights == {f"0.tar!{n}": float(n < 4) for n in range(6)}
-    assert "skipped: expected an image in" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("skipped: expected an image in") == 2
+    assert data.summary().skipped[0].count == 2
+
+
+def test_samples_without_caption_or_class_are_skipped_on_request(tmp_path: Path) -> None:
+    image = encoded(picture(0))
+    parts: list[dict[str, bytes]] = [
+        {"png": image, "txt": b"x", "cls": b"1"}, {"png": image},
+        {"png": image, "json": b'{"caption": null}', "cls": b"x"},
+        {"png": image, "json": b'{"caption": "y"}', "cls": b"2"},
+    ]  # fmt: skip
+    place = str(shard_of(tmp_path / "0.tar", {str(n): p for n, p in enumerate(parts)}))
+    for kind in (CAPTIONS, LABELS):
+        with pytest.raises(PatchError, match=r"0\.tar!1"):
+            take(opened(kind, webdataset=place).batches(global_batch=1), 4)
+        data = opened(kind, webdataset=place, skip_broken=True)
+        weights = {
+            batch.keys[0]: 1.0 if batch.weights is None else float(batch.weights[0])
+            for batch in take(data.batches(global_batch=1), 4)
+        }
+        assert weights == {f"0.tar!{n}": float(n in (0, 3)) for n in range(4)}
+        assert data.summary().skipped[0].count == 2
+
+
+def test_pairs_that_are_not_adjacent(tmp_path: Path) -> None:
+    place = tmp_path / "0.tar"
+    files = {"0.png": encoded(picture(0)), "1.png": encoded(picture(1)), "0.txt": b"a",
+             "1.txt": b"b"}  # fmt: skip
+    making.tar_of(place, files)
+    with pytest.raises(PatchError, match="must stand next to each other"):
+        opened(webdataset=str(place))
+    with pytest.raises(PatchError, match="images that can be used in .* found none among"):
+        opened(webdataset=str(place), skip_broken=True)
+
+
+def test_names_with_dots_and_files_of_systems(tmp_path: Path) -> None:
+    image, place = encoded(picture(0)), tmp_path / "0.tar"
+    making.tar_of(
+        place,
+        {
+            "photo.v2.png": image, "photo.v2.txt": b"one", "c.seg.png": image, "c.png": image,
+            "c.txt": b"two", "__MACOSX/x/._0.png": b"x", "./a/._0.png": b"x", "d.txt": b"alone",
+        },
+    )  # fmt: skip
+    data = opened(webdataset=str(place))
+    found = {b.keys[0]: b.captions for b in take(data.batches(global_batch=1), 2)}
+    assert found == {"0.tar!photo.v2": ["one"], "0.tar!c": ["two"]}
+    assert data.size == 2
+    assert "no image (0.tar: 1)" in data.summary().skipped[0].text
+
+
+def test_a_run_without_usable_images_stops(tmp_path: Path) -> None:
+    samples = {f"{n}": {"png": b"broken", "txt": b"x"} for n in range(80)}
+    samples["0"] = {"png": encoded(picture(0)), "txt": b"x"}
+    data = opened(webdataset=str(shard_of(tmp_path / "0.tar", samples)), skip_broken=True)
+    with pytest.raises(PatchError, match="found .* of .* that cannot"):
+        take(data.batches(global_batch=4), 40)
 
 
 @pytest.mark.parametrize("name", ["cache_latents", "cache_text_encoder_outputs",
                                   "bucket_no_upscale"])  # fmt: skip
 def test_what_streams_cannot_do(tmp_path: Path, name: str) -> None:
     with pytest.raises(PatchError, match=f"no --{name} with --webdataset"):
-        opened(CAPTIONS, Encoders(), webdataset=making.shards_of(tmp_path, [2]), **{name: True})
+        opened(CAPTIONS, webdataset=making.shards_of(tmp_path, [2]), **{name: True})
 
 
 def test_a_split_needs_two_shards(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_conditions_repeat_the_images_in_turn() -> None:
 def test_the_test_split_of_the_digits_is_their_own() -> None:
     options = resolve({"base": "digits"})
     sizes = {
-        split: open_data(options, KIND, None, seed=0, split=split).size  # type: ignore[arg-type]
+        split: open_data(options, KIND, seed=0, split=split).size  # type: ignore[arg-type]
         for split in ("train", "validation", "test")
     }
     assert sizes == {"train": 1097, "validation": 300, "test": 400}

@@ -169,7 +169,7 @@ def test_hints_name_the_same_meaning_or_nothing() -> None:
         ({"seed": 2**32}, "expected a number of at most 4294967295, found 4294967296"),
         ({"output_name": "a/b"}, "without folders, and --output_dir for the folder, found 'a/b'"),
         ({"output_name": ".."}, "without folders"),
-        ({"caption_extension": "txt"}, "expected an ending such as .txt, found 'txt'"),
+        ({"caption_extension": "a/b"}, "expected an ending such as .txt, found 'a/b'"),
         ({"lr_warmup_steps": 1.5}, "a whole number of steps, or a share of all steps below 1"),
         ({"lr_scheduler_args": ["a=1"]}, "needs --lr_scheduler_type"),
         ({"lr_scheduler": "linear", "lr_scheduler_min_lr_ratio": 0.1}, "needs --lr_scheduler cos"),

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from training.data.caching.tensor_cache import TensorCache, cache_key
+from training.data.caching.tensor_cache import BROKEN, TensorCache, cache_key
 from training.data.samples import Sample
 from training.data.sizes import fit
+
+
+class CachedImage(NamedTuple):
+    """What the cache has of an image.
+
+    Args:
+        moments: means and standard deviations (2C, h, w).
+        mask: (1, H, W) uint8, at the size of the pixels; None without one.
+        broken: why the image cannot be used, empty for most; its moments are then those of grey.
+    """
+
+    moments: Tensor
+    mask: Tensor | None = None
+    broken: str = ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As the cache keeps it."""
+        tensors = {"moments": self.moments}
+        if self.mask is not None:
+            tensors["mask"] = self.mask
+        if self.broken:
+            data = self.broken.encode("utf-8", "surrogatepass")
+            tensors[BROKEN] = torch.tensor(list(data), dtype=torch.uint8)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -23,14 +48,19 @@ class Latents:
     def key(self, sample: Sample, flipped: bool) -> str:
         """The key of a sample's latents."""
         how = fit(sample.size, sample.subset.sizes, sample.bucket)
+        # Only where there is a mask, so that caches made before there were any stay valid.
+        mask = {"mask": sample.mask_print} if sample.mask_print else {}
         return cache_key(
             encoder=self.encoder, image=sample.fingerprint, size=sample.size,
-            resized=how.resized, target=how.target, crop=how.crop(), flipped=flipped,
+            resized=how.resized, target=how.target, crop=how.crop(), flipped=flipped, **mask,
         )  # fmt: skip
 
-    def moments(self, sample: Sample, flipped: bool) -> Tensor:
-        """Means and standard deviations (2C, h, w)."""
-        return self.cache.read(self.key(sample, flipped))["moments"]
+    def read(self, sample: Sample, flipped: bool) -> CachedImage:
+        """A sample's latents and mask."""
+        tensors = self.cache.read(self.key(sample, flipped))
+        broken = tensors.get(BROKEN)
+        error = "" if broken is None else bytes(broken.tolist()).decode("utf-8", "surrogatepass")
+        return CachedImage(tensors["moments"], tensors.get("mask"), error)
 
 
 @dataclass(frozen=True)

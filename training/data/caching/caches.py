@@ -1,4 +1,4 @@
-"""Latents and outputs of the text encoders, computed once: what to make, and how it is read."""
+"""Makes latents and outputs of the text encoders, once."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmp_common import PatchError
 from training.data.batch import Progress
-from training.data.caching.cached import Latents, Texts
+from training.data.caching.cached import CachedImage, Latents, Texts
 from training.data.caching.encoding import Encoders
+from training.data.caching.plan import CachePlan
 from training.data.caching.tensor_cache import TensorCache
 from training.data.captions.caption_rules import possible
-from training.data.items import Recipe, load
-from training.data.kind import DataKind
-from training.data.samples import Sample, Store, Subset
+from training.data.faults import Faults
+from training.data.images import BrokenImageError
+from training.data.items import Recipe
+from training.data.loader import load
+from training.data.samples import FileStore, Sample, TensorStore
 from training.data.sizes import Fit, fit
+from training.data.sources.scan import in_threads
 
 _TEXTS_AT_ONCE = 16
 _SPARE_BYTES = 64 * 2**20
@@ -31,20 +35,17 @@ _SPARE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Caches:
-    """The caches that options ask for.
+    """Makes the caches of a plan.
 
     Args:
-        latents, texts: None, or where they are kept: a folder, or "memory".
+        plan: what is wanted.
         encoders: make what is missing.
-        images_at_once: for the VAE.
-        workers: processes that decode images.
+        faults: counts images that do not decode.
     """
 
-    latents: Path | str | None
-    texts: Path | str | None
+    plan: CachePlan
     encoders: Encoders
-    images_at_once: int = 1
-    workers: int = 0
+    faults: Faults
 
     def prepared(
         self,
@@ -59,13 +60,14 @@ class Caches:
         Raises:
             PatchError: an image does not decode, latents are not finite, or no room on the disk.
         """
-        if self.latents is not None:
-            samples = _fingerprinted(samples, recipe.store)
-            latents = Latents(_cache(self.latents, "latents"), self.encoders.image_fingerprint)
+        plan = self.plan
+        if plan.latents is not None:
+            samples = _fingerprinted(samples, recipe)
+            latents = Latents(_cache(plan.latents, "latents"), self.encoders.image_fingerprint)
             self._make_latents(samples, latents, recipe, rank, world, progress)
             recipe = replace(recipe, latents=latents)
-        if self.texts is not None:
-            texts = Texts(_cache(self.texts, "texts"), self.encoders.text_fingerprint)
+        if plan.texts is not None:
+            texts = Texts(_cache(plan.texts, "texts"), self.encoders.text_fingerprint)
             self._make_texts(samples, texts, rank, world, progress)
             recipe = replace(recipe, texts=texts)
         return samples, recipe
@@ -85,17 +87,22 @@ class Caches:
             jobs.update({latents.key(sample, flipped): (sample, flipped) for flipped in sides})
         missing = _missing(latents.cache, list(jobs), rank, world)
         missing.sort(key=lambda key: _fit(jobs[key][0]).target)
-        chunks = _chunks(missing, self.images_at_once, lambda key: _fit(jobs[key][0]).target)
-        room = _Room(latents.cache, len(missing))
+        chunks = _chunks(missing, self.plan.images_at_once, lambda key: _fit(jobs[key][0]).target)
+        room, broken = _Room(latents.cache, len(missing)), dict[str, str]()
         requests = ([jobs[key] for key in chunk] for chunk in chunks)
-        pixels = load(requests, partial(_pixels, recipe), self.workers)
-        for chunk, batch in zip(chunks, pixels, strict=True):
-            moments = self.encoders.encode_images(batch).float().cpu()
-            for key, one in zip(chunk, moments, strict=True):
-                _require_finite(one, recipe.store.name(jobs[key][0].place))
-                room.used(latents.cache.write(key, {"moments": one}))
+        loaded = load(requests, partial(_decoded, recipe), self.plan.workers)
+        for chunk, images in zip(chunks, loaded, strict=True):
+            moments = self.encoders.encode_images(torch.stack([one.pixels for one in images]))
+            for key, one, image in zip(chunk, moments.float().cpu(), images, strict=True):
+                sample = jobs[key][0]
+                _require_finite(one, sample.key)
+                cached = CachedImage(one, image.mask, image.broken)
+                room.used(latents.cache.write(key, cached.tensors()))
+                if image.broken:
+                    broken[sample.key] = image.broken
             if progress is not None:
                 progress("caching latents", room.done, len(missing))
+        self.faults.add(broken)
 
     def _make_texts(
         self,
@@ -144,64 +151,6 @@ class _Room:
             )
 
 
-def plan_caches(
-    options: Any,
-    kind: DataKind,
-    encoders: Encoders | None,
-    subsets: set[Subset],
-    default: Path | None,
-) -> Caches | None:
-    """The caches that options ask for, None for none.
-
-    Args:
-        default: folder of files where --cache_dir is not given; None where there is no place.
-
-    Raises:
-        PatchError: options that a cache cannot serve.
-    """
-    latents = options.cache_latents or options.cache_latents_to_disk
-    texts = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
-    if not latents and not texts:
-        return None
-    if latents:
-        wrong = {n for s in subsets for n, on in (("random_crop", s.sizes.random_crop),
-                                                  ("color_aug", s.sizes.color)) if on}  # fmt: skip
-        _refuse(wrong, "cache_latents", "a cached image is always the same")
-    if texts and kind.conditioning != "caption":
-        raise PatchError(
-            "expected a base with captions for cache_text_encoder_outputs, found one that takes "
-            f"{kind.conditioning}: leave it out."
-        )
-    if texts:
-        wrong = {name for subset in subsets for name in subset.captions.varying}
-        _refuse(wrong, "cache_text_encoder_outputs", "a cached caption is always the same")
-    on_disk = options.cache_latents_to_disk or options.cache_text_encoder_outputs_to_disk
-    folder = Path(options.cache_dir) if options.cache_dir else default
-    if on_disk and folder is None:
-        raise PatchError(
-            "expected a place for cache files, found data that is no folder: give --cache_dir."
-        )
-    if encoders is None:
-        raise ValueError("a cache needs encoders")
-    return Caches(
-        latents=(folder if options.cache_latents_to_disk else "memory") if latents else None,
-        texts=(folder if options.cache_text_encoder_outputs_to_disk else "memory")
-        if texts
-        else None,
-        encoders=encoders,
-        images_at_once=options.vae_batch_size,
-        workers=options.max_data_loader_n_workers,
-    )
-
-
-def _refuse(wrong: set[str], cache: str, why: str) -> None:
-    if wrong:
-        raise PatchError(
-            f"expected no {' or '.join(sorted(wrong))} with {cache}, found it: {why}; leave out "
-            "one of them."
-        )
-
-
 def _fit(sample: Sample) -> Fit:
     return fit(sample.size, sample.subset.sizes, sample.bucket)
 
@@ -210,10 +159,24 @@ def _cache(place: Path | str, name: str) -> TensorCache:
     return TensorCache(None if place == "memory" else Path(place) / name)
 
 
-def _fingerprinted(samples: list[Sample], store: Store) -> list[Sample]:
-    with ThreadPoolExecutor(8) as pool:
-        prints = pool.map(store.fingerprint, [sample.place for sample in samples])
-        return [replace(s, fingerprint=p) for s, p in zip(samples, prints, strict=True)]
+def _fingerprinted(samples: list[Sample], recipe: Recipe) -> list[Sample]:
+    store = recipe.store
+    assert not isinstance(store, TensorStore), "open_data refuses caches of tensors"
+
+    def of(sample: Sample) -> Sample:
+        try:
+            mask = "alpha" if sample.subset.alpha_mask else ""
+            if sample.mask is not None:
+                mask = FileStore().fingerprint(sample.mask)
+            image = store.fingerprint(sample.place)
+        except OSError as error:
+            raise PatchError(
+                f"expected to read {store.name(sample.place)}, found: {error.strerror}: start "
+                "again with data that does not change."
+            ) from error
+        return replace(sample, fingerprint=image, mask_print=mask if recipe.masked else "")
+
+    return in_threads(of, samples)
 
 
 def _missing(cache: TensorCache, keys: list[str], rank: int, world: int) -> list[str]:
@@ -245,12 +208,31 @@ def _chunks(
     return chunks
 
 
-def _pixels(recipe: Recipe, jobs: Sequence[tuple[Sample, bool]]) -> Tensor:
-    images = []
-    for sample, flipped in jobs:
-        pixels = recipe.pixels(sample, *_fit(sample).crop())
-        images.append(pixels.flip(-1) if flipped else pixels)
-    return torch.stack(images)
+class _Decoded(NamedTuple):
+    """Pixels of one side of an image, its mask (1, H, W) uint8, and what is wrong with it."""
+
+    pixels: Tensor
+    mask: Tensor | None
+    broken: str
+
+
+def _decoded(recipe: Recipe, jobs: Sequence[tuple[Sample, bool]]) -> list[_Decoded]:
+    return [_of_side(recipe, sample, flipped) for sample, flipped in jobs]
+
+
+def _of_side(recipe: Recipe, sample: Sample, flipped: bool) -> _Decoded:
+    how = _fit(sample)
+    left, top = how.crop()
+    try:
+        pixels = recipe.pixels(sample, left, top)
+        mask = recipe.mask(sample, left, top) if recipe.masked else None
+    except BrokenImageError as error:
+        # Its place is filled, so that every process knows without asking the others.
+        width, height = how.target
+        return _Decoded(torch.zeros(recipe.kind.channels, height, width), None, str(error))
+    if mask is not None:
+        mask = (mask.flip(-1) if flipped else mask).mul(255).round().to(torch.uint8)
+    return _Decoded(pixels.flip(-1) if flipped else pixels, mask, "")
 
 
 def _require_finite(moments: Tensor, name: str) -> None:

@@ -19,6 +19,7 @@ from dmp_common.patch.serialize import write_atomically
 
 _FORMAT = 1  # goes into every key: files of another format are never read
 _CHECKSUM = "crc32"
+BROKEN = "broken"  # an entry of tensors that only fill a place
 
 
 def cache_key(**facts: Any) -> str:
@@ -48,16 +49,18 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def state(self, key: str) -> str:
-        """`good`, `missing` or `damaged`; reads the whole file."""
+        """`good`, `missing`, `damaged` or `broken`; reads the whole file.
+
+        `broken` entries only fill the place of what could not be made: the next run tries again.
+        """
         if self.folder is None:
             return "good" if key in self._memory else "missing"
         if not self.path(key).is_file():
             return "missing"
         try:
-            self.read(key)
+            return "broken" if BROKEN in self.read(key) else "good"
         except DamagedError:
             return "damaged"
-        return "good"
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of a key.
@@ -109,7 +112,7 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
     for name in sorted(tensors):
         total = zlib.crc32(name.encode(), total)
         # Bytes, not numbers: numpy has no bfloat16.
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return total
 
 

@@ -1,30 +1,39 @@
-"""Captions beside images: text files, Hugging Face's metadata files, kohya's JSON."""
+"""Captions in files beside their images: photo.txt, photo.caption, photo.jpg.txt, photo.json."""
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dmp_common import PatchError
-from dmp_common.errors import file_error, printable, printable_path
-from dmp_common.patch.serialize import opened, parse_json
+from dmp_common.errors import file_error
+from dmp_common.patch.serialize import parse_json
+from training.data.captions.texts import caption_lines, caption_value, captions_of, read_text
 from training.data.sizes import Size
 
 ENDINGS = (".txt", ".caption")
-COLUMNS = ("text", "caption", "captions", "prompt")
-METADATA = ("metadata.jsonl", "metadata.csv")
+_JSON = ".json"
+
+# The path of a file in whatever case its name is written, None where there is none.
+Find = Callable[[Path], "Path | None"]
 
 
 @dataclass(frozen=True)
 class About:
-    """What metadata says of an image."""
+    """What is known of an image besides its pixels.
 
-    captions: tuple[str, ...]
+    Args:
+        captions: one of which is drawn; empty without any.
+        bucket: the size it is trained at.
+        file: of the caption, where it has one.
+        lines: whether the captions are lines of a text file, of which only the first may count.
+    """
+
+    captions: tuple[str, ...] = ()
     bucket: Size | None = None
+    file: Path | None = None
+    lines: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,162 +41,54 @@ class CaptionSource:
     """Where captions are.
 
     Args:
-        extension: of caption files; None looks for .txt, then for .caption.
+        extension: of caption files; None looks for .txt, then .caption, then .json.
         column: of metadata.jsonl or metadata.csv; None looks for the usual names.
         metadata: kohya's JSON, which excludes the others.
+        encoding: of text files without a byte order mark.
     """
 
     extension: str | None = None
     column: str | None = None
     metadata: Path | None = None
+    encoding: str = "utf-8"
 
 
-def read_text(path: Path) -> str:
-    """A text file, with or without byte order mark.
+def caption_file(image: Path, source: CaptionSource, find: Find) -> About:
+    """The captions in the file beside an image.
 
     Raises:
-        PatchError: it is not UTF-8.
+        PatchError: the file is not text, or not in the encoding of `source`.
     """
-    try:
-        with opened(path, "a text file") as (file, _):
-            return file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PatchError(
-            f"expected UTF-8 text in {path}, found byte {error.start} that is not: save the file "
-            "as UTF-8."
-        ) from error
-
-
-def caption_file(image: Path, extension: str | None) -> tuple[str, ...] | None:
-    """The lines of the caption file of an image, None without a file (see `CaptionSource`)."""
-    endings = ENDINGS if extension is None else (_dotted(extension),)
-    for ending in endings:
+    extension = source.extension
+    for ending in (*ENDINGS, _JSON) if extension is None else (dotted(extension),):
         # Both habits: a.txt and a.png.txt.
         for path in (image.with_suffix(ending), image.with_name(image.name + ending)):
-            if path.is_file():
-                return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
-    return None
+            found = find(path)
+            if found is None:
+                continue
+            if ending == _JSON:
+                about = _from_json(found, source)
+                if about.captions or extension is not None:
+                    return about
+            else:
+                return About(caption_lines(read_text(found, source.encoding)), None, found, True)
+    return About()
 
 
-def folder_metadata(folder: Path, column: str | None) -> dict[Path, About] | None:
-    """What metadata.jsonl or metadata.csv say of the images of a folder; None without them.
-
-    Raises:
-        PatchError: a line that is not understood, or an image that is not there.
-    """
-    files = [folder / name for name in METADATA if (folder / name).is_file()]
-    if not files:
-        return None
-    found: dict[Path, About] = {}
-    for file in files:
-        for number, row in _rows(file):
-            where = f"{file}, line {number}"
-            name = row.get("file_name")
-            if not isinstance(name, str):
-                found_keys = printable(sorted(map(str, row)))
-                raise PatchError(f"expected a file_name in {where}, found {found_keys}: add it.")
-            image = folder / name.replace("\\", "/")
-            if not os.path.isfile(image):  # unlike `Path`, also where a name is too long to be one
-                raise PatchError(
-                    f"expected the image {printable_path(image)} of {where}, found no such file."
-                )
-            found[image] = About(_captions(_caption_value(row, column, where), where))
-    return found
-
-
-def kohya_json(file: Path, images: list[Path], folder: Path) -> dict[Path, About]:
-    """What kohya's metadata says: {image: {caption, tags, train_resolution}}.
-
-    An image is named by its path, absolute or from `folder`, with or without ending.
-
-    Raises:
-        PatchError: another structure, or an image that is not there.
-    """
-    if not file.is_file():
-        raise PatchError(f"expected kohya's metadata at {file}, found no such file.")
+def _from_json(file: Path, source: CaptionSource) -> About:
+    """The caption of {"caption": "..."}. Other tools write files of this name for other ends."""
     try:
-        content = parse_json(read_text(file))
+        content = parse_json(read_text(file, source.encoding))
     except ValueError as error:
         if isinstance(error, PatchError):
             raise
-        raise file_error(file, "JSON", error, "correct the file") from error
+        raise file_error(file, "JSON", error, "correct or remove the file") from error
     if not isinstance(content, dict):
-        raise PatchError(
-            f"expected {{image: {{caption, tags}}}} in {file}, found a {type(content).__name__}."
-        )
-    by_name: dict[str, Path] = {}
-    for image in images:
-        for name in (image, image.relative_to(folder)):
-            by_name.setdefault(name.with_suffix("").as_posix(), image)
-            by_name[name.as_posix()] = image
-    found: dict[Path, About] = {}
-    for name, entry in content.items():
-        where = f"{file}, entry {printable(repr(name))}"
-        known = by_name.get(name.replace("\\", "/"))
-        if known is None:
-            raise PatchError(f"expected an image in {folder} for {where}, found none.")
-        if isinstance(entry, str):
-            entry = {"caption": entry}
-        if not isinstance(entry, dict):
-            raise PatchError(f"expected {{caption, tags}} in {where}, found {printable(entry)}.")
-        found[known] = _about(entry, where)
-    return found
+        return About(file=file)
+    value = caption_value(content, None, str(file))
+    return About(captions_of(value, str(file)), None, file)
 
 
-def _about(entry: Mapping[str, Any], where: str) -> About:
-    """Kohya joins caption and tags."""
-    captions, tags = _captions(entry.get("caption"), where), entry.get("tags")
-    if isinstance(tags, list):
-        tags = ", ".join(map(str, tags))
-    if tags:
-        captions = tuple(f"{text}, {tags}" for text in captions) or (str(tags),)
-    bucket = entry.get("train_resolution")
-    if bucket is None:
-        return About(captions)
-    if not (isinstance(bucket, list) and len(bucket) == 2 and all(type(n) is int for n in bucket)):
-        raise PatchError(
-            f"expected train_resolution [width, height] in {where}, found {printable(bucket)}."
-        )
-    return About(captions, (bucket[0], bucket[1]))
-
-
-def _caption_value(row: Mapping[str, Any], column: str | None, where: str) -> Any:
-    if column is not None:
-        if column not in row:
-            found = printable(sorted(map(str, row)))
-            raise PatchError(
-                f"expected column {column} in {where}, found {found}: change --caption_column."
-            )
-        return row[column]
-    return next((row[name] for name in COLUMNS if name in row), None)
-
-
-def _captions(value: Any, where: str) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(entry, str) for entry in values):
-        raise PatchError(f"expected text as caption in {where}, found {printable(value)}.")
-    return tuple(entry.strip() for entry in values if entry.strip())
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text = read_text(file)
-    if file.suffix == ".csv":
-        try:
-            yield from enumerate(csv.DictReader(text.splitlines()), 2)
-        except csv.Error as error:
-            raise file_error(file, "a table (CSV)", error, "correct the file") from error
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise file_error(file, f"JSON in line {number}", error, "correct the line") from error
-        if not isinstance(row, dict):
-            raise file_error(file, f"{{...}} in line {number}", row, "correct the line")
-        yield number, row
-
-
-def _dotted(extension: str) -> str:
+def dotted(extension: str) -> str:
+    """An ending with its dot."""
     return extension if extension.startswith(".") else f".{extension}"

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dmp_common import PatchError
-from training.data.indexed import Found
 from training.data.kind import DataKind
 from training.data.rules import make_subset, values_of
 from training.data.samples import Sample, TensorStore
+from training.data.skips import Skips
 from training.data.sources.digits_images import SplitName, load_digits_split
+from training.data.sources.found import Found
+from training.options.data_options import DataOptions
 
 DIGITS = "digits"  # the name of the data set, as of the base
 KIND = DataKind("label", channels=1, resolution=8, multiple=1, num_classes=10, null_label=10,
                 square=True)  # fmt: skip
 
 
-def find_digits(options: Any, kind: DataKind, split: SplitName) -> Found:
+def find_digits(options: DataOptions, kind: DataKind, split: SplitName) -> Found:
     """The digits of a split; scikit-learn brings them.
 
     Raises:
@@ -29,7 +29,8 @@ def find_digits(options: Any, kind: DataKind, split: SplitName) -> Found:
             f"conditioning {kind.conditioning}: choose other data, or --base digits."
         )
     wrong = [n for n in ("flip_aug", "random_crop", "color_aug", "cache_latents",
-                         "cache_latents_to_disk", "validation_split", "resolution")
+                         "cache_latents_to_disk", "validation_split", "resolution", "alpha_mask",
+                         "verify_images")
              if getattr(options, n)]  # fmt: skip
     if wrong:
         raise PatchError(
@@ -43,4 +44,7 @@ def find_digits(options: Any, kind: DataKind, split: SplitName) -> Found:
         for row, label in enumerate(digits.labels.tolist())
     ]
     classes = [str(digit) for digit in range(10)]
-    return Found("digits of scikit-learn", samples, TensorStore(digits.images), classes=classes)
+    return Found(
+        "digits of scikit-learn", TensorStore(digits.images), Skips(options), samples,
+        classes=classes,
+    )  # fmt: skip

@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dmp_common import PatchError
-from dmp_common.errors import printable
 from dmp_common.patch.serialize import open_regular
-from training.data.captions.caption_files import COLUMNS
-from training.data.indexed import Found
+from training.data.captions.texts import COLUMNS, captions_of
 from training.data.kind import DataKind
 from training.data.rules import make_subset, values_of
 from training.data.samples import Sample
-from training.data.sources.folders import CACHE, class_ids
+from training.data.skips import Skips
+from training.data.sources.classes import class_ids
+from training.data.sources.found import Found
+from training.data.sources.listing import CACHE
 from training.data.sources.scan import sizes_of
+from training.options.data_options import DataOptions
 
 _FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 _RELEASE = 4  # earlier ones run the script of a data set, if the environment or the user allows it
+
+
+class EmptyRowError(PatchError):
+    """A row without an image."""
 
 
 class RowStore:
@@ -32,8 +38,8 @@ class RowStore:
     def open(self, place: int) -> BinaryIO:
         """The image's bytes, or its file."""
         found = self._images[place][self._column]
-        if found is None:
-            raise PatchError(
+        if found is None or (found["bytes"] is None and not found["path"]):
+            raise EmptyRowError(
                 f"expected an image in {self.name(place)}, found none: remove the row."
             )
         if found["bytes"] is not None:
@@ -49,14 +55,18 @@ class RowStore:
         with self.open(place) as file:
             return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
+    def stamp(self, place: int) -> str:
+        """The same: reading an image takes much less time than decoding it."""
+        return self.fingerprint(place)
 
-def find_huggingface(options: Any, kind: DataKind) -> Found:
+
+def find_huggingface(options: DataOptions, kind: DataKind) -> Found:
     """The images of `--dataset_name`.
 
     Raises:
         PatchError: the library or the data set is missing, or its columns do not fit the base.
     """
-    name = options.dataset_name
+    name = str(options.dataset_name)
     dataset = _load(name, options)
     features = dataset.features
     image = _column(options.image_column, "image_column", features, _image_columns(features), name)
@@ -65,30 +75,52 @@ def find_huggingface(options: Any, kind: DataKind) -> Found:
     dataset = dataset.cast_column(image, Image(decode=False))
     subset = make_subset(values_of(options), kind, name)
     store = RowStore(dataset, image, name)
-    rows = range(len(dataset))
+    folder = Path(name) / CACHE if Path(name).is_dir() else None
+    found = Found(f"{name} ({options.dataset_split})", store, Skips(options), folder=folder)
     captions: Sequence[tuple[str, ...]] = [()] * len(dataset)
     labels: Sequence[int | None] = [None] * len(dataset)
-    classes: list[str] = []
     if kind.conditioning == "caption":
-        column = _column(
-            options.caption_column, "caption_column", features,
-            [entry for entry in COLUMNS if entry in features], name,
-        )  # fmt: skip
-        captions = [_captions(value, f"{name}, row {n}") for n, value in enumerate(dataset[column])]
+        captions = _captions(dataset, options, name)
     elif kind.conditioning == "label":
         column = _column(
             options.label_column, "label_column", features, _label_columns(features), name
         )
-        labels, classes = _labels(dataset[column], features[column], options, kind, name)
-    samples = [
-        Sample(f"{options.dataset_split}/{row:08d}", row, size, subset, captions[row], labels[row])
-        for row, size in zip(rows, sizes_of(store, rows), strict=True)
-    ]
-    folder = Path(name) / CACHE if Path(name).is_dir() else None
-    return Found(f"{name} ({options.dataset_split})", samples, store, folder, classes=classes)
+        labels, found.classes = _labels(dataset[column], features[column], options, kind, name)
+    for row, size in enumerate(sizes_of(store, range(len(dataset)))):
+        key = f"{options.dataset_split}/{row:08d}"
+        if isinstance(size, EmptyRowError):
+            found.skips.add("rows without an image", [key])
+        elif isinstance(size, PatchError):
+            found.skips.add_broken(key, size)
+        elif kind.conditioning == "label" and labels[row] is None:
+            _add_unlabelled(found, key)
+        else:
+            found.samples.append(Sample(key, row, size, subset, captions[row], labels[row]))
+    return found
 
 
-def _load(name: str, options: Any) -> Any:
+def _add_unlabelled(found: Found, key: str) -> None:
+    if found.skips.any_number:
+        found.skips.add("rows without a class", [key])
+    else:
+        found.problems.append(
+            PatchError(
+                f"expected a class id in {found.source}, {key}, found none: remove the row, or "
+                "give --skip_broken."
+            )
+        )
+
+
+def _captions(dataset: Any, options: DataOptions, name: str) -> list[tuple[str, ...]]:
+    features = dataset.features
+    column = _column(
+        options.caption_column, "caption_column", features,
+        [entry for entry in COLUMNS if entry in features], name,
+    )  # fmt: skip
+    return [captions_of(value, f"{name}, row {n}") for n, value in enumerate(dataset[column])]
+
+
+def _load(name: str, options: DataOptions) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -143,9 +175,18 @@ def _column(
 
 
 def _image_columns(features: Any) -> list[str]:
-    from datasets import Image
+    """Columns of images: by their type, or as structs of bytes and path, or as plain bytes."""
+    from datasets import Image, Value
 
-    return [name for name, feature in features.items() if isinstance(feature, Image)]
+    def is_struct(feature: Any) -> bool:
+        return isinstance(feature, dict) and "bytes" in feature
+
+    def is_binary(feature: Any) -> bool:
+        return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    found = found or [name for name, feature in features.items() if is_struct(feature)]
+    return found or [name for name, feature in features.items() if is_binary(feature)]
 
 
 def _label_columns(features: Any) -> list[str]:
@@ -155,29 +196,24 @@ def _label_columns(features: Any) -> list[str]:
     return found or [name for name in ("label", "class") if name in features]
 
 
-def _captions(value: Any, where: str) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(entry, str) for entry in values):
-        raise PatchError(f"expected text as caption in {where}, found {printable(value)}.")
-    return tuple(entry.strip() for entry in values if entry.strip())
-
-
 def _labels(
-    values: Any, feature: Any, options: Any, kind: DataKind, name: str
-) -> tuple[list[int], list[str]]:
-    """Ids, and their names. The data set's own ids count, unless a class list says otherwise."""
+    values: Any, feature: Any, options: DataOptions, kind: DataKind, name: str
+) -> tuple[list[int | None], list[str]]:
+    """Ids, None for rows without, and their names.
+
+    The data set's own ids count, unless a class list says otherwise.
+    """
     values = list(values)
     names = getattr(feature, "names", None)
     if names and options.class_list is None:
-        known: Sequence[Any] = names
         if kind.num_classes is not None and len(names) > kind.num_classes:
             raise PatchError(
                 f"expected at most {kind.num_classes} classes, as the base has, found "
                 f"{len(names)} in {name}: choose other data."
             )
-        if any(not 0 <= value < len(names) for value in values):
-            raise PatchError(f"expected a class id for every row of {name}, found rows without.")
-        return values, list(known)
-    texts = [str(names[value]) if names else str(value) for value in values]
-    ids, classes = class_ids(sorted(set(texts)), options.class_list, kind, name)
-    return [ids[text] for text in texts], classes
+        known = [v if v is not None and 0 <= v < len(names) else None for v in values]
+        return known, list(names)
+    texts = [None if v is None else str(names[v]) if names else str(v) for v in values]
+    ids, classes = class_ids(sorted({t for t in texts if t is not None}), options.class_list,
+                             kind, name)  # fmt: skip
+    return [None if text is None else ids[text] for text in texts], classes

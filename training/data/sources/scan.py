@@ -1,66 +1,92 @@
-"""Lists the images of a folder and checks them before anything is trained."""
+"""Checks images before anything is trained: their headers, or all of them."""
 
 from __future__ import annotations
 
-import os
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from dmp_common import PatchError
-from training.data.images import is_image, upright_size
+from dmp_common.patch.serialize import parse_json, write_atomically
+from training.data.images import open_image, upright_size
 from training.data.samples import Store
 from training.data.sizes import Size
 
-_THREADS = 8  # a header is little work and much waiting, on a network drive above all
+THREADS = 8  # a header is little work and much waiting, on a network drive above all
+_VERIFIED = "verified.json"
+T = TypeVar("T")
 
 
-def list_images(folder: Path, recursive: bool = True) -> list[Path]:
-    """All images of a folder, sorted by path; hidden files and folders are left out.
+def sizes_of(store: Store, places: Sequence[Any]) -> list[Size | PatchError]:
+    """Width and height of every image from its header, or the error of one that has none."""
 
-    Raises:
-        PatchError: no such folder.
+    def size(place: Any) -> Size:
+        with store.open(place) as file:
+            return upright_size(file, store.name(place))
+
+    return in_threads(lambda place: _tried(size, place, store), places, "checking images")
+
+
+def whole(store: Store, places: Sequence[Any], cache: Path | None) -> dict[int, PatchError]:
+    """Decodes every image; returns the errors of those that do not, by number.
+
+    Args:
+        cache: folder that remembers which images are whole, by their stamp; None for no memory.
     """
-    if not folder.is_dir():
-        raise PatchError(f"expected a folder of images at {folder}, found none: check the path.")
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")] if recursive else []
-        found += [path for name in files if is_image(path := Path(root, name))]
-    return sorted(found, key=Path.as_posix)  # the same on every system
+    known = _read(cache)
+    stamps = in_threads(store.stamp, places)
+    new = [n for n, stamp in enumerate(stamps) if stamp not in known]
+
+    def decode(number: int) -> str:
+        place = places[number]
+        with store.open(place) as file:
+            open_image(file, store.name(place))
+        return ""
+
+    found = in_threads(
+        lambda n: _tried(decode, n, store, places[n]), new, "decoding images"
+    )  # fmt: skip
+    states = {stamps[n]: str(state) for n, state in zip(new, found, strict=True)}
+    if states and cache is not None:
+        content = json.dumps({**known, **states}, indent=0, sort_keys=True)
+        write_atomically(cache / _VERIFIED, content.encode("utf-8", "surrogatepass"))
+    known |= states
+    return {n: PatchError(known[stamp]) for n, stamp in enumerate(stamps) if known[stamp]}
 
 
-def sizes_of(store: Store, places: Sequence[Any]) -> list[Size]:
-    """Width and height of every image, from its header.
-
-    Raises:
-        PatchError: files that are no images: all of them are counted, the first are named.
-    """
-
-    def size(place: Any) -> Size | PatchError:
-        try:
-            with store.open(place) as file:
-                return upright_size(file, store.name(place))
-        except PatchError as error:
-            return error
-        except OSError as error:
-            return PatchError(f"expected to read {store.name(place)}, found: {error.strerror}.")
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(_shown(pool.map(size, places), len(places)))
-    errors = [entry for entry in found if isinstance(entry, PatchError)]
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        some = "\n  ".join(str(error) for error in errors[:5])
-        more = f"\n  and {len(errors) - 5} more" if len(errors) > 5 else ""
-        raise PatchError(f"found {len(errors)} images that cannot be used:\n  {some}{more}")
-    return [entry for entry in found if not isinstance(entry, PatchError)]
+def in_threads(function: Callable[[Any], T], entries: Sequence[Any], what: str = "") -> list[T]:
+    """`function` of every entry, in their order; says how far it is where that takes long."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        results: Iterable[T] = pool.map(function, entries)
+        if what:
+            results = tqdm(results, what, len(entries), unit=" images", delay=2, file=sys.stderr)
+        return list(results)
 
 
-def _shown(entries: Iterable[Any], count: int) -> Iterable[Any]:
-    return tqdm(entries, "checking images", count, unit=" images", delay=2, file=sys.stderr)
+def _tried(
+    function: Callable[[Any], T], entry: Any, store: Store, place: Any = None
+) -> T | PatchError:
+    try:
+        return function(entry)
+    except PatchError as error:
+        return error
+    except OSError as error:
+        name = store.name(entry if place is None else place)
+        return PatchError(f"expected to read {name}, found: {error.strerror}.")
+
+
+def _read(cache: Path | None) -> dict[str, str]:
+    """What an earlier run found, by stamp: an error, or "" for a whole image."""
+    if cache is None or not (cache / _VERIFIED).is_file():
+        return {}
+    try:
+        content = parse_json((cache / _VERIFIED).read_bytes())
+    except ValueError:
+        return {}  # damaged: the images are decoded again
+    found = content if isinstance(content, dict) else {}
+    return {stamp: state for stamp, state in found.items() if isinstance(state, str)}

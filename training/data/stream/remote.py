@@ -116,8 +116,8 @@ class _HttpFile(io.RawIOBase):
                 return action()
             except _FAILURES as error:
                 self._disconnect()
-                refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
-                if wait is None or (refused and error.code != 429):
+                code = error.code if isinstance(error, urllib.error.HTTPError) else 0
+                if wait is None or (400 <= code < 500 and code != 429):
                     raise _unreadable(self._url, error) from error
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")

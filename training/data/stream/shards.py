@@ -9,7 +9,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,13 @@ from urllib.request import url2pathname
 from dmp_common import PatchError
 from dmp_common.errors import file_error, printable
 from dmp_common.patch.serialize import opened, parse_json, write_atomically
-from training.data.images import EXTENSIONS
+from training.data.images import SYSTEM_FOLDERS, endings
 from training.data.stream import remote
 
 _META = r"__[^/]*__($|/)"  # webdataset's own files
 _MAX_STATS = 1024**2
 # What tarfile raises on damaged headers; a chain of long names is read by recursion.
 _BROKEN = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError)
-_ENDINGS = tuple(ending.removeprefix(".") for ending in sorted(EXTENSIONS))
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def find_shards(text: str) -> list[Shard]:
     """
     places = expand(text)
     parts = [place.split("/") for place in places]
-    # Random draws hang on the name, so it says no more of where the data are than it has to.
+    # Random draws are keyed by the name, so it says no more of where the data are than it has to.
     for depth in itertools.count(1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
@@ -101,16 +100,37 @@ def read_shard(place: str) -> Iterator[Raw]:
     _, group = _webdataset()
     with closing(remote.open_place(place)) as file:
         try:
-            entries = _entries(file, place)
-            for sample in group(entries):
-                ending = next((e for e in sample if e in _ENDINGS), None)
-                if ending is not None:
-                    parts = {e: v for e, v in sample.items() if not e.startswith("__")}
-                    yield Raw(sample["__key__"], parts.pop(ending), parts)
+            for sample in group(_entries(file, place)):
+                parts = {e: v for e, v in sample.items() if not e.startswith("__")}
+                for image in images_of(parts):
+                    yield _raw(sample["__key__"], image, parts)
         except PatchError:
             raise
         except _BROKEN as error:
             raise _no_tar(place, error) from error
+
+
+def images_of(parts: Iterable[str]) -> list[str]:
+    """Which files of a sample, named by what follows the first dot, are images to train on.
+
+    One, such as `png` of `a.png` and `a.txt`; other images such as `a.seg.png` then belong to it.
+    Where there is none but names have more dots, as `photo.v2.png` and `photo.v2.txt`, each of
+    these is an image of its own.
+    """
+    known = {ending.removeprefix(".") for ending in endings()}
+    plain = next((part for part in parts if part in known), None)
+    if plain is not None:
+        return [plain]
+    return [part for part in parts if part.rpartition(".")[2] in known]
+
+
+def _raw(key: str, image: str, parts: dict[str, bytes]) -> Raw:
+    """One image of a sample with the files that have its name."""
+    prefix = image.rpartition(".")[0]
+    start = f"{prefix}." if prefix else ""
+    own = {part.removeprefix(start): data for part, data in parts.items()
+           if part.startswith(start) and part != image}  # fmt: skip
+    return Raw(f"{key}.{prefix}" if prefix else key, parts[image], own)
 
 
 def _entries(file: BinaryIO, place: str) -> Iterator[dict[str, Any]]:
@@ -121,14 +141,22 @@ def _entries(file: BinaryIO, place: str) -> Iterator[dict[str, Any]]:
     """
     with tarfile.open(fileobj=file, mode="r|") as tar:  # "r|*" would unpack
         for entry in tar:
-            tar.members = []  # where tarfile would keep every header
-            if not entry.isreg() or re.match(_META, entry.name):
+            vars(tar)["members"] = []  # where tarfile would keep every header
+            if not entry.isreg() or _is_hidden(entry.name):
                 continue
             if entry.issparse():
                 raise tarfile.ReadError(f"a file with holes ({printable(entry.name)})")
             content = tar.extractfile(entry)
             assert content is not None, "it is a regular file"
             yield {"fname": entry.name, "data": content.read(), "__url__": place}
+
+
+def _is_hidden(name: str) -> bool:
+    """Files of webdataset itself, of systems and of file managers, as in folders."""
+    parts = name.removeprefix("./").split("/")
+    return bool(re.match(_META, name)) or any(
+        part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in parts
+    )
 
 
 def _no_tar(place: str, error: Exception) -> PatchError:
@@ -153,6 +181,7 @@ class Counts:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._known: dict[str, int] = {}
+        self.bare: dict[str, int] = {}  # samples without an image, of local shards
 
     def of(self, place: str) -> int:
         """Samples with an image in a shard.
@@ -174,7 +203,8 @@ class Counts:
 
     def _find(self, place: str) -> int:
         if not remote.is_url(place):
-            return _count_headers(place)
+            images, self.bare[place] = _count_headers(place)
+            return images
         if self._folder is not None and self._file(place).is_file():
             return int(json.loads(self._file(place).read_text(encoding="utf-8"))["samples"])
         stats = _img2dataset_stats(place)
@@ -190,17 +220,22 @@ class Counts:
         return self._folder / "shards" / f"{name}.json"
 
 
-def _count_headers(place: str) -> int:
-    """Reads a local shard's headers only. Groups as `read_shard` does, by runs of one name."""
+def _count_headers(place: str) -> tuple[int, int]:
+    """Images of a local shard, and samples without one, from its headers alone.
+
+    Groups as `read_shard` does, by runs of one name.
+    """
     base_and_ending = _webdataset_keys()
     try:
         with (
             opened(Path(place), "a shard") as (file, _),
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
-            names = (base_and_ending(entry.name) for entry in tar if entry.isreg())
+            names = (base_and_ending(entry.name) for entry in tar
+                     if entry.isreg() and not _is_hidden(entry.name))  # fmt: skip
             groups = itertools.groupby((n for n in names if n[0] is not None), lambda n: n[0])
-            return sum(any(e.lower() in _ENDINGS for _, e in group) for _, group in groups)
+            counts = [len(images_of([e.lower() for _, e in group])) for _, group in groups]
+            return sum(counts), counts.count(0)
     except PatchError:
         raise
     except _BROKEN as error:

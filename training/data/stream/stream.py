@@ -14,14 +14,21 @@ from dmp_common import PatchError
 from dmp_common.errors import file_error
 from dmp_common.patch.serialize import parse_json
 from training.data import draws
-from training.data.captions.caption_files import COLUMNS
-from training.data.images import upright_size
+from training.data.captions.texts import (
+    COLUMNS,
+    caption_lines,
+    caption_value,
+    captions_of,
+    decoded,
+)
+from training.data.images import BrokenImageError, upright_size
 from training.data.items import Item, Recipe
 from training.data.kind import DataKind
 from training.data.samples import Sample, Subset
 from training.data.sizes import Size
 from training.data.stream.lanes import Visit, count_of, pooled, visit_samples, visits
 from training.data.stream.shards import Counts, Raw, Shard
+from training.options.data_options import DataOptions
 
 _EMPTY = 64  # passes over all data without an image, after which there are none
 
@@ -40,6 +47,10 @@ class BytesStore:
     def fingerprint(self, place: tuple[str, bytes]) -> str:
         """Never cached."""
         raise io.UnsupportedOperation("streams are not cached")
+
+    def stamp(self, place: tuple[str, bytes]) -> str:
+        """Never remembered."""
+        raise io.UnsupportedOperation("streams are not read before the run")
 
 
 @dataclass(frozen=True)
@@ -118,26 +129,33 @@ class Stream:
             yield replace(item, sample=replace(item.sample, bucket=bucket)) if bucket else item
 
     def item(self, raw: Raw, visit: Visit) -> Item:
-        """A sample with what goes with it.
+        """A sample with what goes with it; `fault` says why it cannot be used.
 
         Raises:
-            PatchError: it is broken, or has no caption or class.
+            PatchError: it has no caption or class, and the options do not allow to skip it.
         """
         name = f"{visit.shard.place}!{raw.key}"
-        captions, label = describe(raw, name, self.recipe.kind, self.subset, self.options)
         key = f"{visit.shard.name}!{raw.key}"
+        # An image that cannot be used keeps its place, so that a resumed run finds its own.
+        captions: tuple[str, ...] = ()
+        label: int | None = self.recipe.kind.null_label or 0
+        fault = ""
+        size = self.subset.sizes.resolution
         try:
+            captions, label = describe(raw, name, self.recipe.kind, self.subset, self.options)
             size = upright_size(io.BytesIO(raw.image), name)
-        except PatchError:
+        except BrokenImageError as error:
+            fault = str(error)
+        except PatchError as error:
             if not self.options.skip_broken:
                 raise
-            size = self.subset.sizes.resolution  # `Recipe` finds it broken again, and says so
-        sample = Sample(key, (name, raw.image), size, self.subset, captions, label)
+            fault = str(error)
+        sample = Sample(key, (name, raw.image), size, self.subset, captions, label, fault=fault)
         return Item(sample, visit.epoch)
 
 
 def describe(
-    raw: Raw, name: str, kind: DataKind, subset: Subset, options: Any
+    raw: Raw, name: str, kind: DataKind, subset: Subset, options: DataOptions
 ) -> tuple[tuple[str, ...], int | None]:
     """Captions and label of a sample, from .txt, .caption, .json and .cls.
 
@@ -151,32 +169,32 @@ def describe(
             value = raw.parts["cls"].decode() if "cls" in raw.parts else about.get("label")
             if value is None:
                 raise PatchError(
-                    f"expected a class in {name} (.cls, or label in .json), found none."
+                    f"expected a class in {name} (.cls, or label in .json), found none: add it, or "
+                    "give --skip_broken."
                 )
             return (), _checked_label(int(value), name, kind)
         if kind.conditioning == "none":
             return (), None
-        text = next((raw.parts[e].decode("utf-8-sig") for e in ("txt", "caption", "text")
-                     if e in raw.parts), None)  # fmt: skip
+        text = next((decoded(raw.parts[e], options.caption_encoding)
+                     for e in ("txt", "caption", "text") if e in raw.parts), None)  # fmt: skip
     except (ValueError, TypeError, OverflowError) as error:
         if isinstance(error, PatchError):
             raise
         expected = "text, JSON or a number"
         raise file_error(name, expected, error, "correct or remove this sample") from error
     if text is not None:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        captions = tuple(lines if subset.captions.enable_wildcard else lines[:1])
+        lines = caption_lines(text)
+        captions = lines if subset.captions.enable_wildcard else lines[:1]
     else:
         names = (options.caption_column,) if options.caption_column else COLUMNS
-        value = next((about[n] for n in names if about.get(n) is not None), ())
-        values = value if isinstance(value, list | tuple) else [value]
-        plain = (str(entry).strip() for entry in values if isinstance(entry, str | int | float))
-        captions = tuple(caption for caption in plain if caption)
+        value = caption_value(about, None, name, names)
+        captions = captions_of(str(value) if isinstance(value, int | float) else value, name)
     bare = not any(captions) and not subset.captions.class_tokens
     if bare and not options.allow_empty_captions:
         raise PatchError(
             f"expected a caption in {name} (.txt, or caption in .json), found none: give "
-            "--caption_column, --class_tokens or --allow_empty_captions."
+            "--caption_column, --class_tokens, --allow_empty_captions, or --skip_broken to leave "
+            "such images out; files of one sample must stand next to each other in the shard."
         )
     return captions, None
 

@@ -14,17 +14,23 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dmp_common import PatchError
-from training.data import draws
-from training.data.batch import Batch, BucketRow, Data, DataSummary, Position, Progress
-from training.data.items import Item, Recipe, Request, own_generator, unpacked
+from training.data.batch import Batch, Data, Position, Progress
+from training.data.caching.encoding import Encoders
+from training.data.faults import Faults
+from training.data.items import Item, Recipe, Request
 from training.data.kind import DataKind
+from training.data.loader import own_generator, unpacked
 from training.data.order import share
 from training.data.rules import make_subset, values_of
 from training.data.sizes import fit
+from training.data.skips import Skips, require_few
+from training.data.splitting import validation_rank
 from training.data.stream import remote
 from training.data.stream.lanes import Visit, lane_count, visit_samples
 from training.data.stream.shards import Counts, Shard, find_shards
 from training.data.stream.stream import BytesStore, Stream
+from training.data.summary import BucketRow, DataSummary
+from training.options.data_options import DataOptions
 
 _REFERENCE = 256  # images at the start of the data whose shapes stand for those of all
 _COUNTED = 64  # local shards that are counted at the start, so that there are epochs
@@ -35,20 +41,25 @@ class StreamData(Data):
 
     Args:
         stream: what is read.
-        notes: for the summary.
+        source: in words.
+        skips: what is left out.
     """
 
-    def __init__(self, stream: Stream, source: str, notes: list[str]) -> None:
-        self._stream, self._source, self._notes = stream, source, notes
+    def __init__(self, stream: Stream, source: str, skips: Skips) -> None:
+        self._stream, self._source = stream, source
+        self._faults, self._skips = Faults(skips), skips
         local = not any(remote.is_url(shard.place) for shard in stream.shards)
         counts = Counts(stream.counts_folder)
         few = local and len(stream.shards) <= _COUNTED
         # Nothing that a later run may know better: positions are counted in these epochs.
         self.size = sum(counts.of(shard.place) for shard in stream.shards) if few else None
+        for place, count in counts.bare.items():
+            names = [f"{Path(place).name}: {count}"] if count else []
+            skips.add("shards with samples that have no image", names)
 
     def summary(self) -> DataSummary:
         """What is known without reading the shards."""
-        notes, buckets = list(self._notes), self._stream.buckets
+        notes, buckets = list[str](), self._stream.buckets
         if self.size is None:
             notes.append("shards are not counted: one endless epoch, give --max_train_steps")
         if buckets:
@@ -64,6 +75,7 @@ class StreamData(Data):
             images=self.size,
             items=self.size,
             buckets=[BucketRow(*single, count, count)] if count and not buckets else [],
+            skipped=[*self._skips.summary(), *self._faults.summary()],
             notes=notes,
         )
 
@@ -73,7 +85,11 @@ class StreamData(Data):
         return hashlib.blake2b(repr((names, self.size)).encode(), digest_size=16).hexdigest()
 
     def prepare_caches(
-        self, rank: int = 0, world: int = 1, progress: Progress | None = None
+        self,
+        encoders: Encoders | None,
+        rank: int = 0,
+        world: int = 1,
+        progress: Progress | None = None,
     ) -> None:
         """Streams have no caches."""
 
@@ -101,7 +117,8 @@ class StreamData(Data):
         loader: DataLoader[Any] = DataLoader(
             reader, batch_size=None, num_workers=workers, generator=own_generator()
         )
-        return self._joined(unpacked(loader), max(1, workers), first, per_epoch)
+        batches = self._joined(unpacked(loader), max(1, workers), first, per_epoch)
+        return self._faults.counted(batches)
 
     def _joined(
         self, parts: Iterator[Batch], count: int, first: int, per_epoch: int | None
@@ -165,11 +182,12 @@ def joined(parts: Sequence[Batch], position: Position) -> Batch:
 
     return Batch(
         keys=cat("keys"), sizes=cat("sizes"), next=position, pixels=cat("pixels"),
-        captions=cat("captions"), labels=cat("labels"), weights=weights,
+        captions=cat("captions"), labels=cat("labels"), weights=weights, masks=cat("masks"),
+        broken={key: error for part in parts for key, error in part.broken.items()},
     )  # fmt: skip
 
 
-def open_stream(options: Any, kind: DataKind, seed: int, split: str) -> StreamData:
+def open_stream(options: DataOptions, kind: DataKind, seed: int, split: str) -> StreamData:
     """The shards of `--webdataset`. Reads the first samples, to find out early what is wrong.
 
     Raises:
@@ -177,41 +195,64 @@ def open_stream(options: Any, kind: DataKind, seed: int, split: str) -> StreamDa
             options that streams cannot serve.
     """
     refused = ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs",
-               "cache_text_encoder_outputs_to_disk", "bucket_no_upscale")  # fmt: skip
+               "cache_text_encoder_outputs_to_disk", "bucket_no_upscale",
+               "verify_images")  # fmt: skip
     for name in refused:
         if getattr(options, name):
             raise PatchError(
                 f"expected no --{name} with --webdataset, found it: shards are read as they come, "
                 "without knowing all images; leave it out."
             )
-    shards = _split(find_shards(options.webdataset), options.validation_split, split)
+    places = str(options.webdataset)
+    shards = _split(find_shards(places), options, split)
     subset = make_subset(values_of(options), kind, "shards")
-    recipe = Recipe(
-        kind, BytesStore(), seed, augment=split == "train", skip_broken=options.skip_broken
-    )
+    recipe = Recipe(kind, BytesStore(), seed, augment=split == "train", masked=subset.alpha_mask)
     folder = Path(options.cache_dir) if options.cache_dir else None
     stream = Stream(tuple(shards), subset, recipe, options, options.shuffle_buffer, folder)
-    visit = Visit(0, shards[0], 0, 1)
-    raws = itertools.chain.from_iterable(
-        visit_samples(replace(visit, shard=shard), Counts(None)) for shard in shards
-    )
-    count = _REFERENCE if subset.sizes.bucket else 1
-    looked_at = [stream.item(raw, visit) for raw in itertools.islice(raws, count)]
-    if not looked_at:
-        raise PatchError(f"expected images in {options.webdataset}, found none in its shards.")
+    first = _first(stream, _REFERENCE if subset.sizes.bucket else 1, places)
     if subset.sizes.bucket:
-        targets = tuple(fit(item.sample.size, subset.sizes).target for item in looked_at)
+        targets = tuple(fit(item.sample.size, subset.sizes).target for item in first)
         stream = replace(stream, buckets=targets)
-    return StreamData(stream, f"{len(shards)} shards ({options.webdataset})", [])
+    return StreamData(stream, f"{len(shards)} shards ({places})", Skips(options))
 
 
-def _split(shards: list[Shard], share_: float, split: str) -> list[Shard]:
+def _first(stream: Stream, count: int, places: str) -> list[Item]:
+    """The first `count` images that can be used, of those that are looked at.
+
+    Raises:
+        PatchError: there is none, or more are broken than the options allow.
+    """
+    visits = (Visit(0, shard, 0, 1) for shard in stream.shards)
+    raws = ((raw, visit) for visit in visits for raw in visit_samples(visit, Counts(None)))
+    good: list[Item] = []
+    bad: list[PatchError] = []
+    for raw, visit in itertools.islice(raws, _REFERENCE):
+        item = stream.item(raw, visit)
+        if item.sample.fault:
+            bad.append(PatchError(item.sample.fault))
+        else:
+            good.append(item)
+        if len(good) == count:
+            break
+    require_few(0, bad, Skips(stream.options).limit)
+    if not good and bad:
+        raise PatchError(
+            f"expected images that can be used in {places}, found none among the first "
+            f"{len(bad)}, for example: {bad[0]}"
+        )
+    if not good:
+        raise PatchError(f"expected images in {places}, found none in its shards.")
+    return good
+
+
+def _split(shards: list[Shard], options: DataOptions, split: str) -> list[Shard]:
     """Whole shards for validation, by a hash of their names: others are then never opened."""
+    share_ = options.validation_split
     if not share_ or split == "test":
         return shards
     if len(shards) < 2:
         raise PatchError("expected two shards to split, found one: leave out --validation_split.")
-    ranked = sorted(shards, key=lambda shard: draws.uniform("validation", shard.name))
+    ranked = sorted(shards, key=lambda shard: validation_rank(shard.name, options.validation_seed))
     count = min(max(1, round(share_ * len(shards))), len(shards) - 1)
     chosen = set(ranked[:count])
     return [shard for shard in shards if (shard in chosen) == (split == "validation")]
