@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from dmp_common import PatchError
@@ -18,13 +19,23 @@ from training.data.sources.folders import find_folder
 from training.data.sources.found import Found
 from training.data.sources.huggingface import find_huggingface
 from training.data.splitting import split_samples
-from training.data.stream.streaming import open_stream
+from training.data.stream.streaming import open_stream, open_stream_splits
 from training.data.summary import DataSummary
 from training.options.data_options import SOURCES, DataOptions
 
-__all__ = ["Batch", "Data", "DataKind", "DataSummary", "Encoders", "Position", "open_data"]
+__all__ = [
+    "Batch",
+    "Data",
+    "DataKind",
+    "DataSummary",
+    "Encoders",
+    "Position",
+    "open_data",
+    "open_splits",
+]
 
 Split = Literal["train", "validation", "test"]
+_BOTH: tuple[Split, Split] = ("train", "validation")
 
 
 def open_data(options: DataOptions, kind: DataKind, *, seed: int, split: Split) -> Data:
@@ -43,13 +54,7 @@ def open_data(options: DataOptions, kind: DataKind, *, seed: int, split: Split) 
         PatchError: no data, several sources of data, broken images, missing captions or classes,
             or options that contradict each other; nothing is written then.
     """
-    source, notes = _source(options)
-    _check_fitting(options, source, kind)
-    if kind.conditioning == "label" and options.caption_dropout_rate and kind.null_label is None:
-        raise PatchError(
-            "expected --caption_dropout_rate 0 for a base without a label that means none, found "
-            f"{options.caption_dropout_rate}: set it to 0."
-        )
+    source, notes = _checked_source(options, kind)
     if source == "webdataset":
         if split == "validation" and not options.validation_split:
             raise _no_validation()
@@ -59,10 +64,65 @@ def open_data(options: DataOptions, kind: DataKind, *, seed: int, split: Split) 
     found.notes += notes
     if not _is_digits(options) and split != "test":
         _split(found, split)
+    return _indexed(found, options, kind, seed, split)
+
+
+def open_splits(
+    options: DataOptions, kind: DataKind, *, seed: int, share: Callable[[int], float]
+) -> tuple[Data, Data | None]:
+    """The training images and those that are held out; all are looked at once.
+
+    Args:
+        options, kind, seed: see `open_data`.
+        share: what to hold out of so many images where no option says; 0 for nothing.
+
+    Returns:
+        Both splits; None where nothing is held out.
+
+    Raises:
+        PatchError: see `open_data`.
+    """
+    source, notes = _checked_source(options, kind)
+    if source == "webdataset":
+        return open_stream_splits(options, kind, seed)
+    if _is_digits(options):
+        found = {split: _find(source, options, kind, split) for split in _BOTH}
+        train, held_out = (_indexed(found[s], options, kind, seed, s) for s in _BOTH)
+        return train, held_out
+    whole = _find(source, options, kind, "train")
+    whole.check(options, kind)
+    whole.notes += notes
+    if options.validation_split is None and not _holds_out(whole):
+        held = share(len({sample.origin or sample.key for sample in whole.samples})), None
+        subsets = {s: replace(s, validation=held) for s in {s.subset for s in whole.samples}}
+        whole.samples = [replace(s, subset=subsets[s.subset]) for s in whole.samples]
+    parts = {split: replace(whole, notes=list(whole.notes)) for split in _BOTH}
+    wanted: list[Split] = ["train", "validation"] if _holds_out(whole) else ["train"]
+    for split in wanted:
+        _split(parts[split], split)
+    both = [_indexed(parts[split], options, kind, seed, split) for split in wanted]
+    return both[0], both[1] if len(both) > 1 else None
+
+
+def _indexed(
+    found: Found, options: DataOptions, kind: DataKind, seed: int, split: Split
+) -> IndexedData:
     masked = any(s.subset.alpha_mask or s.subset.masked for s in found.samples)
     recipe = Recipe(kind, found.store, seed, augment=split == "train", masked=masked)
     subsets = {sample.subset for sample in found.samples}
     return IndexedData(found, recipe, plan_caches(options, kind, subsets, found.folder))
+
+
+def _checked_source(options: DataOptions, kind: DataKind) -> tuple[str, list[str]]:
+    """The source of data with its notes, once the options fit it and the base."""
+    source, notes = _source(options)
+    _check_fitting(options, source, kind)
+    if kind.conditioning == "label" and options.caption_dropout_rate and kind.null_label is None:
+        raise PatchError(
+            "expected --caption_dropout_rate 0 for a base without a label that means none, found "
+            f"{options.caption_dropout_rate}: set it to 0."
+        )
+    return source, notes
 
 
 def _source(options: DataOptions) -> tuple[str, list[str]]:
@@ -122,8 +182,13 @@ def _is_digits(options: DataOptions) -> bool:
     return options.dataset_name == DIGITS
 
 
+def _holds_out(found: Found) -> bool:
+    """Whether any images are kept for validation."""
+    return any(sample.subset.validation[0] for sample in found.samples)
+
+
 def _split(found: Found, split: Split) -> None:
-    if split == "validation" and not any(s.subset.validation[0] for s in found.samples):
+    if split == "validation" and not _holds_out(found):
         raise _no_validation()
     found.samples, both = split_samples(found.samples, split == "validation")
     if both:

@@ -67,11 +67,11 @@ class DataOptions(Options):
     class_list: str | None = option(
         "data", None, "Text file with one class name a line: line n, from 0, is class id n."
     )
-    validation_split: float = option(
+    validation_split: float | None = option(
         "data",
-        0.0,
-        "Share of the images that is kept for validation. The same images are kept whatever "
-        "--seed is.",
+        None,
+        "Share of the images that is kept for validation, the same images whatever --seed is; 0 "
+        "keeps none. By default it is a twentieth, 8 to 64 images, where there are 40 or more.",
         ge=0,
         lt=1,
         common=True,

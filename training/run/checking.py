@@ -10,10 +10,10 @@ import torch
 from dmp_common import Patch, PatchError, get_base
 from training.base.frozen import find_base
 from training.base.places import find_source
-from training.data.sources.dataset_config import subset_tables
 from training.options.command_line import Resolved, with_base
 from training.options.config import TrainConfig
 from training.options.data_options import SOURCES
+from training.options.dataset_file import read_dataset_file
 from training.options.problems import ConfigError
 from training.run.folder import RunFolder
 from training.run.optimisers import OPTIMISERS, PLAIN, has_package, make_optimiser, optimiser_name
@@ -139,7 +139,7 @@ def _named(config: TrainConfig) -> str:
 
 def _dataset_file(config: TrainConfig) -> None:
     if config.dataset_config is not None:
-        list(subset_tables(Path(config.dataset_config)))
+        read_dataset_file(Path(config.dataset_config))
 
 
 def _prompts(config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ _TEXTS = ("no space left", "disk quota", "file too large", "inline_container")
 
 
 @contextmanager
-def explained(folder: Path, needed: int, what: str) -> Iterator[None]:
+def full_disk_explained(folder: Path, needed: int, what: str) -> Iterator[None]:
     """Turns the errors of a full disk into one sentence.
 
     Args:

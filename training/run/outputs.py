@@ -19,7 +19,7 @@ from training.base.precision import DTYPES
 from training.methods.method import Method
 from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig
-from training.run.disk import explained, mib
+from training.run.disk import full_disk_explained, mib
 from training.run.state import find_states
 
 _STATE_COPIES = 4  # values, average, and Adam's two moments
@@ -47,7 +47,7 @@ class Outputs:
         """Writes the file of the method as it is now, and the heat map of its gate."""
         path = self.path(step)
         size = 4 * self.method.saved_parameters()
-        with explained(self.folder, size, path.name):
+        with full_disk_explained(self.folder, size, path.name):
             self.method.save(path, metadata, DTYPES[self.config.save_precision])
             if isinstance(self.method, PatchMethod):
                 self.heatmap(path.with_name(f"{path.stem}-gate.png"))

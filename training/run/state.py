@@ -23,7 +23,7 @@ from dmp_common.patch.serialize import parse_json
 from training.data.batch import Position
 from training.methods.full import replace_folder
 from training.options.config import TrainConfig
-from training.run.disk import explained
+from training.run.disk import full_disk_explained
 
 _FORMAT = 1
 _INFO, _VALUES, _BEST, _REST = "state.json", "values.safetensors", "best.safetensors", "rest.pt"
@@ -83,7 +83,7 @@ def save_state(folder: Path, state: State) -> None:
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with explained(folder.parent, _size_of(state), "a state"):
+        with full_disk_explained(folder.parent, _size_of(state), "a state"):
             _write(partial, state)
             replace_folder(partial, folder)
     except BaseException:

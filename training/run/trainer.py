@@ -13,13 +13,14 @@ from accelerate import Accelerator
 
 from dmp_common import Patch, PatchError
 from training.base.encoders import FrozenEncoders, fingerprint
-from training.base.frozen import FrozenBase, load_frozen
+from training.base.frozen import base_kind, load_frozen
 from training.data.batch import Data
-from training.data.build import Split, open_data
+from training.data.build import open_splits
 from training.objective.noising import process_of
 from training.objective.relative import RelativeWeights, relative_config, warn_of_rounding
 from training.options.command_line import as_toml
 from training.options.config import TrainConfig
+from training.options.presets import recipe_lines
 from training.run.dryrun import dry_run
 from training.run.events import TrainingEvents
 from training.run.folder import RunFolder
@@ -33,7 +34,7 @@ from training.run.resuming import facts_of, resume
 from training.run.scale import accumulation, make_accelerator, tracker_options
 from training.run.state import find_resumed, load_state
 from training.run.telling import Telling
-from training.run.validation import Validation
+from training.run.validation import MOST, Validation, automatic_share, automatic_steps
 
 IMAGE_CACHES = ("cache_latents", "cache_latents_to_disk")
 TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
@@ -83,11 +84,12 @@ class Trainer:
             PatchError: data, base, state or options that do not fit each other.
         """
         tell = Telling(accelerator)
+        for line in recipe_lines(config):
+            tell.say(line)
+        # Data first: they are what is wrong most often, and weights take longest to load.
+        config, data, held_out = _open(config, accelerator, tell)
         with tell.timed("loading the base"):
-            frozen = load_frozen(config).to(accelerator.device)
-        config, data, held_out = _open(config, frozen, accelerator)
-        world = accelerator.num_processes
-        tell.say(data.summary().text(config.train_batch_size * world, world))
+            frozen = load_frozen(config, tell.say).to(accelerator.device)
         parts = Parts(
             config=config,
             accelerator=accelerator,
@@ -164,23 +166,32 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _open(
-    config: TrainConfig, frozen: FrozenBase, accelerator: Accelerator
+    config: TrainConfig, accelerator: Accelerator, tell: Telling
 ) -> tuple[TrainConfig, Data, Data | None]:
     """Training and held-out images, and the configuration with what depends on their number."""
-
-    def split(name: Split) -> Data:
-        return open_data(chosen, frozen.kind, seed=config.seed, split=name)
-
     chosen = config
     if config.dry_run:  # looks at the data, does not encode all of it
         chosen = config.model_copy(update=dict.fromkeys((*IMAGE_CACHES, *TEXT_CACHES), False))
-    if config.validation_split is None:
-        config = config.model_copy(update={"validation_split": 0.0})
-    data = split("train")
+    kind = base_kind(config)
+    data, held_out = open_splits(chosen, kind, seed=config.seed, share=automatic_share)
+    world = accelerator.num_processes
+    tell.say(data.summary().text(config.train_batch_size * world, world))
     config = _resolved(config, data, accelerator)
     every = (config.validate_every_n_steps, config.validate_every_n_epochs)
-    wanted = any(every) or config.keep_best
-    return config, data, split("validation") if wanted else None
+    if held_out is not None and not any(every):
+        images = min(held_out.size or MOST, config.max_validation_images or MOST)
+        per_step = config.train_batch_size * world * config.gradient_accumulation_steps
+        steps = automatic_steps(config, images, per_step)
+        config = config.model_copy(update={"validate_every_n_steps": steps})
+    elif held_out is None:
+        if any(every) or config.keep_best:
+            raise PatchError(
+                "expected images for validation with --validate_every_n_steps, "
+                "--validate_every_n_epochs or --keep_best, found too few to hold any out: give "
+                "--validation_split, for example 0.1, or leave these out."
+            )
+        tell.say("no validation: too few images to hold any out, or --validation_split 0")
+    return config, data, held_out
 
 
 def _fill_caches(data: Data, parts: Parts, tell: Telling) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,13 +20,13 @@ _FEWEST_IMAGES = 40  # with fewer, holding out images costs more than a validati
 _WORK = 0.05  # of the training's forward and backward passes, at most, goes into validations
 
 
-def automatic_share(images: int | None) -> float:
+def automatic_share(images: int) -> float:
     """The share of the images to hold out where --validation_split does not say; 0 for none.
 
     Args:
-        images: how many there are; None where a stream does not know.
+        images: how many there are.
     """
-    if images is None or images < _FEWEST_IMAGES:
+    if images < _FEWEST_IMAGES:
         return 0.0
     return min(max(SHARE * images, FEWEST), MOST) / images
 
@@ -43,19 +42,6 @@ def automatic_steps(config: TrainConfig, images: int, per_step: int) -> int:
     # A training step is a forward pass and a backward pass of about twice its cost.
     affordable = int(_WORK * 3 * config.max_train_steps * per_step / max(one, 1))
     return math.ceil(config.max_train_steps / min(max(affordable, 1), 10))
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a validation looks at, in words.
-
-    Args:
-        images: how many.
-        trained_on: whether they are trained on too, because there are too few to hold any out.
-    """
-
-    images: int
-    trained_on: bool = False
 
 
 class Validation:

@@ -26,7 +26,6 @@ class Verdict:
         by_level: the same in each range of timesteps, least noisy first.
         best_step, last_step: the step that validated best, and the last one; 0 for none.
         kept_step: the step whose values the final file holds.
-        trained_on: whether the images were trained on too.
     """
 
     images: int
@@ -37,13 +36,11 @@ class Verdict:
     best_step: int
     last_step: int
     kept_step: int
-    trained_on: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As NAME.json and the file's header have it."""
         return {
             "images": self.images,
-            "images_were_trained_on": self.trained_on,
             "loss_of_base": self.base,
             "loss": self.trained,
             "change": _as_json(self.change),
@@ -99,8 +96,6 @@ class Verdict:
         ]
 
     def _about_certainty(self) -> list[str]:
-        if self.trained_on:
-            return ["These images were trained on: hold some out with --validation_split."]
         if self.change.low > 0:
             return ["Lower --learning_rate, or train fewer steps with --keep_best."]
         if self.change.high >= 0:
@@ -134,7 +129,6 @@ class Verdict:
 
 def judge(
     base: Tensor, trained: Tensor, *, best_step: int, last_step: int, kept_step: int,
-    trained_on: bool = False,
 ) -> Verdict | None:  # fmt: skip
     """The verdict on losses (images, bins) of base and trained model; None for too few images."""
     if len(base) < _FEWEST:
@@ -150,7 +144,6 @@ def judge(
         best_step=best_step,
         last_step=last_step,
         kept_step=kept_step,
-        trained_on=trained_on,
     )
 
 

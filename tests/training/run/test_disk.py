@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from dmp_common import PatchError
-from training.run.disk import explained
+from training.run.disk import full_disk_explained
 
 # What torch 2.13, safetensors 0.6 and Python raise where a disk of 300 KB is full.
 FULL = [
@@ -22,7 +22,10 @@ FULL = [
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
 def test_full_disk(error: Exception, tmp_path: Path) -> None:
     message = r"expected 3\.0 MiB free in .* for a state, found [\d,.]+ MiB: the disk is full"
-    with pytest.raises(PatchError, match=message), explained(tmp_path, 3 * 2**20, "a state"):
+    with (
+        pytest.raises(PatchError, match=message),
+        full_disk_explained(tmp_path, 3 * 2**20, "a state"),
+    ):
         raise error
 
 
@@ -36,6 +39,6 @@ def test_full_disk(error: Exception, tmp_path: Path) -> None:
     ids=str,
 )
 def test_other_errors_are_not_taken_for_it(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(type(error)) as caught, explained(tmp_path, 1, "a state"):
+    with pytest.raises(type(error)) as caught, full_disk_explained(tmp_path, 1, "a state"):
         raise error
     assert caught.value is error

@@ -96,7 +96,6 @@ def test_the_file_and_its_summary_have_the_verdict_on_what_they_hold(go: Go) -> 
 
 
 def test_share_that_is_held_out_by_itself() -> None:
-    assert automatic_share(None) == 0
     assert automatic_share(20) == 0
     assert automatic_share(100) * 100 == pytest.approx(8)
     assert automatic_share(10**6) * 10**6 == pytest.approx(MOST)

@@ -33,6 +33,7 @@ from training.data.summary import BucketRow, DataSummary
 from training.options.data_options import DataOptions
 
 _REFERENCE = 256  # images at the start of the data whose shapes stand for those of all
+_MANY = 20  # shards of which one can be spared for validation
 _COUNTED = 64  # local shards that are counted at the start, so that there are epochs
 
 
@@ -214,6 +215,25 @@ def open_stream(options: DataOptions, kind: DataKind, seed: int, split: str) -> 
         targets = tuple(fit(item.sample.size, subset.sizes).target for item in first)
         stream = replace(stream, buckets=targets)
     return StreamData(stream, f"{len(shards)} shards ({places})", Skips(options))
+
+
+def open_stream_splits(
+    options: DataOptions, kind: DataKind, seed: int
+) -> tuple[StreamData, StreamData | None]:
+    """The shards to train on, and those that are held out; None where none is.
+
+    Where no option says how many, one of many shards is held out, and none of few.
+
+    Raises:
+        PatchError: see `open_stream`.
+    """
+    count = len(find_shards(str(options.webdataset)))
+    if options.validation_split is None and count >= _MANY:
+        options = options.model_copy(update={"validation_split": 1 / count})
+    train = open_stream(options, kind, seed, "train")
+    if not options.validation_split:
+        return train, None
+    return train, open_stream(options, kind, seed, "validation")
 
 
 def _first(stream: Stream, count: int, places: str) -> list[Item]:

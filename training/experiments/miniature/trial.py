@@ -87,6 +87,7 @@ def train_trial(subject: Subject, options: Mapping[str, Any], folder: Path) -> S
         output_dir=str(folder),
         output_name="trained",
         overwrite=True,  # what a killed trial left
+        validation_split=0.0,  # the subject has held-out images of its own
         **{**subject.options, **told},
     )
     if done.is_file():
