@@ -20,7 +20,7 @@ from dmp_common import Patch, Schedule, attach
 from training.base.frozen import FrozenBase, load_frozen
 from training.evaluation.models import Spec, load_compared
 from training.experiments.miniature.pretraining import as_float
-from training.experiments.miniature.study import LATE, Study
+from training.experiments.miniature.study_jobs import LATE, Study
 from training.experiments.miniature.subjects import Subject
 from training.experiments.miniature.trial import WHOLE
 from training.objective.frechet import frechet_distance

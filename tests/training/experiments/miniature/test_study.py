@@ -7,18 +7,10 @@ import torch
 from PIL import Image
 
 from training.experiments.miniature import study as module
-from training.experiments.miniature import subjects
+from training.experiments.miniature import study_jobs, subjects
 from training.experiments.miniature.contenders import CONTENDERS, Setting, ablations
-from training.experiments.miniature.study import (
-    Job,
-    Study,
-    ablate,
-    confirm,
-    do,
-    plot,
-    strengths,
-    tune,
-)
+from training.experiments.miniature.study import ablate, confirm, plot, strengths, tune
+from training.experiments.miniature.study_jobs import LATE, Job, MissingError, Study, do
 from training.experiments.miniature.study_tables import (
     bins_table,
     confirmation_table,
@@ -89,7 +81,8 @@ def small(monkeypatch):
     monkeypatch.setattr(module, "CONFIRMATION_SEEDS", (101, 102))
     monkeypatch.setattr(module, "STRENGTHS", (1.0, 2.0))
     kept = {name: replace(CONTENDERS[name], rates=(1e-2,)) for name in ("prompt", "stages")}
-    monkeypatch.setattr(module, "CONTENDERS", {**kept, "dmp-paper": kept["prompt"]})
+    for place in (module, study_jobs):
+        monkeypatch.setattr(place, "CONTENDERS", {**kept, "dmp-paper": kept["prompt"]})
     monkeypatch.setattr(
         module, "ablations", lambda: {"linear": {}, "none": {"learning_rate": 1e-3}}
     )
@@ -115,13 +108,13 @@ def test_a_study_tunes_on_validation_and_confirms_on_test(small, tmp_path):
     assert "confirm.png" in plot(study, names)
     with Image.open(tmp_path / "digits" / "confirm.png") as picture:
         assert picture.size == (500, 450) and len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    with pytest.raises(module.MissingError, match="run the stage confirm first"):
+    with pytest.raises(MissingError, match="run the stage confirm first"):
         plot(study, ["dmp-paper"])
     before = (folder / "trained.safetensors").stat().st_mtime_ns
-    table = confirm(study, ["stages"], 1, module.LATE)
+    table = confirm(study, ["stages"], 1, LATE)
     assert "| stages |" in table
     whole = study.measures("confirm/stages/101", "test")
-    only = study.measures("confirm/stages/101", "test", first=module.LATE)
+    only = study.measures("confirm/stages/101", "test", first=LATE)
     base = study.measures("base", "test")
     assert torch.equal(only.losses[:, 5:], base.losses[:, 5:])  # it does not act there
     assert torch.equal(only.losses[:, :5], whole.losses[:, :5])
