@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from training.base.schedulers import flux_shift, is_flow
-from training.objective.variational import Posterior
+from training.objective.variational import Posterior, variational_term
 from training.options.model_options import ObjectiveOptions
 
 
@@ -71,6 +71,13 @@ class Discrete:
         if self.prediction == "epsilon":
             return (noisy - rest * prediction) / signal
         return signal * noisy - rest * prediction
+
+    def variational(
+        self, clean: Tensor, noisy: Tensor, prediction: Tensor, sigma: Tensor, t: Tensor
+    ) -> Tensor | None:
+        """The variational term (B, C, H, W) of a learned variance, see `variational_term`."""
+        means = self.clean_from(prediction, noisy, t)
+        return variational_term(self.posterior, clean, means, noisy, sigma, t)
 
     def signal_share(self, t: Tensor) -> Tensor:
         """The scale of the signal over the sum of both scales, (B,) float32: 1 without noise."""
@@ -175,6 +182,12 @@ class Flow:
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The target (B, C, H, W) of the model's prediction."""
         return noise - clean
+
+    def variational(
+        self, clean: Tensor, noisy: Tensor, prediction: Tensor, sigma: Tensor, t: Tensor
+    ) -> Tensor | None:
+        """None: the reverse process of a flow model has no variance to learn."""
+        return None
 
     def signal_share(self, t: Tensor) -> Tensor:
         """The scale of the signal over the sum of both scales, (B,) float32: 1 without noise."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -10,9 +12,8 @@ from training.base.families.family import Given
 from training.base.frozen import FrozenBase
 from training.methods.method import Method
 from training.objective.error import huber_threshold, masked_mean, prediction_error
-from training.objective.noising import Discrete, Process
+from training.objective.noising import Process
 from training.objective.relative import RelativeWeights
-from training.objective.variational import variational_term
 from training.options.config import TrainConfig
 
 
@@ -87,18 +88,21 @@ class Student(nn.Module):
             losses["variational"] = (term if weights is None else term * weights).mean()
         if self.method is not None:
             losses |= self.method.own_losses(given, step)
-        config = self._config
+        return {"loss": self._weighted_sum(losses), **losses}
+
+    def _weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the losses that are there, each times its weight."""
+        config, total = self._config, losses["denoising"].new_zeros((), dtype=torch.float32)
         factors = {
             "denoising": 1.0,
             "variational": config.variational_weight,
             "importance": config.importance_weight,
             "load": config.load_weight,
         }
-        total = clean.new_zeros((), dtype=torch.float32)
         for name, factor in factors.items():
             if name in losses:
                 total = total + factor * losses[name]
-        return {"loss": total, **losses}
+        return total
 
     def squared_error(
         self, clean: Tensor, noise: Tensor, t: Tensor, given: Given, masks: Tensor | None = None
@@ -131,12 +135,10 @@ class Student(nn.Module):
         threshold = huber_threshold(process, t, config)
         error = prediction_error(prediction, target, config, threshold)
         parts = {"denoising": masked_mean(error, masks)}
-        learned = output.shape[1] == 2 * clean.shape[1]
-        if learned and config.variational_weight and isinstance(process, Discrete):
-            means = process.clean_from(prediction, noisy, t)
-            sigma = output[:, clean.shape[1] :]
-            term = variational_term(process.posterior, clean, means, noisy, sigma, t)
-            parts["variational"] = masked_mean(term, masks).float()
+        if output.shape[1] == 2 * clean.shape[1] and config.variational_weight:
+            term = process.variational(clean, noisy, prediction, output[:, clean.shape[1] :], t)
+            if term is not None:
+                parts["variational"] = masked_mean(term, masks).float()
         return parts
 
     def _output(self, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
