@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 from torch import Tensor
 
 from dmp_common import Patch, PatchError
@@ -15,6 +16,7 @@ from training.base.encoders import FrozenEncoders
 from training.base.frozen import load_frozen
 from training.data.batch import Batch, Position
 from training.objective.inputs import Inputs, encode
+from training.objective.labelled import pixel_base
 from training.objective.losses import losses_by_bin
 from training.objective.noising import process_of
 from training.objective.student import Student
@@ -109,6 +111,30 @@ def test_masks_have_the_size_of_the_latent_by_area(folders: Callable[[str], Path
     assert found.clean.shape[-2:] == (8, 8)
     assert found.masks is not None
     assert found.masks[0, 0, :, 3].tolist() == [1, 1, 0.5, 0, 0, 0, 0, 0]
+
+
+def test_masks_hide_places_from_a_learned_variance_too() -> None:
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=1,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    torch.nn.init.normal_(model.proj_out_2.weight, std=0.1)
+    config = TrainConfig(base="digits")
+    frozen = pixel_base("digits", model.eval(), DDPMScheduler(variance_type="learned_range"))
+    student = Student(frozen, None, process_of(frozen.scheduler, config), config)
+    clean, noise = torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    given, t = {"labels": torch.zeros(2, dtype=torch.long)}, torch.tensor([0, 600])
+
+    def terms(masks: Tensor | None) -> list[float]:
+        found = student(clean, noise, t, given, None, 0, masks)
+        return [float(found["variational"].detach()), float(found["denoising"].detach())]
+
+    whole = terms(None)
+    assert min(whole) > 0
+    assert terms(torch.ones(2, 1, 8, 8)) == whole
+    assert terms(torch.full((2, 1, 8, 8), 0.5)) == pytest.approx([x / 2 for x in whole])
+    assert terms(torch.zeros(2, 1, 8, 8)) == [0, 0]
 
 
 def test_held_out_latents_are_the_same_for_every_run(folders: Callable[[str], Path]) -> None:
