@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from training.base.frozen import FrozenBase
 from training.options.config import TrainConfig
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """The trainable values that one method adds to a base.
 
     Args:
