@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from PIL import Image
 from torch import Tensor
 
 from dmp_common import Patch, PatchError
@@ -189,3 +190,17 @@ def test_perturbed_input_meets_the_target_of_plain_noise(student_of) -> None:
 def test_real_bases_train_with_them(base: str, options: list[str], train) -> None:
     patch = Patch.load(train(base, *options) / f"tiny-{base}-dmp.safetensors")
     assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+
+
+@pytest.mark.parametrize("cache", [[], ["--cache_latents"]], ids=["read", "cached"])
+def test_what_is_transparent_everywhere_teaches_nothing(cache, train, tmp_path) -> None:
+    """From RGBA files to the patch: a loss that is 0 leaves its prompts at 0."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        picture = Image.new("RGBA", (16, 16), (60 * number, 128, 255, 0))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a cat", encoding="utf-8")
+    out = train("sd15", "--alpha_mask", *cache, "--train_data_dir", str(folder), data="")
+    patch = Patch.load(out / "tiny-sd15-dmp.safetensors")
+    assert not any(bool(t.any()) for n, t in patch.tensors().items() if n.startswith("prompts."))
