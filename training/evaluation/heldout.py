@@ -21,7 +21,7 @@ NAME = "evaluation"  # what its random draws depend on, besides seed and image
 
 
 @dataclass
-class HeldOut:
+class HeldOutImages:
     """Images as the base sees them, on the CPU.
 
     Args:
@@ -87,13 +87,13 @@ def read_held_out(
     size: int,
     seed: int,
     device: torch.device,
-) -> HeldOut:
+) -> HeldOutImages:
     """Encodes the first images of a split; every model is then evaluated on these.
 
     Raises:
         PatchError: fewer than two images.
     """
-    held_out = HeldOut()
+    held_out = HeldOutImages()
     captions: list[list[str]] = []
     for batch, rows in once(data, size, config.max_data_loader_n_workers):
         kept = rows if images is None else rows[: images - len(held_out)]

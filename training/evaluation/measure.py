@@ -20,7 +20,7 @@ from training.evaluation.differences import ModelResult
 from training.evaluation.features import Extractor, Features, load_extractor
 from training.evaluation.heldout import (
     NAME,
-    HeldOut,
+    HeldOutImages,
     open_split,
     read_held_out,
     reference_features,
@@ -49,7 +49,7 @@ class Evaluation:
     frozen: FrozenBase
     process: Process
     encoders: FrozenEncoders
-    held_out: HeldOut
+    held_out: HeldOutImages
     device: torch.device
     extractor: Extractor | None
     clip: ClipScore | None

@@ -11,7 +11,7 @@ import torch
 from training.data.batch import Batch, Position
 from training.data.build import open_data
 from training.data.sources.digits import KIND
-from training.evaluation.heldout import HeldOut, once
+from training.evaluation.heldout import HeldOutImages, once
 from training.objective.inputs import Inputs
 from training.objective.noise import Draws
 from training.options.command_line import resolve
@@ -50,7 +50,7 @@ def test_conditions_repeat_the_images_in_turn() -> None:
         draws = Draws(one, one, torch.zeros(count), torch.zeros(count))
         return Inputs(one, draws, {"labels": torch.tensor(labels)}, None, [str(n) for n in labels])
 
-    held_out = HeldOut([inputs([0, 1, 2]), inputs([3, 4])], [["a", "b", "c"], ["d", "e"]])
+    held_out = HeldOutImages([inputs([0, 1, 2]), inputs([3, 4])], [["a", "b", "c"], ["d", "e"]])
     found = list(held_out.conditions(9))
     assert [n for numbers, _, _ in found for n in numbers] == list(range(9))
     labels = [n for _, given, _ in found for n in given.given["labels"].tolist()]
