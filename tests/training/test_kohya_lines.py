@@ -11,7 +11,6 @@ import pytest
 from dmp_common import Patch
 from tests.training.conftest import Folders
 from tests.training.tinybases import make_vae
-from training.options.config import TrainConfig
 from training.train_dmp import main
 
 # Capitals stand for files. Only sizes and numbers of steps are those of a tiny base.
@@ -81,25 +80,6 @@ LINES: dict[str, tuple[str, str]] = {
 }
 
 
-# Options that other parts of the trainer bring.
-COMING = (
-    "clip_l", "clip_g", "t5xxl", "ae", "fp8_base", "blocks_to_swap", "loss_type", "huber_c",
-    "huber_schedule",
-)  # fmt: skip
-
-
-def _known(line: str) -> list[str]:
-    """The words of a line, without options that are still to come and their values."""
-    kept, dropped = [], False
-    for word in line.split():
-        name = word.lstrip("-").partition("=")[0]
-        if word.startswith("--"):
-            dropped = name in COMING and name not in TrainConfig.model_fields
-        if not dropped:
-            kept.append(word)
-    return kept
-
-
 @pytest.fixture
 def words(folders: Folders, tmp_path: Path) -> Callable[[str, str], list[str]]:
     """A command line as words, with files in the places of its capitals."""
@@ -109,7 +89,7 @@ def words(folders: Folders, tmp_path: Path) -> Callable[[str, str], list[str]]:
         shutil.copytree(folders("pictures"), images)
         dataset = (
             f"[general]\nresolution = 16\ncaption_extension = '.txt'\n[[datasets]]\n"
-            f"[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n"
+            f"batch_size = 1\n[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n"
             "num_repeats = 2\n"
         )
         (tmp_path / "dataset.toml").write_text(dataset, encoding="utf-8")
@@ -126,7 +106,7 @@ def words(folders: Folders, tmp_path: Path) -> Callable[[str, str], list[str]]:
             "LOGS": tmp_path / "logs", "PROMPTS": prompts,
         }  # fmt: skip
         found = []
-        for word in _known(line):
+        for word in line.split():
             name, sign, value = word.rpartition("=")
             found.append(f"{name}{sign}{places.get(value, value)}")
         return found

@@ -19,59 +19,68 @@ class DataOptions(Options):
     train_data_dir: str | None = option(
         "data",
         None,
-        "Folder of training images: with caption files beside them, with kohya's 10_name folders, "
-        "or with one folder for each class.",
+        "Train on the images in this folder: with caption files beside them, with kohya's "
+        "10_name folders, or with one folder for each class.",
         common=True,
     )
     in_json: str | None = option(
-        "data", None, "JSON file with the captions and tags of the images in --train_data_dir."
+        "data",
+        None,
+        "Read the captions and tags of the images in --train_data_dir from this JSON file.",
     )
     dataset_config: str | None = option(
         "data",
         None,
-        "TOML file that describes data sets and subsets, as kohya's does.",
+        "Read data sets and subsets from this TOML file, as kohya's scripts do.",
         common=True,
     )
     webdataset: str | None = option(
         "data",
         None,
-        "Tar shards, as paths or URLs, such as 'data/{00000..00099}.tar'. Join several with ::.",
+        "Train on these tar shards, given as paths or URLs such as 'data/{00000..00099}.tar'. "
+        "Join several with ::.",
     )
     dataset_name: str | None = option(
         "data",
         None,
-        "Hugging Face dataset: a hub id, or a folder or file with one. digits names the digits "
-        "that come with scikit-learn.",
+        "Train on this Hugging Face dataset: a hub id, or a folder or file that holds one. The "
+        "name digits means the digits of scikit-learn.",
         common=True,
     )
     dataset_config_name: str | None = option(
-        "data", None, "Configuration of --dataset_name, where it has several."
+        "data", None, "Use this configuration of --dataset_name, where it has several."
     )
-    dataset_split: str = option("data", "train", "Split of --dataset_name.", min_length=1)
+    dataset_split: str = option("data", "train", "Use this split of --dataset_name.", min_length=1)
     image_column: str | None = option(
         "data",
         None,
-        "Column of --dataset_name with the images. By default it is found by its type.",
+        "Take the images from this column of --dataset_name. By default the column is found by "
+        "its type.",
     )
     caption_column: str | None = option(
         "data",
         None,
-        "Column with the captions, in --dataset_name or metadata.jsonl. By default it is text, "
-        "caption or prompt.",
+        "Take the captions from this column of --dataset_name or metadata.jsonl. By default it "
+        "is text, caption or prompt.",
     )
     label_column: str | None = option(
         "data",
         None,
-        "Column of --dataset_name with the classes. By default it is found by its type.",
+        "Take the classes from this column of --dataset_name. By default the column is found by "
+        "its type.",
     )
     class_list: str | None = option(
-        "data", None, "Text file with one class name a line: line n, from 0, is class id n."
+        "data",
+        None,
+        "Read the names of the classes from this text file, one a line: line n, from 0, is "
+        "class id n.",
     )
     validation_split: float | None = option(
         "data",
         None,
-        "Share of the images that is kept for validation, the same images whatever --seed is; 0 "
-        "keeps none. By default it is a twentieth, 8 to 64 images, where there are 40 or more.",
+        "Keep this share of the images for validation, the same images whatever --seed is; 0 "
+        "keeps none. By default a twentieth is kept, 8 to 64 images, where there are 40 or "
+        "more.",
         ge=0,
         lt=1,
         common=True,
@@ -84,8 +93,8 @@ class DataOptions(Options):
     conditioning_data_dir: str | None = option(
         "data",
         None,
-        "Folder of mask images with the names of the images: white counts in the loss, black does "
-        "not.",
+        "Take masks from this folder, where they have the names of the images: white counts in "
+        "the loss, black does not.",
     )
     verify_images: bool = option(
         "data", False, "Decode every image once before the run, and remember which ones are whole."
@@ -105,8 +114,8 @@ class DataOptions(Options):
     resolution: str | None = option(
         "image size",
         None,
-        "Size of the training images: one side such as 512, or width,height. By default it is the "
-        "size of the base.",
+        "Train at this image size in pixels: one side such as 512, or width,height. By default "
+        "it is the size of the base.",
         common=True,
     )
     enable_bucket: bool = option(
@@ -118,19 +127,21 @@ class DataOptions(Options):
     min_bucket_reso: int | None = option(
         "image size",
         None,
-        "Shortest side of a bucket in pixels. By default it is half the resolution.",
+        "Make no side of a bucket shorter than this many pixels. By default it is half the "
+        "resolution.",
         ge=1,
     )
     max_bucket_reso: int | None = option(
         "image size",
         None,
-        "Longest side of a bucket in pixels. By default it is twice the resolution.",
+        "Make no side of a bucket longer than this many pixels. By default it is twice the "
+        "resolution.",
         ge=1,
     )
     bucket_reso_steps: int | None = option(
         "image size",
         None,
-        "Sides of buckets are multiples of this many pixels. By default the base decides.",
+        "Make the sides of buckets multiples of this many pixels. By default the base decides.",
         ge=1,
     )
     bucket_no_upscale: bool = option(
@@ -148,41 +159,52 @@ class DataOptions(Options):
     caption_extension: str | None = option(
         "captions",
         None,
-        "Ending of caption files. By default .txt is taken, else .caption.",
+        "Read captions from files with this ending. By default it is .txt, else .caption.",
     )
     caption_encoding: str = option(
         "captions",
         "utf-8",
         "Read caption files in this encoding, such as cp1252; a byte order mark is recognised.",
     )
-    class_tokens: str | None = option("captions", None, "Caption of the images that have none.")
+    class_tokens: str | None = option(
+        "captions", None, "Use this caption for the images that have none."
+    )
     allow_empty_captions: bool = option(
         "captions", False, "Train images without a caption on the empty caption."
     )
     caption_dropout_rate: float = option(
-        "captions", 0.1, "Share of images trained without their caption or class.", ge=0, le=1
+        "captions",
+        0.1,
+        "Train this share of the images without their caption or class.",
+        ge=0,
+        le=1,
     )
     caption_dropout_every_n_epochs: int = option(
         "captions", 0, "Drop all captions in every n-th epoch; 0 disables this.", ge=0
     )
     caption_tag_dropout_rate: float = option(
-        "captions", 0.0, "Share of the tags left out of a caption.", ge=0, le=1
+        "captions", 0.0, "Leave this share of the tags out of a caption.", ge=0, le=1
     )
     shuffle_caption: bool = option("captions", False, "Shuffle the tags of a caption.")
     keep_tokens: int = option(
-        "captions", 0, "Number of first tags that are neither shuffled nor dropped.", ge=0
+        "captions",
+        0,
+        "Neither shuffle nor drop this many tags at the beginning of a caption.",
+        ge=0,
     )
     keep_tokens_separator: str = option(
-        "captions", "", "Tags before this text stay in place; it replaces --keep_tokens."
+        "captions", "", "Keep the tags before this text in place; it replaces --keep_tokens."
     )
-    caption_separator: str = option("captions", ",", "Text between two tags.", min_length=1)
+    caption_separator: str = option(
+        "captions", ",", "Split captions into tags at this text.", min_length=1
+    )
     secondary_separator: str | None = option(
         "captions",
         None,
-        "Tags joined by this text move together; --caption_separator then replaces it.",
+        "Move tags that are joined by this text together; --caption_separator then replaces it.",
     )
-    caption_prefix: str | None = option("captions", None, "Text put before every caption.")
-    caption_suffix: str | None = option("captions", None, "Text put after every caption.")
+    caption_prefix: str | None = option("captions", None, "Put this text before every caption.")
+    caption_suffix: str | None = option("captions", None, "Put this text after every caption.")
     enable_wildcard: bool = option(
         "captions",
         False,
@@ -192,13 +214,16 @@ class DataOptions(Options):
     train_batch_size: int = option(
         "loading",
         1,
-        "Images that each process takes at once. --global_batch_size or "
-        "--gradient_accumulation_steps says how many make a step.",
+        "Let each process take this many images at once. --global_batch_size or "
+        "--gradient_accumulation_steps decides how many images make a step.",
         ge=1,
         common=True,
     )
     max_data_loader_n_workers: int = option(
-        "loading", 0, "Processes that load images; 0 loads them in the training process.", ge=0
+        "loading",
+        0,
+        "Load images in this many processes; 0 loads them in the training process.",
+        ge=0,
     )
     persistent_data_loader_workers: bool = option(
         "loading", False, "Keep these processes from one epoch to the next."
@@ -213,7 +238,7 @@ class DataOptions(Options):
         "loading", False, "Encode every image once with the VAE and keep the latents in files."
     )
     vae_batch_size: int = option(
-        "loading", 1, "Images that the VAE encodes at once for the cache.", ge=1
+        "loading", 1, "Let the VAE encode this many images at once for the cache.", ge=1
     )
     cache_text_encoder_outputs: bool = option(
         "loading",
@@ -226,10 +251,12 @@ class DataOptions(Options):
         "Encode every caption once and keep the result in files, without the text encoders.",
     )
     cache_dir: str | None = option(
-        "loading", None, "Folder of cache files. By default it is .dmp_cache in the data folder."
+        "loading",
+        None,
+        "Keep cache files in this folder. By default it is .dmp_cache in the data folder.",
     )
     shuffle_buffer: int = option(
-        "loading", 1024, "Images of shards among which the next one is drawn.", ge=1
+        "loading", 1024, "Draw the next image of shards from this many.", ge=1
     )
 
     @field_validator("caption_encoding")

@@ -132,8 +132,6 @@ REFUSED: dict[str, str] = {
 # Values with which such an option changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dataset_repeats": (1,),
-    "optimizer_schedulefree_wrapper": (),
-    "network_multiplier": (1,),
 }
 # Values that are not taken of options without effect, because they would have one.
 DIFFERENT: dict[str, dict[str, str]] = {

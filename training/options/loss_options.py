@@ -19,21 +19,22 @@ class LossOptions(Options):
     loss_type: LossType = option(
         "objective",
         "l2",
-        "The distance between prediction and target: l2 is the squared error, l1 the absolute "
-        "error; huber and smooth_l1 are squared for small errors and absolute for large ones.",
+        "Measure the distance between prediction and target like this: l2 is the squared error, "
+        "l1 the absolute error; huber and smooth_l1 are squared for small errors and absolute "
+        "for large ones.",
     )
     huber_c: float = option(
         "objective",
         0.1,
-        "The error at which huber and smooth_l1 turn from squared to absolute; the schedule "
+        "Let huber and smooth_l1 turn from squared to absolute at this error; the schedule "
         "changes it over the timesteps.",
         gt=0,
     )
     huber_schedule: HuberSchedule = option(
         "objective",
         "snr",
-        "How that error depends on the timestep: constant is --huber_c everywhere; snr and "
-        "exponential fall from 1 without noise to --huber_c at pure noise.",
+        "Choose how that error depends on the timestep: constant is --huber_c everywhere; snr "
+        "and exponential fall from 1 without noise to --huber_c at pure noise.",
     )
     huber_scale: float = option(
         "objective",

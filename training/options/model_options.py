@@ -27,7 +27,7 @@ class ModelOptions(Options):
     base: str = option(
         "model",
         "auto",
-        f"The frozen model that is patched: {BASES}. auto recognises the weights of "
+        f"Patch this frozen model: {BASES}. auto recognises the weights of "
         "--pretrained_model_name_or_path.",
         common=True,
         min_length=1,
@@ -35,29 +35,32 @@ class ModelOptions(Options):
     pretrained_model_name_or_path: str | None = option(
         "model",
         None,
-        "Weights of the base: a .safetensors, .ckpt, .pt or .pth file, a diffusers folder or a hub "
-        "id. By default they come from the usual repository of the base.",
+        "Load the weights of the base from here: a .safetensors, .ckpt, .pt or .pth file, a "
+        "diffusers folder or a hub id. By default they come from the usual repository of the "
+        "base.",
         common=True,
     )
     base_config: str | None = option(
         "model",
         None,
-        "Diffusers folder or hub id with what a single file lacks: configuration, tokenizers, VAE "
-        "and text encoders. By default it is the usual repository of the base.",
+        "Take what a single file lacks (configuration, tokenizers, VAE, text encoders) from "
+        "this diffusers folder or hub id. By default it is the usual repository of the base.",
     )
     weights_variant: str | None = option(
-        "model", None, "Variant of the files in a diffusers folder, such as fp16."
+        "model", None, "Load this variant of the files in a diffusers folder, such as fp16."
     )
     vae: str | None = option(
         "model",
         None,
-        "Another VAE: a file, a diffusers folder or a hub id. By default it is the base's own.",
+        "Use another VAE: a file, a diffusers folder or a hub id. By default it is the base's own.",
     )
     no_half_vae: bool = option(
         "model", False, "Keep the VAE in float32 whatever --mixed_precision is."
     )
     ae: str | None = option(
-        "model", None, "The same as --vae, by the name that Flux and SD3 users give it."
+        "model",
+        None,
+        "Use this VAE. It is the same as --vae, by the name that Flux and SD3 users know.",
     )
     clip_l: str | None = option(
         "model",
@@ -78,13 +81,13 @@ class ModelOptions(Options):
         "and pixart. Weights in fp8 are converted to the precision of the base.",
     )
     max_token_length: Literal[75, 150, 225] = option(
-        "model", 75, "Longest caption in tokens, for sd15, sd21 and sdxl. The rest is cut."
+        "model", 75, "Cut captions after this many tokens, for sd15, sd21 and sdxl."
     )
     t5_max_token_length: int | None = option(
         "model",
         None,
-        "Longest caption in tokens of T5. By default it is 300 for pixart, 256 for sd3 and 512 for "
-        "flux.",
+        "Cut captions for T5 after this many tokens. By default it is 300 for pixart, 256 for "
+        "sd3 and 512 for flux.",
         ge=1,
     )
     clip_skip: int | None = option(
@@ -104,7 +107,7 @@ class ModelOptions(Options):
     text_encoder: str | None = option(
         "model",
         None,
-        "CLIP for --text_conditional, as a folder or hub id. By default it is "
+        "Load the CLIP of --text_conditional from this folder or hub id. By default it is "
         "openai/clip-vit-large-patch14.",
     )
     unconditional: bool = option(
@@ -113,7 +116,7 @@ class ModelOptions(Options):
     flux_guidance_scale: float = option(
         "model",
         1.0,
-        "Guidance scale that a guidance-distilled Flux receives in training. kohya's "
+        "Give a guidance-distilled Flux this guidance scale in training. kohya's "
         "--guidance_scale is the same.",
         ge=0,
     )
@@ -125,73 +128,83 @@ class PatchOptions(Options):
     method: Method = option(
         "patch",
         "dmp",
-        "What is trained. dmp: prompts with a gate. prompt: prompts alone. lora: a LoRA by peft. "
-        "full: every weight of the base. joint: every weight and a patch together, from scratch.",
+        "Choose what is trained. dmp: prompts with a gate. prompt: prompts alone. lora: a LoRA "
+        "by peft. full: every weight of the base. joint: every weight and a patch together, "
+        "from scratch.",
         common=True,
     )
     dmp_sites: str | None = option(
         "patch",
         None,
-        "Block inputs that get prompts: all, a named set (encoder, decoder, blocks), or names with "
-        "commas between them. By default the base decides.",
+        "Put prompts at these block inputs: all, a named set (encoder, decoder, blocks), or "
+        "names with commas between them. By default the base decides.",
     )
     dmp_depth: int | None = option("patch", None, "Patch the first k block inputs only.", ge=1)
     grid: int | None = option(
         "patch",
         None,
-        "Rows and columns of the grid of prompts of a block input. By default the base decides.",
+        "Give the grid of prompts of a block input this many rows and columns. By default the "
+        "base decides.",
         ge=1,
         le=256,
     )
     gate: Literal["linear", "attention", "none"] = option(
         "patch",
         "linear",
-        "What weights the prompts by the timestep; none is naive prompt tuning.",
+        "Choose what weights the prompts by the timestep; none is naive prompt tuning.",
     )
     selection: Literal["soft", "hard"] = option(
-        "patch", "soft", "soft weights all prompts; hard keeps the top 75% of them."
+        "patch",
+        "soft",
+        "Choose how prompts are selected: soft weights all of them, hard keeps the top 75%.",
     )
     grids: int = option(
-        "patch", 1, "Number of prompt grids of a block input, K; the paper has one.", ge=1, le=64
+        "patch",
+        1,
+        "Give each block input this many prompt grids, K; the paper has one.",
+        ge=1,
+        le=64,
     )
     gate_unit: Literal["prompt", "grid"] = option(
         "patch",
         "prompt",
-        "What gets a weight of its own: each prompt, as in the paper, or each grid.",
+        "Give a weight of its own to each prompt, as in the paper, or to each grid.",
     )
     gate_form: Literal["softmax", "residual"] = option(
         "patch",
         "softmax",
-        "softmax makes weights over the prompts, as in the paper; residual takes 1 plus the output "
-        "of the gate, which may have any sign.",
+        "Choose how the gate's output becomes weights: softmax over the prompts, as in the "
+        "paper, or residual, 1 plus the output, which may have any sign.",
     )
     across_depth: Literal["distinct", "uniform"] = option(
         "patch",
         "distinct",
-        "Whether the gate sees the depth of a block (distinct) or not (uniform).",
+        "Let the gate see the depth of a block (distinct) or not (uniform).",
     )
     mix: Literal["add", "prepend"] = option(
-        "patch", "add", "Whether prompts are added to the input or prepended as tokens."
+        "patch", "add", "Add the prompts to the input, or prepend them as tokens."
     )
     condition: Literal["t", "t+y"] = option(
         "patch",
         "t",
-        "Input of the gate: the timestep, or the timestep and the class or pooled text.",
+        "Let the gate see the timestep alone, or the timestep and the class or pooled text.",
     )
     prompt_init: Literal["zero", "random"] = option(
-        "patch", "zero", "Initial values of the prompts; zero starts exactly at the base."
+        "patch",
+        "zero",
+        "Initialise the prompts with zeros, which starts exactly at the base, or at random.",
     )
     gate_init: Literal["zero", "random", "stages"] | None = option(
         "patch",
         None,
-        "Initial values of the gate; stages gives each grid a part of the timesteps. By default "
-        "it is stages for a residual gate of several grids, else zero.",
+        "Initialise the gate like this; stages gives each grid a part of the timesteps. By "
+        "default it is stages for a residual gate of several grids, else zero.",
     )
     prompt_scale: Literal["mean", "literal"] = option(
         "patch",
         "mean",
-        "literal trains the prompts p themselves, as the paper does; mean trains p / N, so that "
-        "one learning rate suits every grid. The file is the same.",
+        "Choose what is learned: literal trains the prompts p themselves, as the paper does; "
+        "mean trains p / N, so that one learning rate suits every grid. The file is the same.",
     )
     network_weights: str | None = option(
         "patch",
@@ -201,11 +214,12 @@ class PatchOptions(Options):
     network_dim: int | None = option(
         "patch",
         None,
-        "Rank of --method lora. By default the LoRA has about as many parameters as the patch.",
+        "Give the LoRA of --method lora this rank. By default it has about as many parameters "
+        "as the patch.",
         ge=1,
     )
     network_alpha: float | None = option(
-        "patch", None, "Alpha of --method lora. By default it is the rank.", gt=0
+        "patch", None, "Give the LoRA of --method lora this alpha. By default it is the rank.", gt=0
     )
 
 
@@ -215,7 +229,8 @@ class ObjectiveOptions(LossOptions):
     v_parameterization: bool = option(
         "objective",
         False,
-        "The base predicts v. Say so only where the configuration of its scheduler does not.",
+        "Take the base for one that predicts v. It is needed only where the configuration of "
+        "its scheduler does not say so.",
     )
     zero_terminal_snr: bool = option(
         "objective",
@@ -237,7 +252,7 @@ class ObjectiveOptions(LossOptions):
         "Weight timesteps by 1 / (p2_k + SNR)^gamma; 1 is usual, 0 disables it.",
         gt=0,
     )
-    p2_k: float = option("objective", 1.0, "The constant k of --p2_gamma.", gt=0)
+    p2_k: float = option("objective", 1.0, "Use this constant k in --p2_gamma.", gt=0)
     relative_loss: bool = option(
         "objective",
         False,
@@ -247,61 +262,67 @@ class ObjectiveOptions(LossOptions):
     variational_weight: float = option(
         "objective",
         1.0,
-        "Weight of the variational term, for bases that learn sigma; 0 disables it.",
+        "Give the variational term this weight, for bases that learn sigma; 0 disables it.",
         ge=0,
     )
     min_timestep: int = option(
         "objective",
         0,
-        "First timestep that is trained; the patch is off below it.",
+        "Train from this timestep on; the patch is off below it.",
         ge=0,
         le=999,
     )
     max_timestep: int = option(
         "objective",
         1000,
-        "First timestep that is no longer trained; the patch is off from it on.",
+        "Train up to this timestep, without it; the patch is off from it on.",
         ge=1,
         le=1000,
     )
     timestep_sampling: TimestepSampling = option(
         "objective",
         "sigma",
-        "How timesteps of flow models are drawn; sigma draws as --weighting_scheme says and then "
-        "shifts them.",
+        "Choose how timesteps of flow models are drawn; sigma draws as --weighting_scheme says "
+        "and then shifts them.",
     )
     weighting_scheme: WeightingScheme = option(
         "objective",
         "none",
-        "Density (logit_normal, mode) or weight (sigma_sqrt, cosmap) of the timesteps of flow "
-        "models.",
+        "Choose the density (logit_normal, mode) or weight (sigma_sqrt, cosmap) of the "
+        "timesteps of flow models.",
     )
-    logit_mean: float = option("objective", 0.0, "Mean of --weighting_scheme logit_normal.")
+    logit_mean: float = option(
+        "objective", 0.0, "Use this mean in --weighting_scheme logit_normal."
+    )
     logit_std: float = option(
-        "objective", 1.0, "Standard deviation of --weighting_scheme logit_normal.", gt=0
+        "objective", 1.0, "Use this standard deviation in --weighting_scheme logit_normal.", gt=0
     )
-    mode_scale: float = option("objective", 1.29, "Scale of --weighting_scheme mode.")
+    mode_scale: float = option("objective", 1.29, "Use this scale in --weighting_scheme mode.")
     sigmoid_scale: float = option(
-        "objective", 1.0, "Scale of --timestep_sampling sigmoid, shift and flux_shift.", gt=0
+        "objective",
+        1.0,
+        "Use this scale in --timestep_sampling sigmoid, shift and flux_shift.",
+        gt=0,
     )
     discrete_flow_shift: float | None = option(
         "objective",
         None,
-        "Shift of the timesteps of flow models. By default it is that of the scheduler.",
+        "Shift the timesteps of flow models by this factor. By default it is that of the "
+        "scheduler.",
         gt=0,
     )
     importance_weight: float = option(
         "objective",
         0.0,
-        "Weight of the importance loss, which balances the prompts; 0 disables it.",
+        "Give the importance loss, which balances the prompts, this weight; 0 disables it.",
         ge=0,
     )
     load_weight: float = option(
         "objective",
         0.0,
-        "Weight of the load loss, which balances the prompts; 0 disables it.",
+        "Give the load loss, which balances the prompts, this weight; 0 disables it.",
         ge=0,
     )
     balancing_timesteps: int = option(
-        "objective", 16, "Number of timesteps at which the balancing losses are evaluated.", ge=16
+        "objective", 16, "Evaluate the balancing losses at this many timesteps.", ge=16
     )

@@ -29,75 +29,77 @@ class OptimisationOptions(Options):
     recipe: Recipe | None = option(
         "optimisation",
         None,
-        "A set of options; options that you give yourself win. paper: the recipe of the paper, "
-        "with 50,000 steps of 128 images. stages: four coarser grids, each for a part of the noise "
-        "levels, trained with --relative_loss. clean: such grids for timesteps below 500 alone. "
-        "none: the defaults listed here. By default it is none for digits and cifar10-s, which "
-        "have measured settings of their own, else paper.",
+        "Choose a set of options; options that you give yourself win. paper: the recipe of the "
+        "paper, with 50,000 steps of 128 images. stages: four coarser grids, each for a part of "
+        "the noise levels, trained with --relative_loss. clean: such grids for timesteps below "
+        "500 alone. none: the defaults listed here. By default it is none for digits and "
+        "cifar10-s, which have measured settings of their own, else paper.",
         common=True,
     )
     optimizer_type: str = option(
         "optimisation",
         "AdamW",
-        "AdamW, Adam, SGDNesterov, Adafactor, and with their packages AdamW8bit, PagedAdamW8bit, "
-        "Lion, Lion8bit, Prodigy, DAdaptAdam, AdamWScheduleFree, SGDScheduleFree and their "
-        "relatives, or any class as module.Class.",
+        "Use this optimiser: AdamW, Adam, SGDNesterov, Adafactor, and with their packages "
+        "AdamW8bit, PagedAdamW8bit, Lion, Lion8bit, Prodigy, DAdaptAdam, AdamWScheduleFree, "
+        "SGDScheduleFree and their relatives, or any class as module.Class.",
         common=True,
         min_length=1,
     )
     optimizer_args: list[str] = option(
-        "optimisation", [], "Arguments of the optimiser, each as name=value."
+        "optimisation", [], "Pass these arguments to the optimiser, each as name=value."
     )
     learning_rate: float = option(
         "optimisation",
         1e-3,
-        "Learning rate of the prompts, or of --method lora, full and joint. kohya's --unet_lr is "
-        "the same.",
+        "Train the prompts, or the values of --method lora, full and joint, with this learning "
+        "rate. kohya's --unet_lr is the same.",
         gt=0,
         common=True,
     )
     gate_lr_factor: float = option(
         "optimisation",
         1.0,
-        "Learning rate of the gate divided by the learning rate of the prompts.",
+        "Train the gate with this multiple of the learning rate.",
         gt=0,
     )
-    weight_decay: float = option("optimisation", 0.0, "Weight decay of the optimiser.", ge=0)
+    weight_decay: float = option("optimisation", 0.0, "Use this weight decay; 0 disables it.", ge=0)
     lr_scheduler: Scheduler = option(
         "optimisation",
         "cosine",
-        "How the learning rate changes during the run.",
+        "Change the learning rate in this way during the run.",
         common=True,
     )
     lr_warmup_steps: int | float = option(
         "optimisation",
         0,
-        "Steps in which the learning rate rises from 0; a number below 1 is a share of all steps.",
+        "Let the learning rate rise from 0 in this many steps; a number below 1 is a share of "
+        "all steps.",
         ge=0,
     )
     lr_decay_steps: int | float = option(
         "optimisation",
         0,
-        "Steps in which the learning rate falls at the end of --lr_scheduler warmup_stable_decay; "
-        "a number below 1 is a share of all steps.",
+        "Let the learning rate fall in this many last steps of --lr_scheduler "
+        "warmup_stable_decay; a number below 1 is a share of all steps.",
         ge=0,
     )
     lr_scheduler_num_cycles: int = option(
-        "optimisation", 1, "Number of cycles of --lr_scheduler cosine_with_restarts.", ge=1
+        "optimisation", 1, "Repeat --lr_scheduler cosine_with_restarts this many times.", ge=1
     )
     lr_scheduler_power: float = option(
-        "optimisation", 1.0, "Power of --lr_scheduler polynomial.", gt=0
+        "optimisation", 1.0, "Use this power in --lr_scheduler polynomial.", gt=0
     )
     lr_scheduler_timescale: int | None = option(
         "optimisation",
         None,
-        "Time scale of --lr_scheduler inverse_sqrt in steps. By default it is the warm-up.",
+        "Use this time scale, in steps, in --lr_scheduler inverse_sqrt. By default it is the "
+        "warm-up.",
         ge=1,
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         "optimisation",
         None,
-        "Share of the learning rate at which a cosine or warmup_stable_decay schedule ends. By "
+        "End a cosine or warmup_stable_decay schedule at this share of the learning rate. By "
         "default it is 0.",
         ge=0,
         le=1,
@@ -105,34 +107,34 @@ class OptimisationOptions(Options):
     lr_scheduler_type: str | None = option(
         "optimisation",
         None,
-        "Another schedule, as module.Class or as a class of torch.optim.lr_scheduler; it replaces "
-        "--lr_scheduler.",
+        "Use another schedule, given as module.Class or as a class of torch.optim.lr_scheduler; "
+        "it replaces --lr_scheduler.",
     )
     lr_scheduler_args: list[str] = option(
-        "optimisation", [], "Arguments of --lr_scheduler_type, each as name=value."
+        "optimisation", [], "Pass these arguments to --lr_scheduler_type, each as name=value."
     )
     max_train_steps: int = option(
-        "optimisation", 1600, "Number of optimiser steps.", ge=1, common=True
+        "optimisation", 1600, "Train for this many optimiser steps.", ge=1, common=True
     )
     max_train_epochs: int | None = option(
         "optimisation",
         None,
-        "Number of passes over the data; it replaces --max_train_steps.",
+        "Train for this many passes over the data; it replaces --max_train_steps.",
         ge=1,
         common=True,
     )
     gradient_accumulation_steps: int = option(
         "optimisation",
         1,
-        "Number of batches whose gradients are added up before each optimiser step.",
+        "Add up the gradients of this many batches before each optimiser step.",
         ge=1,
         common=True,
     )
     global_batch_size: int | None = option(
         "optimisation",
         None,
-        "Images of an optimiser step over all processes; --gradient_accumulation_steps then "
-        "follows from it.",
+        "Make each optimiser step of this many images over all processes; "
+        "--gradient_accumulation_steps then follows from it.",
         ge=1,
     )
     max_grad_norm: float = option(
@@ -141,14 +143,14 @@ class OptimisationOptions(Options):
     ema_decay: float = option(
         "optimisation",
         0.99,
-        "Decay of the exponential moving average, which is what is saved; 0 disables it.",
+        "Save an exponential moving average with this decay; 0 disables it.",
         ge=0,
         lt=1,
     )
     seed: int = option(
         "optimisation",
         0,
-        "Seed of the data order, the noise and the initial values.",
+        "Draw the data order, the noise and the initial values with this seed.",
         ge=0,
         le=_LARGEST_SEED,
         common=True,
@@ -168,21 +170,21 @@ class ScaleOptions(Options):
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
         "precision and scale",
         "no",
-        "Arithmetic of the frozen base; the patch itself stays in float32. bf16 halves the memory "
-        "of the base.",
+        "Compute the frozen base in this precision; the patch itself stays in float32. bf16 "
+        "halves the memory of the base.",
         common=True,
     )
     gradient_checkpointing: bool = option(
         "precision and scale",
         False,
-        "Compute activations again in the backward pass: less memory, more time.",
+        "Compute activations again in the backward pass, which takes less memory and more time.",
         common=True,
     )
     torch_compile: bool = option(
         "precision and scale", False, "Compile the base with torch.compile."
     )
     dynamo_backend: str = option(
-        "precision and scale", "inductor", "Backend of --torch_compile.", min_length=1
+        "precision and scale", "inductor", "Use this backend of torch.compile.", min_length=1
     )
     fp8_base: bool = option(
         "precision and scale",
@@ -225,19 +227,19 @@ class OutputOptions(Options):
     output_dir: str = option(
         "output",
         "output/{base}",
-        "Folder of everything that a run leaves.",
+        "Write everything that a run leaves to this folder.",
         min_length=1,
         common=True,
     )
     output_name: str = option(
         "output",
         "{base}-{method}",
-        "Name of the patch file, without its ending.",
+        "Give the patch file this name, without its ending.",
         min_length=1,
         common=True,
     )
     save_precision: Literal["float", "fp16", "bf16"] = option(
-        "output", "float", "Precision of the values in the patch file."
+        "output", "float", "Store the values of the patch file in this precision."
     )
     save_every_n_steps: int | None = option(
         "output", None, "Also save the patch every n steps.", ge=1, common=True
@@ -246,10 +248,16 @@ class OutputOptions(Options):
         "output", None, "Also save the patch every n epochs.", ge=1
     )
     save_last_n_steps: int | None = option(
-        "output", None, "Of the files saved on the way, keep those of the last n steps only.", ge=1
+        "output",
+        None,
+        "Keep only those of the intermediate files that the last n steps saved.",
+        ge=1,
     )
     save_last_n_epochs: int | None = option(
-        "output", None, "Of the files saved on the way, keep those of the last n epochs only.", ge=1
+        "output",
+        None,
+        "Keep only those of the intermediate files that the last n epochs saved.",
+        ge=1,
     )
     save_last_n_steps_state: int | None = option(
         "output",
@@ -278,32 +286,39 @@ class OutputOptions(Options):
     resume: str | None = option(
         "output",
         None,
-        "Folder of a saved state from which the training goes on, or latest.",
+        "Go on from the saved state in this folder, or from the latest one for the word latest.",
         common=True,
     )
     metadata_title: str | None = option(
-        "output", None, "Title in the metadata of the patch file. By default it is its name."
+        "output",
+        None,
+        "Write this title into the metadata of the patch file. By default it is the name of the "
+        "file.",
     )
     metadata_author: str | None = option(
-        "output", None, "Author in the metadata of the patch file."
+        "output", None, "Write this author into the metadata of the patch file."
     )
     metadata_description: str | None = option(
-        "output", None, "Description in the metadata of the patch file."
+        "output", None, "Write this description into the metadata of the patch file."
     )
     metadata_tags: str | None = option(
-        "output", None, "Tags in the metadata of the patch file, with commas between them."
+        "output",
+        None,
+        "Write these tags, with commas between them, into the metadata of the patch file.",
     )
     metadata_license: str | None = option(
-        "output", None, "License in the metadata of the patch file."
+        "output", None, "Write this license into the metadata of the patch file."
     )
     training_comment: str | None = option(
-        "output", None, "Comment in the metadata of the patch file, as ss_training_comment."
+        "output",
+        None,
+        "Write this comment into the metadata of the patch file, as ss_training_comment.",
     )
     sample_prompts: str | None = option(
         "previews",
         None,
-        "File of prompts for previews: .txt with a prompt a line and kohya's --n --w --h --d --s "
-        "--l, or kohya's .toml or .json. For a DiT the prompts are class ids.",
+        "Read the prompts of previews from this file: .txt with a prompt a line and kohya's --n "
+        "--w --h --d --s --l, or kohya's .toml or .json. For a DiT the prompts are class ids.",
         common=True,
     )
     sample_every_n_steps: int | None = option(
@@ -313,11 +328,11 @@ class OutputOptions(Options):
         "previews", None, "Draw previews every n epochs.", ge=1
     )
     sample_at_first: bool = option("previews", False, "Also draw previews before the first step.")
-    sample_steps: int = option("previews", 20, "Denoising steps of a preview.", ge=1)
+    sample_steps: int = option("previews", 20, "Draw previews in this many denoising steps.", ge=1)
     sample_sampler: PreviewSampler | None = option(
         "previews",
         None,
-        "Sampler of the previews. By default it is ddim; flow models always take euler.",
+        "Draw previews with this sampler. By default it is ddim; flow models always take euler.",
     )
     validate_every_n_steps: int | None = option(
         "validation", None, "Validate every n steps.", ge=1, common=True
@@ -328,12 +343,12 @@ class OutputOptions(Options):
     validation_bins: int = option(
         "validation",
         10,
-        "Number of equal ranges of timesteps in which the loss is measured.",
+        "Measure the validation loss in this many equal ranges of timesteps.",
         ge=1,
         le=100,
     )
     validation_draws: int = option(
-        "validation", 1, "Number of noise draws for each image and range.", ge=1
+        "validation", 1, "Draw this many noises for each image and range.", ge=1
     )
     max_validation_images: int | None = option(
         "validation", 64, "Use at most this many images for a validation.", ge=1
@@ -346,30 +361,34 @@ class OutputOptions(Options):
     report_samples: int = option(
         "validation",
         0,
-        "For digits only: number of generated images in the final report; 0 disables it.",
+        "Generate this many images for the final report, for digits only; 0 disables the report.",
         ge=0,
     )
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
         "logging",
         None,
-        "Where to log besides the terminal. With --logging_dir the default is tensorboard.",
+        "Write logs for this program. With --logging_dir it is tensorboard by default.",
     )
     logging_dir: str | None = option(
-        "logging", None, "Folder of the logs. By default it is the folder logs in --output_dir."
+        "logging",
+        None,
+        "Write logs to this folder. By default it is the folder logs in --output_dir.",
     )
     log_prefix: str | None = option(
-        "logging", None, "Name of the run in the logs. By default it is --output_name."
+        "logging", None, "Give the run this name in the logs. By default it is --output_name."
     )
     log_every_n_steps: int = option("logging", 1, "Write values to the logs every n steps.", ge=1)
     wandb_run_name: str | None = option(
-        "logging", None, "Name of the run in Weights & Biases. By default the service makes one up."
+        "logging",
+        None,
+        "Give the run this name in Weights & Biases. By default the service makes one up.",
     )
     huggingface_repo_id: str | None = option(
         "hub", None, "Upload the final patch to this repository, with a model card and previews."
     )
     huggingface_private: bool = option("hub", False, "Make the repository private.")
     huggingface_token: str | None = option(
-        "hub", None, "Access token. By default it is that of `hf auth login`."
+        "hub", None, "Use this access token. By default it is that of `hf auth login`."
     )
     dry_run: bool = option(
         "run",
@@ -381,7 +400,7 @@ class OutputOptions(Options):
     config_file: str | None = option(
         "run",
         None,
-        "TOML file of options, in any tables. Options of the command line win.",
+        "Read options from this TOML file, in any tables. Options of the command line win.",
         common=True,
     )
     output_config: str | None = option(

@@ -17,6 +17,7 @@ from training.options.dataset_file import read_dataset_file
 from training.options.problems import ConfigError
 from training.run.folder import RunFolder
 from training.run.optimisers import OPTIMISERS, PLAIN, has_package, make_optimiser, optimiser_name
+from training.run.previews import sampler_of
 from training.run.prompt_files import read_prompt_file
 from training.run.state import find_resumed
 
@@ -36,7 +37,7 @@ def check_run(found: Resolved) -> None:
             config = with_base(config, find_base(config).name)
         except PatchError as error:
             found.problems += _sentences(error)
-    for suit in (_suit_precision, _suit_optimiser):
+    for suit in (_suit_precision, _suit_optimiser, _suit_sampler):
         config, warning = suit(config)
         found.warnings += [warning] if warning else []
     if config.report_samples and config.method not in _PATCHES:
@@ -79,6 +80,16 @@ def _suit_optimiser(config: TrainConfig) -> tuple[TrainConfig, str | None]:
         return config, None
     return config.model_copy(update={"optimizer_type": PLAIN[name]}), (
         f"--optimizer_type {name} becomes {PLAIN[name]}, because {why}."
+    )
+
+
+def _suit_sampler(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """A sampler that previews do not have becomes theirs: it changes pictures, not the patch."""
+    name = config.sample_sampler
+    if name in (None, "ddim") or sampler_of(name, flow=False) != "default":
+        return config, None
+    return config.model_copy(update={"sample_sampler": None}), (
+        f"--sample_sampler {name} is not among the samplers of previews, which take ddim then."
     )
 
 

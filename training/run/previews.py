@@ -52,7 +52,7 @@ class Previews:
         device: torch.device,
     ) -> None:
         self.frozen, self.device = frozen, device
-        self.sampler = sampler_of(config.sample_sampler, is_flow(frozen.scheduler))
+        self.sampler, self.flow = config.sample_sampler, is_flow(frozen.scheduler)
         self.prompts = read_prompts(config, frozen)
         self.told = [self._told(prompt, encoders) for prompt in self.prompts]
         self.base: list[Tensor] = []
@@ -99,6 +99,6 @@ class Previews:
             untold,
             steps=prompt.steps,
             scale=prompt.scale,
-            sampler=self.sampler,
+            sampler=sampler_of(prompt.sampler or self.sampler, self.flow),
             generators=more,
         )[0]

@@ -90,3 +90,12 @@ def test_a_recipes_batch_is_rounded_to_what_processes_take() -> None:
     asked = read_options({"base": "sd15", "train_batch_size": 3, "global_batch_size": 128}).config
     with pytest.raises(PatchError, match="multiple of 3"):
         accumulation(asked, 1)
+
+
+def test_a_sampler_that_previews_lack_is_a_warning(tmp_path: Path) -> None:
+    found = checked(tmp_path, sample_sampler="heun")
+    assert (found.config.sample_sampler, found.problems) == (None, [])
+    assert "--sample_sampler heun" in found.warnings[0]
+    for name in ("ddim", "k_euler", "dpmsolver++"):
+        found = checked(tmp_path, sample_sampler=name)
+        assert (found.config.sample_sampler, found.warnings) == (name, [])
