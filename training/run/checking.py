@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from dmp_common import Patch, PatchError, get_base
+from training.base.families.table import family_of
+from training.base.families.transformer import Flux
 from training.base.frozen import find_base
 from training.base.places import find_source
 from training.options.command_line import Resolved, with_base
@@ -22,6 +25,11 @@ from training.run.prompt_files import read_prompt_file
 from training.run.state import find_resumed
 
 _PATCHES = ("dmp", "prompt")
+# Options about the timesteps of flow models.
+_OF_FLOW = (
+    "timestep_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
+    "sigmoid_scale", "discrete_flow_shift",
+)  # fmt: skip
 _Check = Callable[[TrainConfig], object]
 
 
@@ -37,7 +45,7 @@ def check_run(found: Resolved) -> None:
             config = with_base(config, find_base(config).name)
         except PatchError as error:
             found.problems += _sentences(error)
-    for suit in (_suit_precision, _suit_optimiser, _suit_sampler):
+    for suit in (_suit_precision, _suit_optimiser, _suit_sampler, _suit_base):
         config, warning = suit(config)
         found.warnings += [warning] if warning else []
     if config.report_samples and config.method not in _PATCHES:
@@ -91,6 +99,32 @@ def _suit_sampler(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     return config.model_copy(update={"sample_sampler": None}), (
         f"--sample_sampler {name} is not among the samplers of previews, which take ddim then."
     )
+
+
+def _suit_base(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """Options for other bases become their defaults: a file shall not record what was not used."""
+    try:
+        base = get_base(config.base)
+        family = family_of(base)
+    except PatchError:  # an unknown base has a sentence of its own
+        return config, None
+    encoders = list(family.encoders.values())
+    fitting = {
+        "clip_skip": encoders == ["CLIPTextModel"],
+        "max_token_length": family.denoiser == "unet",
+        "t5_max_token_length": "T5EncoderModel" in encoders,
+        "flux_guidance_scale": isinstance(family, Flux),
+        **dict.fromkeys(_OF_FLOW, base.prediction == "flow"),
+    }
+    idle = {
+        name: TrainConfig.model_fields[name].default
+        for name, fits in fitting.items()
+        if not fits and getattr(config, name) != TrainConfig.model_fields[name].default
+    }
+    if not idle:
+        return config, None
+    names = ", ".join(f"--{name}" for name in idle)
+    return config.model_copy(update=idle), f"taken without effect on base {base.name}: {names}."
 
 
 def _on_cpu(config: TrainConfig) -> bool:
@@ -176,4 +210,12 @@ def _upload(config: TrainConfig) -> None:
 
 
 def _folder(config: TrainConfig) -> None:
-    RunFolder(config).require_writable()
+    """A folder that can be written; what is made for the trial is removed, since no run is sure."""
+    folder = Path(config.output_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        RunFolder(config).require_writable()
+    finally:
+        for path in made:
+            with suppress(OSError):  # never made
+                path.rmdir()

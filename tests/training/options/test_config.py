@@ -203,7 +203,12 @@ def test_help_is_fast_and_needs_no_torch() -> None:
         "print('SECONDS', time.process_time())"  # not the clock: other tests run beside this one
     )
     root = Path(__file__).resolve().parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout.rpartition("SECONDS")[2]) < 1
+    seconds = []
+    for _ in range(3):  # the best of three: a busy machine is no fault of ours
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        )
+        seconds.append(float(done.stdout.rpartition("SECONDS")[2]))
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5

@@ -99,3 +99,38 @@ def test_a_sampler_that_previews_lack_is_a_warning(tmp_path: Path) -> None:
     for name in ("ddim", "k_euler", "dpmsolver++"):
         found = checked(tmp_path, sample_sampler=name)
         assert (found.config.sample_sampler, found.warnings) == (name, [])
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        ("sdxl", {"clip_skip": 2, "weighting_scheme": "logit_normal"}),
+        ("flux", {"clip_skip": 1, "max_token_length": 225}),
+        ("sd15", {"discrete_flow_shift": 3.0, "guidance_scale": 3.5, "t5_max_token_length": 128}),
+    ],
+)
+def test_options_for_other_bases_are_a_warning_and_not_recorded(
+    base: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    found = checked(tmp_path, base=base, dataset_name="digits", **options)
+    assert found.problems == []
+    assert (
+        found.config.recorded()
+        == checked(tmp_path, base=base, dataset_name="digits").config.recorded()
+    )
+    names = {name.replace("guidance_scale", "flux_guidance_scale") for name in options}
+    assert f"without effect on base {base}: " in found.warnings[0]
+    assert all(f"--{name}" in found.warnings[0] for name in names)
+
+
+def test_options_that_fit_a_base_are_kept(tmp_path: Path) -> None:
+    for base, options in {
+        "sd15": {"clip_skip": 2, "max_token_length": 225},
+        "flux": {"guidance_scale": 3.5, "timestep_sampling": "shift", "t5_max_token_length": 99},
+    }.items():
+        assert checked(tmp_path, base=base, dataset_name="digits", **options).warnings == []
+
+
+def test_a_refused_command_line_leaves_no_folder(tmp_path: Path) -> None:
+    assert checked(tmp_path, output_dir=str(tmp_path / "a" / "b"), dmp_sites="none").problems
+    assert list(tmp_path.iterdir()) == []
