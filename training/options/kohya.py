@@ -64,6 +64,7 @@ EFFECTLESS: dict[str, str] = {
     "token_warmup_min": "captions are whole from the first step on",
     "no_metadata": "a patch file describes itself, and nothing can be left out of it",
     "model_prediction_type": "flow models are trained on their raw output",
+    "noise_offset_type": "--noise_offset and --multires_noise_iterations say it themselves",
     "max_validation_steps": "use --max_validation_images",
     "save_n_epoch_ratio": "use --save_every_n_epochs",
     "wandb_api_key": "log in with `wandb login`",

@@ -199,3 +199,104 @@ def test_no_base_lists_bases_and_shows_commands(capsys: pytest.CaptureFixture[st
         parse_arguments(command.split()[2:])
     given = ["--pretrained_model_name_or_path", "w.safetensors"]
     assert parse_arguments(given).base == "auto"
+
+
+# The keys that kohya's user interface writes, most of them off.
+GUI_FILE = """
+bucket_no_upscale = true
+bucket_reso_steps = 64
+cache_latents = true
+caption_dropout_every_n_epochs = 0
+caption_dropout_rate = 0
+caption_extension = ".txt"
+clip_skip = 1
+color_aug = false
+dynamo_backend = "no"
+enable_bucket = true
+face_crop_aug_range = ""
+full_bf16 = false
+gradient_accumulation_steps = 2
+huber_c = 0.1
+huber_schedule = "snr"
+ip_noise_gamma = 0
+keep_tokens = 0
+learning_rate = 0
+logging_dir = ""
+loss_type = "l2"
+lr_scheduler = "cosine"
+lr_scheduler_args = []
+lr_scheduler_num_cycles = 1
+lr_scheduler_power = 1
+lr_scheduler_type = ""
+lr_warmup_steps = 0.1
+max_bucket_reso = 2048
+max_data_loader_n_workers = 0
+max_grad_norm = 1
+max_timestep = 1000
+max_token_length = 75
+max_train_epochs = 0
+max_train_steps = 800
+mem_eff_attn = false
+metadata_author = ""
+min_bucket_reso = 256
+min_snr_gamma = 0
+mixed_precision = "fp16"
+multires_noise_discount = 0.3
+multires_noise_iterations = 0
+network_alpha = 4
+network_args = []
+network_dim = 8
+network_dropout = 0
+network_module = "networks.lora"
+noise_offset = 0
+noise_offset_type = "Original"
+optimizer_args = []
+optimizer_type = "AdamW8bit"
+output_dir = "out"
+output_name = "name"
+persistent_data_loader_workers = 0
+pretrained_model_name_or_path = "model.safetensors"
+prior_loss_weight = 1
+reg_data_dir = ""
+resolution = "512,512"
+resume = ""
+sample_every_n_epochs = 0
+sample_prompts = ""
+sample_sampler = "euler_a"
+save_every_n_epochs = 1
+save_every_n_steps = 0
+save_last_n_steps = 0
+save_last_n_steps_state = 0
+save_model_as = "safetensors"
+save_precision = "fp16"
+scale_v_pred_loss_like_noise_pred = false
+scale_weight_norms = 0
+seed = 1
+stop_text_encoder_training = 0
+text_encoder_lr = [1e-4, 1e-4]
+train_batch_size = 3
+train_data_dir = "images"
+unet_lr = 2e-4
+v2 = false
+v_parameterization = false
+v_pred_like_loss = 0
+vae = ""
+vae_batch_size = 0
+wandb_api_key = ""
+wandb_run_name = "name"
+weighted_captions = false
+xformers = true
+"""
+
+
+def test_a_file_of_kohyas_user_interface_is_taken_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "gui.toml"
+    file.write_text(GUI_FILE)
+    found = read_options({"config_file": str(file)}).config
+    assert read_options({"config_file": str(file)}).problems == []
+    assert (found.base, found.learning_rate, found.vae, found.max_train_steps) == (
+        "auto", 2e-4, None, 800,
+    )  # fmt: skip
+    # The batch that was asked for, not the recipe's.
+    assert (found.train_batch_size, found.gradient_accumulation_steps) == (3, 2)
+    assert found.global_batch_size is None
