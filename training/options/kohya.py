@@ -14,6 +14,7 @@ SAME: dict[str, str] = {
     "training_shift": "discrete_flow_shift",
     "t5xxl_max_token_length": "t5_max_token_length",
     "wandb_name": "wandb_run_name",
+    "caption_extention": "caption_extension",  # their old spelling
 }
 # kohya's switches, and the options that they stand for.
 MEANT: dict[str, dict[str, Any]] = {
@@ -36,11 +37,15 @@ _HALF = "--mixed_precision already keeps the frozen base in half precision"
 _LOADING = "files are read without it"
 _LOGS = "the trainer's own output replaces it"
 _LAUNCH = "give it to accelerate launch, before the script"
+_METADATA = "use --metadata_description"
 _HUB = "a patch is uploaded to its repository as a whole, at the end"
 
 # Options that change nothing about a patch, and why: they are taken with a warning.
 EFFECTLESS: dict[str, str] = {
-    "save_model_as": "a patch is always a .safetensors file",
+    **dict.fromkeys(("save_model_as", "use_safetensors"), "a patch is always a .safetensors file"),
+    **dict.fromkeys(("metadata_thumbnail", "metadata_merged_from"), _METADATA),
+    **dict.fromkeys(("metadata_preprocessor", "metadata_is_negative_embedding"), _METADATA),
+    **dict.fromkeys(("metadata_usage_hint", "metadata_trigger_phrase"), _METADATA),
     "network_module": "--method says what is trained",
     **dict.fromkeys(("text_encoder_lr", "network_train_unet_only"), _TEXT),
     **dict.fromkeys(("learning_rate_te", "learning_rate_te1", "learning_rate_te2"), _TEXT),
@@ -55,7 +60,8 @@ EFFECTLESS: dict[str, str] = {
     **dict.fromkeys(("single_blocks_to_swap", "double_blocks_to_swap"), _MEMORY),
     **dict.fromkeys(("t5xxl_dtype", "t5xxl_device", "text_encoder_batch_size"), _MEMORY),
     **dict.fromkeys(("pin_memory", "prefetch_factor", "tokenizer_cache_dir"), _LOADING),
-    **dict.fromkeys(("cache_info", "skip_cache_check", "in_memory_cache"), _LOADING),
+    **dict.fromkeys(("cache_info", "skip_cache_check", "use_t5xxl_cache_only"), _LOADING),
+    "in_memory_cache": "use --cache_latents",
     **dict.fromkeys(("skip_latents_validity_check", "skip_image_resolution"), _LOADING),
     **dict.fromkeys(("disable_mmap_load_safetensors", "loader_num_workers"), _LOADING),
     "vae_batch": "the cache is filled --vae_batch_size images at a time",
@@ -90,6 +96,7 @@ _CONTROL = "ControlNets are not trained; leave it out"
 _INVERSION = "textual inversion is not trained; leave it out"
 _RESUMED = "use --resume to go on from a saved state"
 _DEEPSPEED = "launch with training/accelerate/deepspeed.yaml"
+_SITES = "use --dmp_sites"
 _MASKED = "the masks of text encoders are those of the base's own pipeline; leave it out"
 _DROPOUT = "use --caption_dropout_rate, which drops whole captions"
 
@@ -121,18 +128,23 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("offload_param_device", "zero3_init_flag", "zero3_save_16bit_model"), _DEEPSPEED
     ),
+    **dict.fromkeys(("offload_optimizer_nvme_path", "offload_param_nvme_path"), _DEEPSPEED),
+    "fp16_master_weights_and_gradients": _DEEPSPEED,
     **dict.fromkeys(("apply_t5_attn_mask", "apply_lg_attn_mask"), _MASKED),
     **dict.fromkeys(("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"), _DROPOUT),
     "pos_emb_random_crop_rate": "SD3 is trained with its own position embedding; leave it out",
     "enable_scaled_pos_embed": "SD3 is trained with its own position embedding; leave it out",
     "train_inpainting": "inpainting models are not trained; leave it out",
     **dict.fromkeys(("fp8_base_unet", "fp8_scaled"), "use --fp8_base"),
-    "train_double_block_indices": "use --dmp_sites",
-    "train_single_block_indices": "use --dmp_sites",
+    **dict.fromkeys(("train_double_block_indices", "train_single_block_indices"), _SITES),
+    "num_last_block_to_freeze": _SITES,
+    "perlin_noise": "use --noise_offset or --multires_noise_iterations",
+    "model_type": "choose the model with --base",
 }
 # Values with which such an option changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dataset_repeats": (1,),
+    "model_type": ("flux",),
 }
 # Values that are not taken of options without effect, because they would have one.
 DIFFERENT: dict[str, dict[str, str]] = {
