@@ -16,7 +16,7 @@ from torch import Tensor
 from dmp_common import PatchError
 from training.base.schedulers import flux_shift, is_flow
 from training.objective.variational import Posterior, variational_term
-from training.options.model_options import ObjectiveOptions
+from training.options.loss_options import ObjectiveOptions
 
 
 class Discrete:

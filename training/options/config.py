@@ -10,8 +10,10 @@ from typing import Any
 from pydantic import ConfigDict
 
 from training.options.data_options import DataOptions
-from training.options.model_options import ModelOptions, ObjectiveOptions, PatchOptions
-from training.options.run_options import OptimisationOptions, OutputOptions, ScaleOptions
+from training.options.loss_options import ObjectiveOptions
+from training.options.model_options import ModelOptions, PatchOptions
+from training.options.optimisation_options import OptimisationOptions
+from training.options.run_options import OutputOptions, ScaleOptions
 
 SECRETS = ("huggingface_token",)  # never written anywhere
 # Wishes about one call of the command, not about the run.

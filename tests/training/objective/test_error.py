@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.objective.error import huber_threshold, masked_mean, prediction_error
 from training.objective.noising import process_of
-from training.options.model_options import ObjectiveOptions
+from training.options.loss_options import ObjectiveOptions
 
 PREDICTION = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0)).double()
 T = torch.tensor([0, 200, 400, 600, 800, 999])

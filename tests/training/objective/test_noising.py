@@ -17,7 +17,7 @@ from torch import Tensor
 from dmp_common import PatchError
 from training.base.schedulers import flux_shift
 from training.objective.noising import Discrete, Flow, process_of
-from training.options.model_options import ObjectiveOptions
+from training.options.loss_options import ObjectiveOptions
 
 T = torch.tensor([0, 1, 500, 998, 999])
 
