@@ -94,8 +94,13 @@ def suggestions(chosen: Mapping[str, Any]) -> dict[str, Any]:
         found |= VARIANTS.get(base, {})
     recipe = str(chosen.get("recipe") or default_recipe(base))
     found |= {**RECIPES.get(recipe, {}), "recipe": recipe}
-    if chosen.get("gradient_accumulation_steps") and not chosen.get("global_batch_size"):
-        found.pop("global_batch_size", None)  # it would overrule the accumulation asked for
+    # Who says how many images make a step is not overruled by a recipe that nobody named: with
+    # kohya's scripts --train_batch_size says it, and 128 times as much would be a surprise.
+    own = chosen.get("gradient_accumulation_steps") or (
+        chosen.get("train_batch_size") and not chosen.get("recipe")
+    )
+    if own and not chosen.get("global_batch_size"):
+        found.pop("global_batch_size", None)
     if chosen.get("logging_dir"):
         found["log_with"] = "tensorboard"  # as kohya has it
     return found

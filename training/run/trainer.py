@@ -136,7 +136,7 @@ class Trainer:
             config.log_prefix or config.output_name, _scalars(config), tracker_options(config)
         )
         if run.accelerator.is_main_process:
-            text = as_toml(config.model_copy(update={"resume": None, "overwrite": False}))
+            text = as_toml(config)
             path = self.events.outputs.folder / f"{config.output_name}.toml"
             path.write_text(text, encoding="utf-8")
         if run.step < run.total:
