@@ -15,11 +15,13 @@ from dmp_common import Base, PatchError, get_base
 from dmp_common.bases.base import Naming
 from dmp_common.bases.detect import require_base
 from dmp_common.bases.timesteps import frequency_shift
+from training.base import memory
 from training.base.dit_folders import TEXT_FILE, TIME_FILE, set_time_embedding, text_dit, text_facts
 from training.base.families import dit
 from training.base.families.family import Family
 from training.base.families.table import family_of
 from training.base.loading import Blueprint, Loader, Said
+from training.base.option_checks import require_fitting
 from training.base.places import find_source
 from training.base.precision import DTYPES
 from training.base.schedulers import is_flow
@@ -40,6 +42,7 @@ class FrozenBase:
         vae: None for a base of pixels.
         encoders: text encoders and tokenizers, by folder in a diffusers pipeline.
         unconditional: every image gets the null class.
+        swapped: how many of its last blocks the CPU keeps (--blocks_to_swap).
     """
 
     model: nn.Module
@@ -50,6 +53,19 @@ class FrozenBase:
     vae: Any = None
     encoders: dict[str, Any] = field(default_factory=dict)
     unconditional: bool = False
+    swapped: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the denoiser computes in; --fp8_base stores its weights in another."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def swapped_blocks(self) -> list[nn.Module]:
+        """The blocks that --blocks_to_swap keeps in the memory of the CPU."""
+        blocks = memory.swappable(self.model, self.base.times[self.naming].mlp)
+        return blocks[len(blocks) - min(self.swapped, len(blocks)) :]
 
     @property
     def prediction(self) -> str:
@@ -137,11 +153,23 @@ class FrozenBase:
         return torch.cat(images).float().clamp(-1, 1).cpu()
 
     def to(self, device: torch.device) -> FrozenBase:
-        """Moves everything."""
-        for part in (self.model, self.vae, *self.encoders.values()):
+        """Moves everything, except for the blocks that --blocks_to_swap keeps on the CPU."""
+        if self.swapped and device.type != "cpu":
+            memory.swap(self.model, self.swapped_blocks, device)
+        else:
+            self.model.to(device)
+        for part in (self.vae, *self.encoders.values()):
             if isinstance(part, nn.Module):
                 part.to(device)
         return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Computes each block again in the backward pass, which saves what is kept for it."""
+        stored = any(p.dtype == memory.STORED for p in self.model.parameters())
+        model: Any = self.model
+        model.enable_gradient_checkpointing(
+            memory.whole_checkpoint if stored or self.swapped else None
+        )
 
     def release_encoders(self) -> None:
         """Gives the memory of the text encoders back, once every caption is encoded."""
@@ -181,8 +209,7 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
     source, family = find_source(config, base), family_of(base)
     dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
     text = text_facts(Path(source.place))
-    _check_text(config, family, text)
-    _check_files(config, family)
+    require_fitting(config, family, trained_text=text is not None)
     with kind(config, base, family, source, dtype, said) as loader:
         model = _text_dit(loader, text) if text else loader.denoiser()
         if isinstance(family, dit.DiT):
@@ -208,7 +235,19 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
     for part in (model, frozen.vae, *frozen.encoders.values()):
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
+    if kind is Loader:
+        _save_memory(frozen, config)
     return frozen
+
+
+def _save_memory(frozen: FrozenBase, config: TrainConfig) -> None:
+    """Does what --fp8_base, --int8_base and --blocks_to_swap ask for."""
+    time = frozen.base.times[frozen.naming].mlp
+    if config.fp8_base:
+        memory.use_fp8(frozen.model, time, frozen.dtype)
+    if config.int8_base:
+        memory.use_int8(frozen.model, time)
+    frozen.swapped = config.blocks_to_swap or 0
 
 
 def _text_dit(loader: Loader, text: dict[str, Any]) -> Any:
@@ -227,51 +266,6 @@ def find_base(config: TrainConfig) -> Base:
     from training.base.detection import detect_source
 
     return detect_source(find_source(config, None))
-
-
-def _check_files(config: TrainConfig, family: Family) -> None:
-    """Refuses files of parts that the base does not have, all at once."""
-    problems = []
-    if config.vae is not None and config.ae is not None and config.vae != config.ae:
-        problems.append(
-            f"expected one VAE, found --vae {config.vae} and --ae {config.ae}, which mean the "
-            "same: leave one out."
-        )
-    wanted = {"clip_l": config.clip_l, "clip_g": config.clip_g, "t5xxl": config.t5xxl}
-    known = ", ".join(f"--{option}" for option in family.files.values()) or "none"
-    for option, file in wanted.items():
-        if file is None:
-            continue
-        if option not in family.files.values():
-            problems.append(
-                f"expected files of the text encoders that base {config.base} has ({known}), "
-                f"found --{option}: leave it out."
-            )
-        elif not Path(file).expanduser().is_file():
-            problems.append(
-                f"expected a file for --{option}, found nothing at {file}: check the path."
-            )
-    if problems:
-        raise PatchError("\n".join(problems))
-
-
-def _check_text(config: TrainConfig, family: Family, text: dict[str, Any] | None) -> None:
-    if config.text_conditional and not isinstance(family, dit.DiT):
-        raise PatchError(
-            f"expected --text_conditional with a DiT only, found base {config.base}, which takes "
-            "captions anyway: leave it out."
-        )
-    if config.text_conditional and text is None and not config.trains_base:
-        raise PatchError(
-            "expected a DiT whose text embedding is trained, found one for classes: train it with "
-            "--text_conditional --method full first, then name that folder as "
-            "--pretrained_model_name_or_path."
-        )
-    if config.unconditional and not isinstance(family, dit.DiT):
-        raise PatchError(
-            f"expected --unconditional with a DiT only, found base {config.base}: leave it out; "
-            "--caption_dropout_rate 1 trains on empty captions."
-        )
 
 
 def _adjusted(scheduler: Any, config: TrainConfig) -> Any:

@@ -141,7 +141,7 @@ def draw_images(
         conditional, unconditional: the conditions of the B samples, see `denoise`.
     """
     height, width = noise.shape[-2:]
-    dtype = next(frozen.model.parameters()).dtype
+    dtype = frozen.dtype
 
     def predict(x: Tensor, step: Tensor, given: Given) -> Tensor:
         moved = {name: value.to(x.device) for name, value in given.items()}

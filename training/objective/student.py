@@ -143,6 +143,5 @@ class Student(nn.Module):
 
     def _output(self, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """The model's output (B, C or 2C, H, W), float32."""
-        like = next(self.backbone.parameters())
-        family = self._frozen.family
-        return family.predict(self.backbone, noisy.to(like.dtype), t, given).float()
+        frozen = self._frozen
+        return frozen.family.predict(self.backbone, noisy.to(frozen.dtype), t, given).float()

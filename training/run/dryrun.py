@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from training.base.memory import weight_bytes
 from training.objective.inputs import encode
 from training.options.command_line import as_toml
 from training.run.parts import Run
@@ -101,15 +102,20 @@ def _about(run: Run) -> list[str]:
 
 def _memory(run: Run, held: int) -> list[str]:
     """The estimate: weights, trained values with their copies, and what a step keeps."""
-    parts = [run.frozen.model, run.frozen.vae, *run.frozen.encoders.values()]
+    frozen = run.frozen
+    parts = [frozen.model, frozen.vae, *frozen.encoders.values()]
     modules = [part for part in parts if isinstance(part, nn.Module)]
-    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    weights = weight_bytes(modules, frozen.swapped_blocks if frozen.swapped else ())
     copies = 4 if run.average.ema is None else 5  # values, gradients, two moments, average
     trained = sum(p.numel() for p in run.method.trainable().values()) * 4 * copies
-    return [
-        f"estimated memory: weights {_gib(weights)} + trained values with optimiser "
-        f"{_gib(trained)} + kept for backward {_gib(held)} = {_gib(weights + trained + held)}"
+    total = weights.device + trained + held
+    lines = [
+        f"estimated memory: weights {_gib(weights.device)} + trained values with optimiser "
+        f"{_gib(trained)} + kept for backward {_gib(held)} = {_gib(total)}"
     ]
+    if weights.cpu:
+        lines.append(f"{_gib(weights.cpu)} of weights stay in the memory of the CPU")
+    return lines
 
 
 def _gib(count: int) -> str:

@@ -65,11 +65,10 @@ class Outputs:
                 f"{frozen.base.times[frozen.naming].labels}.embedding_table"
             )
             size = getattr(table, "in_features", None)
-            like = next(frozen.model.parameters())
             labels = (
                 torch.zeros(len(timesteps), dtype=torch.long)
                 if size is None
-                else torch.zeros(len(timesteps), size, dtype=like.dtype)
+                else torch.zeros(len(timesteps), size, dtype=frozen.dtype)
             )
         with torch.no_grad():
             e = embed_timesteps(frozen.model, frozen.base, frozen.naming, timesteps, labels)

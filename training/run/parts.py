@@ -139,7 +139,7 @@ def _student(parts: Parts, method: Method, sharded: bool) -> Student:
     config = parts.config
     model: Any = parts.frozen.model
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        parts.frozen.enable_gradient_checkpointing()
     if sharded:
         shard(parts.frozen, parts.accelerator)
     if config.torch_compile:

@@ -1,0 +1,107 @@
+"""Which options fit a base: all that do not are listed at once, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dmp_common import PatchError
+from training.base.families.dit import DiT
+from training.base.families.family import Family
+from training.options.config import TrainConfig
+
+
+def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> None:
+    """Refuses options that the base cannot do.
+
+    Args:
+        config: of the run.
+        family: of the base.
+        trained_text: whether the base is a DiT with a text embedding.
+
+    Raises:
+        PatchError: one line for each problem.
+    """
+    problems = [
+        *_about_conditions(config, family, trained_text),
+        *_about_files(config, family),
+        *_about_memory(config, family),
+    ]
+    if problems:
+        raise PatchError("\n".join(problems))
+
+
+def _about_conditions(config: TrainConfig, family: Family, trained_text: bool) -> list[str]:
+    problems = []
+    is_dit = isinstance(family, DiT)
+    if config.text_conditional and not is_dit:
+        problems.append(
+            f"expected --text_conditional with a DiT only, found base {config.base}, which takes "
+            "captions anyway: leave it out."
+        )
+    elif config.text_conditional and not trained_text and not config.trains_base:
+        problems.append(
+            "expected a DiT whose text embedding is trained, found one for classes: train it with "
+            "--text_conditional --method full first, then name that folder as "
+            "--pretrained_model_name_or_path."
+        )
+    if config.unconditional and not is_dit:
+        problems.append(
+            f"expected --unconditional with a DiT only, found base {config.base}: leave it out; "
+            "--caption_dropout_rate 1 trains on empty captions."
+        )
+    return problems
+
+
+def _about_files(config: TrainConfig, family: Family) -> list[str]:
+    problems = []
+    if config.vae is not None and config.ae is not None and config.vae != config.ae:
+        problems.append(
+            f"expected one VAE, found --vae {config.vae} and --ae {config.ae}, which mean the "
+            "same: leave one out."
+        )
+    wanted = {"clip_l": config.clip_l, "clip_g": config.clip_g, "t5xxl": config.t5xxl}
+    known = ", ".join(f"--{option}" for option in family.files.values()) or "none"
+    for option, file in wanted.items():
+        if file is None:
+            continue
+        if option not in family.files.values():
+            problems.append(
+                f"expected files of the text encoders that base {config.base} has ({known}), "
+                f"found --{option}: leave it out."
+            )
+        elif not Path(file).expanduser().is_file():
+            problems.append(
+                f"expected a file for --{option}, found nothing at {file}: check the path."
+            )
+    return problems
+
+
+def _about_memory(config: TrainConfig, family: Family) -> list[str]:
+    chosen = {
+        "--fp8_base": config.fp8_base,
+        "--int8_base": config.int8_base,
+        "--blocks_to_swap": bool(config.blocks_to_swap),
+    }
+    names = [name for name, on in chosen.items() if on]
+    asked = " and ".join(names)
+    problems = []
+    if names and config.method not in ("dmp", "prompt"):
+        problems.append(
+            f"expected --method dmp or prompt with {asked}, which keep the weights of the base "
+            f"frozen, found --method {config.method}: leave {asked} out."
+        )
+    if names and config.fsdp:
+        problems.append(f"expected no --fsdp with {asked}, found it: leave one of them out.")
+    if config.torch_compile and (config.fp8_base or config.blocks_to_swap):
+        problems.append(
+            f"expected no --torch_compile with {asked}, because the weights change while the model "
+            "runs, found it: leave one of them out."
+        )
+    if config.int8_base and len(names) > 1:
+        problems.append(f"expected --int8_base alone, found {asked}: leave the others out.")
+    if config.blocks_to_swap and family.denoiser != "transformer":
+        problems.append(
+            f"expected a transformer with --blocks_to_swap, found base {config.base}, a UNet: use "
+            "--fp8_base and --gradient_checkpointing."
+        )
+    return problems
