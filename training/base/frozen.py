@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -24,8 +26,9 @@ from training.base.loading import Blueprint, Loader, Said
 from training.base.option_checks import require_fitting
 from training.base.places import find_source
 from training.base.precision import DTYPES
-from training.base.schedulers import is_flow
+from training.base.schedulers import adjusted, is_flow
 from training.data.kind import DataKind
+from training.options.command_line import resolve
 from training.options.config import TrainConfig
 
 _CLIP_SIZE = 768  # of CLIP-L's pooled text
@@ -58,7 +61,8 @@ class FrozenBase:
     @property
     def dtype(self) -> torch.dtype:
         """The precision that the denoiser computes in; --fp8_base stores its weights in another."""
-        dtype: torch.dtype = self.model.dtype
+        model: Any = self.model
+        dtype: torch.dtype = model.dtype
         return dtype
 
     @property
@@ -87,13 +91,14 @@ class FrozenBase:
         """Of the latent, or of the pixels of a base without VAE."""
         if self.vae is not None:
             return int(self.vae.config.latent_channels)
-        return int(self.model.config.in_channels)
+        config: Any = self.model.config
+        return int(config.in_channels)
 
     @property
     def learns_sigma(self) -> bool:
         """Whether the model also predicts the variance of the reverse process."""
         config: Any = self.model.config
-        return getattr(config, "out_channels", None) == 2 * config.in_channels
+        return bool(getattr(config, "out_channels", None) == 2 * config.in_channels)
 
     @property
     def null_label(self) -> int | None:
@@ -138,7 +143,8 @@ class FrozenBase:
         mean, std = moments.chunk(2, dim=1)
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
-        return (mean + std * noise - shift) * config.scaling_factor
+        scaled: Tensor = (mean + std * noise - shift) * config.scaling_factor
+        return scaled
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1], float32 on the CPU, of what the model made."""
@@ -151,6 +157,23 @@ class FrozenBase:
                 self.vae.decode(one.unsqueeze(0).to(like.device, like.dtype)).sample for one in z
             ]
         return torch.cat(images).float().clamp(-1, 1).cpu()
+
+    def pipeline(self) -> Any:
+        """Returns a diffusers pipeline of these parts.
+
+        Raises:
+            PatchError: diffusers has no pipeline that the trainer knows for this base.
+        """
+        if not self.family.pipeline:
+            raise PatchError(
+                f"expected a base with a pipeline in diffusers, found {self.base.name}: use its "
+                "`model`."
+            )
+        cls = getattr(diffusers, self.family.pipeline)
+        own = {self.family.denoiser: self.model, "scheduler": self.scheduler, "vae": self.vae}
+        parameters = inspect.signature(cls).parameters.values()
+        needed = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
+        return cls(**{**needed, **own, **self.encoders})
 
     def to(self, device: torch.device) -> FrozenBase:
         """Moves everything, except for the blocks that --blocks_to_swap keeps on the CPU."""
@@ -192,6 +215,18 @@ def load_frozen(config: TrainConfig, said: Said | None = None) -> FrozenBase:
     return _assembled(config, Loader, said)
 
 
+def open_base(**options: Any) -> FrozenBase:
+    """Loads a base by the trainer's options, for use outside of the trainer.
+
+    Args:
+        options: as on the command line, such as base and pretrained_model_name_or_path.
+
+    Raises:
+        PatchError: no weights where they should be, or those of another base.
+    """
+    return load_frozen(resolve(options))
+
+
 def base_kind(config: TrainConfig) -> DataKind:
     """Returns what the base of a configuration needs of its data, before any weights are read.
 
@@ -216,7 +251,7 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
             set_time_embedding(model, Path(source.place))
         frozen = FrozenBase(
             model=model,
-            scheduler=_adjusted(loader.scheduler(), config),
+            scheduler=adjusted(loader.scheduler(), config),
             base=base,
             naming=require_base(model, base),
             family=family,
@@ -236,18 +271,10 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     if kind is Loader:
-        _save_memory(frozen, config)
+        time = frozen.base.times[frozen.naming].mlp
+        memory.save_memory(model, time, frozen.dtype, config)
+        frozen.swapped = config.blocks_to_swap or 0
     return frozen
-
-
-def _save_memory(frozen: FrozenBase, config: TrainConfig) -> None:
-    """Does what --fp8_base, --int8_base and --blocks_to_swap ask for."""
-    time = frozen.base.times[frozen.naming].mlp
-    if config.fp8_base:
-        memory.use_fp8(frozen.model, time, frozen.dtype)
-    if config.int8_base:
-        memory.use_int8(frozen.model, time)
-    frozen.swapped = config.blocks_to_swap or 0
 
 
 def _text_dit(loader: Loader, text: dict[str, Any]) -> Any:
@@ -266,23 +293,6 @@ def find_base(config: TrainConfig) -> Base:
     from training.base.detection import detect_source
 
     return detect_source(find_source(config, None))
-
-
-def _adjusted(scheduler: Any, config: TrainConfig) -> Any:
-    """The scheduler with the wishes of the command line; a `Blueprint` has none."""
-    if scheduler is None:
-        return None
-    changes: dict[str, Any] = {}
-    if config.v_parameterization:
-        changes["prediction_type"] = "v_prediction"
-    if config.zero_terminal_snr:
-        changes["rescale_betas_zero_snr"] = True
-    if changes and is_flow(scheduler):
-        raise PatchError(
-            "expected a base with epsilon or v prediction for --v_parameterization and "
-            "--zero_terminal_snr, found a flow model: leave them out."
-        )
-    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
 
 
 __all__ = ["TEXT_FILE", "TIME_FILE", "FrozenBase", "base_kind", "find_base", "load_frozen"]

@@ -159,7 +159,10 @@ class Loader:
         """One text encoder with its tokenizer, from a folder or repository or from a file."""
         cls = getattr(transformers, self.family.encoders[name])
         tokenizer = name.replace("text_encoder", "tokenizer")
-        place = str(self._around() or self.base.hub_id)
+        around = self._around()
+        if around is None or (self.base.hub_id is not None and not _has(around, name)):
+            around = self.base.hub_id  # as --method full leaves a folder without text encoders
+        place = str(around)
         option = self.family.files.get(name)
         hint = f"--base_config or --{option}" if option else "--base_config"
         with self._loading(
@@ -211,7 +214,9 @@ class Loader:
         return self.source.kind == "original" or self.file.is_original
 
     def _file_has(self, part: str) -> bool:
-        return bool(part and self.file is not None and self.family.pipeline) and self.file.has(part)
+        if self.file is None or not (part and self.family.pipeline):
+            return False
+        return self.file.has(part)
 
     def _chosen_vae(self) -> str | None:
         chosen = self.config.vae or self.config.ae
@@ -219,14 +224,14 @@ class Loader:
 
     def _vae_place(self) -> tuple[str, str | None]:
         """Where the configuration of the VAE is, and its weights unless they are in a file."""
-        chosen, usual = self._chosen_vae(), (self.family.vae_id, None)
-        if self.family.vae_id is None:
-            usual = (str(self.base.hub_id), "vae")
+        chosen, usual = self._chosen_vae(), self.family.vae_id
         if chosen is not None and not Path(chosen).is_file():
             # --vae names the folder or repository of a VAE alone, or a whole pipeline.
             return chosen, "vae" if (Path(chosen) / "vae").is_dir() else None
         around = self._around()
-        return (around, "vae") if around is not None and _has(around, "vae") else usual
+        if around is not None and _has(around, "vae"):
+            return around, "vae"
+        return (usual, None) if usual is not None else (str(self.base.hub_id), "vae")
 
     @contextlib.contextmanager
     def _loading(

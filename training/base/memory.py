@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import apply_group_offloading
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -63,6 +63,14 @@ def memory_warnings(config: TrainConfig, blocks: int, device: torch.device) -> l
                 "step computes with are kept until its backward pass."
             )
     return found
+
+
+def save_memory(model: Any, time: str, compute: torch.dtype, config: TrainConfig) -> None:
+    """Stores a frozen denoiser as --fp8_base or --int8_base ask for; see `use_fp8`, `use_int8`."""
+    if config.fp8_base:
+        use_fp8(model, time, compute)
+    if config.int8_base:
+        use_int8(model, time)
 
 
 def use_fp8(model: Any, time: str, compute: torch.dtype) -> None:
@@ -140,8 +148,7 @@ def swap(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> Non
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             for tensor in own:
                 tensor.data = tensor.data.to(device)
-    holder = nn.Module()
-    holder.blocks = nn.ModuleList(blocks)
+    holder = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
     for block in blocks:
         alias_weights(block)
     # Each block is a group of its own, without prefetching: diffusers prefetches in the order of

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmp_common import PatchError
+from training.options.config import TrainConfig
+
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler is of a flow model; it has no prediction type then."""
@@ -13,3 +16,24 @@ def is_flow(scheduler: Any) -> bool:
 def flux_shift(tokens: int) -> float:
     """Logarithm of the shift that Flux takes for a picture of so many tokens."""
     return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+
+
+def adjusted(scheduler: Any, config: TrainConfig) -> Any:
+    """Returns the scheduler with the wishes of the command line; None stays None.
+
+    Raises:
+        PatchError: wishes that a flow model cannot fulfil.
+    """
+    changes: dict[str, Any] = {}
+    if config.v_parameterization:
+        changes["prediction_type"] = "v_prediction"
+    if config.zero_terminal_snr:
+        changes["rescale_betas_zero_snr"] = True
+    if scheduler is None or not changes:
+        return scheduler
+    if is_flow(scheduler):
+        raise PatchError(
+            "expected a base with epsilon or v prediction for --v_parameterization and "
+            "--zero_terminal_snr, found a flow model: leave them out."
+        )
+    return type(scheduler).from_config(scheduler.config, **changes)

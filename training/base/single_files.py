@@ -70,7 +70,8 @@ class SingleFile:
         It tells FLUX.1-schnell from FLUX.1-dev, for example.
         """
         blank = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
-        found, default = (fetch_diffusers_config(given) for given in (blank, {}))
+        fetch: Any = fetch_diffusers_config
+        found, default = fetch(blank), fetch({})
         place = str(found["pretrained_model_name_or_path"])
         return None if place == default["pretrained_model_name_or_path"] else place
 

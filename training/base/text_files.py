@@ -42,9 +42,11 @@ def load_text_encoder(
     Raises:
         PatchError: the file has too few tensors, others, or some of another size.
     """
-    found = load_file(path) if path.suffix in (".safetensors", ".sft") else _pickled(path)
+    stored = load_file(path) if path.suffix in (".safetensors", ".sft") else _pickled(path)
     tensors = {
-        name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)
+        name.removeprefix(prefix): value
+        for name, value in stored.items()
+        if name.startswith(prefix)
     }
     tensors = _only_text(_unscaled(tensors, dtype), cls)
     _project(tensors, cls)
@@ -88,13 +90,12 @@ def _unscaled(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
 
 
 def _only_text(tensors: dict[str, Tensor], cls: type) -> dict[str, Tensor]:
-    ignored = _IGNORED
-    if cls is transformers.CLIPTextModel:
-        ignored = (*ignored, "text_projection.")  # some files of CLIP-L have one
+    # Some files of CLIP-L have a projection.
+    extra = ("text_projection.",) if cls is transformers.CLIPTextModel else ()
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if not name.startswith(ignored)
+        if not name.startswith((*_IGNORED, *extra))
         and name not in _IGNORED_NAMES
         and not name.endswith(".position_ids")
     }

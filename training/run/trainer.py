@@ -34,6 +34,7 @@ from training.run.resuming import facts_of, resume
 from training.run.scale import accumulation, make_accelerator, tracker_options
 from training.run.state import find_resumed, load_state
 from training.run.telling import Telling
+from training.run.usage import use_lines
 from training.run.validation import MOST, Validation, automatic_share, automatic_steps
 
 IMAGE_CACHES = ("cache_latents", "cache_latents_to_disk")
@@ -260,33 +261,5 @@ def _after(run: Run, events: TrainingEvents) -> None:
         print(f"pushed to {push(config, run, path)}")
     if events.verdict is not None:
         print("\n" + events.verdict.text())
-    print(_use(run, path))
-
-
-def _use(run: Run, path: Path) -> str:
-    """Lines that use the result."""
-    config, frozen = run.config, run.frozen
-    weights = config.pretrained_model_name_or_path or frozen.base.hub_id or "training/base/digits"
-    name, cls = frozen.family.denoiser, type(frozen.model).__name__
-    pipeline = frozen.family.pipeline
-    if config.method in ("dmp", "prompt"):
-        load = f'model = diffusers.{cls}.from_pretrained("{weights}", subfolder="{name}")'
-        if pipeline:
-            load = f'model = diffusers.{pipeline}.from_pretrained("{weights}")'
-        lines = [
-            "import diffusers, dmp_common as dmp",
-            load,
-            f'dmp.attach(model, dmp.Patch.load("{path.as_posix()}"))',
-        ]
-    elif config.method == "lora":
-        lines = [
-            "import diffusers",
-            f'pipe = diffusers.{pipeline or "DiffusionPipeline"}.from_pretrained("{weights}")',
-            f'pipe.load_lora_weights("{path.as_posix()}")',
-        ]
-    else:
-        lines = [
-            "import diffusers",
-            f'model = diffusers.{cls}.from_pretrained("{path.as_posix()}", subfolder="{name}")',
-        ]
-    return f"\nThe result is {path.as_posix()}. To use it:\n\n    " + "\n    ".join(lines) + "\n"
+    lines = "\n    ".join(use_lines(config, run.frozen, path))
+    print(f"\nThe result is {path.as_posix()}. To use it:\n\n    {lines}\n")

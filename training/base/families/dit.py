@@ -22,7 +22,8 @@ class DiT(Family):
         """See `Family.predict`; needs "labels" (B,), or "pooled" (B, P) where text takes their
         place."""
         told = like(given["pooled"], noisy) if "pooled" in given else given["labels"]
-        return model(noisy, timestep=t, class_labels=told).sample
+        output: Tensor = model(noisy, timestep=t, class_labels=told).sample
+        return output
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

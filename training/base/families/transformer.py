@@ -26,21 +26,21 @@ class PixArt(Family):
             # The original code tells the size of the image and the aspect ratio of its bucket.
             sizes = like(given["sizes"], noisy)
             added = {"resolution": sizes[:, :2], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:6]}
-        return model(
+        output: Tensor = model(
             noisy,
             encoder_hidden_states=like(given["prompt"], noisy),
             encoder_attention_mask=like(given["mask"], noisy),
             timestep=t,
             added_cond_kwargs=added,
         ).sample
+        return output
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
         """{"prompt": (B, L, D), "mask": (B, L)}."""
-        pipeline = diffusers.PixArtSigmaPipeline(
-            parts["tokenizer"], parts["text_encoder"], None, None, None
-        )
+        cls: Any = diffusers.PixArtSigmaPipeline
+        pipeline = cls(parts["tokenizer"], parts["text_encoder"], None, None, None)
         prompt, mask, _, _ = pipeline.encode_prompt(
             captions,
             do_classifier_free_guidance=False,
@@ -55,20 +55,20 @@ class SD3(Family):
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D) and "pooled" (B, P)."""
-        return model(
+        output: Tensor = model(
             noisy,
             timestep=t,
             encoder_hidden_states=like(given["prompt"], noisy),
             pooled_projections=like(given["pooled"], noisy),
         ).sample
+        return output
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
         """{"prompt": (B, L, D), "pooled": (B, P)}."""
-        pipeline = diffusers.StableDiffusion3Pipeline(
-            transformer=None, scheduler=None, vae=None, **parts
-        )
+        cls: Any = diffusers.StableDiffusion3Pipeline
+        pipeline = cls(transformer=None, scheduler=None, vae=None, **parts)
         prompt, _, pooled, _ = pipeline.encode_prompt(
             captions,
             captions,
@@ -86,6 +86,7 @@ class Flux(Family):
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D), "pooled" (B, P), "guidance" (B,)."""
         batch, _, height, width = noisy.shape
+        config: Any = model.config
         rows, columns = height // 2, width // 2
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         prompt = like(given["prompt"], noisy)
@@ -96,7 +97,7 @@ class Flux(Family):
             timestep=t / 1000,  # the model multiplies by 1000
             img_ids=like(torch.cat([torch.zeros(len(grid), 1), grid], dim=1), noisy),
             txt_ids=prompt.new_zeros(prompt.shape[1], 3),
-            guidance=given["guidance"].expand(batch) if model.config.guidance_embeds else None,
+            guidance=given["guidance"].expand(batch) if config.guidance_embeds else None,
         ).sample
         return unpack(packed, height, width)
 
@@ -104,7 +105,8 @@ class Flux(Family):
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
         """{"prompt": (B, L, D), "pooled": (B, P)}."""
-        pipeline = diffusers.FluxPipeline(scheduler=None, vae=None, transformer=None, **parts)
+        cls: Any = diffusers.FluxPipeline
+        pipeline = cls(scheduler=None, vae=None, transformer=None, **parts)
         prompt, pooled, _ = pipeline.encode_prompt(
             captions,
             captions,  # older diffusers have no default
@@ -121,5 +123,6 @@ def pack(latent: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Back to (B, C, H, W)."""
-    grid = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    channels = tokens.transpose(1, 2)
+    grid = channels.reshape(*channels.shape[:2], height // 2, width // 2)
     return nn.functional.pixel_shuffle(grid, 2)

@@ -21,7 +21,9 @@ class UNet(Family):
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D)."""
-        return model(noisy, t, encoder_hidden_states=like(given["prompt"], noisy)).sample
+        prompt = like(given["prompt"], noisy)
+        output: Tensor = model(noisy, t, encoder_hidden_states=prompt).sample
+        return output
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
@@ -45,7 +47,10 @@ class UNetXL(Family):
             "time_ids": like(given["sizes"], noisy),
         }
         prompt = like(given["prompt"], noisy)
-        return model(noisy, t, encoder_hidden_states=prompt, added_cond_kwargs=added).sample
+        output: Tensor = model(
+            noisy, t, encoder_hidden_states=prompt, added_cond_kwargs=added
+        ).sample
+        return output
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
@@ -61,7 +66,8 @@ class UNetXL(Family):
             windows = token_windows(parts[f"tokenizer{end}"], captions, config.max_token_length)
             output = run_windows(parts[f"text_encoder{end}"], windows, -2)
             prompts.append(join_windows(output.hidden, windows))
-        pooled = output.pooled.unflatten(0, (len(captions), -1))[:, 0]  # of the first window
+        windows_of = output.pooled.reshape(len(captions), -1, output.pooled.shape[-1])
+        pooled = windows_of[:, 0]  # of the first window
         return {"prompt": torch.cat(prompts, dim=-1), "pooled": pooled}
 
 
