@@ -70,8 +70,12 @@ def _options(path: str) -> None:
 
 def _dataset(path: str) -> None:
     from training.options.dataset_file import read_dataset_file
+    from training.options.problems import ConfigError
 
-    read_dataset_file(Path(path))
+    try:
+        read_dataset_file(Path(path))
+    except ConfigError as error:
+        raise PatchError(str(error)) from error
 
 
 def _shard(path: str) -> None:

@@ -21,7 +21,7 @@ from training.data.sources.huggingface import find_huggingface
 from training.data.splitting import split_samples
 from training.data.stream.streaming import open_stream, open_stream_splits
 from training.data.summary import DataSummary
-from training.options.data_options import SOURCES, DataOptions
+from training.options.data_options import DataOptions, named_sources
 
 __all__ = [
     "Batch",
@@ -127,14 +127,11 @@ def _checked_source(options: DataOptions, kind: DataKind) -> tuple[str, list[str
 
 def _source(options: DataOptions) -> tuple[str, list[str]]:
     """The source of data, and notes on what does not count beside it."""
-    given = [name for name in SOURCES if getattr(options, name)]
+    given = named_sources(options)
     if len(given) == 1:
-        return given[0], []
-    if given == ["train_data_dir", "dataset_config"]:
-        # Kohya's scripts, too, then leave out what the file replaces.
-        return "dataset_config", [
-            "--train_data_dir is not used, because --dataset_config names the images"
-        ]
+        beside = given[0] != "train_data_dir" and options.train_data_dir
+        note = f"--train_data_dir is not used, because --{given[0]} names the images"
+        return given[0], [note] if beside else []
     if given:
         both = " and ".join(f"--{name}" for name in given)
         raise PatchError(f"expected one source of data, found {both}: give one of them.")

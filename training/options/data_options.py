@@ -284,3 +284,13 @@ class DataOptions(Options):
         if value is not None and (not value.strip(".") or set(value) & set("/\\\0")):
             raise ValueError("expected an ending such as .txt")
         return value
+
+
+def named_sources(options: DataOptions) -> list[str]:
+    """The options that name the source of data: one, where a configuration makes sense.
+
+    A dataset file names its images by itself, so that `train_data_dir` beside it is not used, as
+    with kohya's scripts.
+    """
+    given = [name for name in SOURCES if getattr(options, name)]
+    return ["dataset_config"] if given == ["train_data_dir", "dataset_config"] else given

@@ -15,7 +15,7 @@ from training.base.frozen import find_base
 from training.base.places import find_source
 from training.options.command_line import Resolved, with_base
 from training.options.config import TrainConfig
-from training.options.data_options import SOURCES
+from training.options.data_options import named_sources
 from training.options.dataset_file import read_dataset_file
 from training.options.problems import ConfigError
 from training.run.folder import RunFolder
@@ -145,7 +145,7 @@ def _variant(config: TrainConfig) -> None:
 
 def _data(config: TrainConfig) -> None:
     """A source of data, and places on this disk that exist."""
-    given = [name for name in SOURCES if getattr(config, name)]
+    given = named_sources(config)
     if not given:
         command = f"  python training/train_dmp.py {_named(config)}"
         raise PatchError(
@@ -162,6 +162,7 @@ def _data(config: TrainConfig) -> None:
     for name, what, exists in (
         ("train_data_dir", "a folder of images", Path.is_dir),
         ("in_json", "a JSON file", Path.is_file),
+        ("conditioning_data_dir", "a folder of masks", Path.is_dir),
         ("class_list", "a text file", Path.is_file),
     ):
         place = getattr(config, name)
