@@ -129,9 +129,13 @@ def _source(options: DataOptions) -> tuple[str, list[str]]:
     """The source of data, and notes on what does not count beside it."""
     given = named_sources(options)
     if len(given) == 1:
-        beside = given[0] != "train_data_dir" and options.train_data_dir
-        note = f"--train_data_dir is not used, because --{given[0]} names the images"
-        return given[0], [note] if beside else []
+        unused = [name for name in ("train_data_dir", "in_json") if getattr(options, name)]
+        if given[0] != "dataset_config":
+            return given[0], []
+        return given[0], [
+            f"--{name} is not used, because --dataset_config names images and captions by itself"
+            for name in unused
+        ]
     if given:
         both = " and ".join(f"--{name}" for name in given)
         raise PatchError(f"expected one source of data, found {both}: give one of them.")
@@ -147,9 +151,13 @@ def _source(options: DataOptions) -> tuple[str, list[str]]:
 
 def _check_fitting(options: DataOptions, source: str, kind: DataKind) -> None:
     """Refuses options that this source or base would pass over in silence."""
-    folder, hub = options.train_data_dir is not None, source == "dataset_name"
+    hub, file = source == "dataset_name", source == "dataset_config"
+    folder = source == "train_data_dir"
     fitting = {
-        "in_json": (folder and kind.conditioning == "caption", "a folder of captioned images"),
+        "in_json": (
+            file or (folder and kind.conditioning == "caption"),
+            "a folder of captioned images",
+        ),
         "conditioning_data_dir": (folder, "--train_data_dir; a dataset file names it by itself"),
         "class_list": (kind.conditioning == "label", "a base with classes"),
         "label_column": (hub and kind.conditioning == "label", "labels of --dataset_name"),

@@ -209,9 +209,10 @@ def test_the_reader_knows_every_rule_of_a_subset() -> None:
 
 def test_a_file_that_replaces_the_folder(folder: Path) -> None:
     """Kohya's scripts take both, and then read the file."""
-    data = read(folder, FULL, train_data_dir=str(folder))
+    data = read(folder, FULL, train_data_dir=str(folder), in_json="captions.json")
     assert data.size == 8
-    assert any("--train_data_dir is not used" in note for note in data.summary().notes)
+    for name in ("train_data_dir", "in_json"):
+        assert any(f"--{name} is not used" in note for note in data.summary().notes)
 
 
 BOTH = """

@@ -284,7 +284,7 @@ def test_samples_without_caption_or_class_are_skipped_on_request(tmp_path: Path)
     parts: list[dict[str, bytes]] = [
         {"png": image, "txt": b"x", "cls": b"1"}, {"png": image},
         {"png": image, "json": b'{"caption": null}', "cls": b"x"},
-        {"png": image, "json": b'{"caption": "y"}', "cls": b"2"},
+        {"png": image, "json": b'\xef\xbb\xbf{"caption": "y"}', "cls": b"\xef\xbb\xbf2"},
     ]  # fmt: skip
     place = str(shard_of(tmp_path / "0.tar", {str(n): p for n, p in enumerate(parts)}))
     for kind in (CAPTIONS, LABELS):

@@ -163,10 +163,10 @@ def describe(
         PatchError: what the base needs is not there, or not understood.
     """
     try:
-        about = parse_json(raw.parts["json"]) if "json" in raw.parts else {}
+        about = parse_json(decoded(raw.parts["json"])) if "json" in raw.parts else {}
         about = about if isinstance(about, dict) else {}
         if kind.conditioning == "label":
-            value = raw.parts["cls"].decode() if "cls" in raw.parts else about.get("label")
+            value = decoded(raw.parts["cls"]) if "cls" in raw.parts else about.get("label")
             if value is None:
                 raise PatchError(
                     f"expected a class in {name} (.cls, or label in .json), found none: add it, or "
