@@ -13,7 +13,7 @@ from typing import Any
 
 from dmp_common import __version__
 from training.base.frozen import FrozenBase
-from training.data.batch import DataSummary
+from training.data.summary import DataSummary
 from training.options.config import TrainConfig
 from training.run.state import History
 from training.run.verdict import Verdict

@@ -238,8 +238,6 @@ def _previews(parts: Parts, tell: Telling) -> Previews | None:
     if not any(wanted) and not config.sample_at_first:
         return None
     previews = Previews(parts.frozen, parts.encoders, config, parts.device)
-    if config.sample_sampler is not None and previews.sampler == "default":
-        tell.say(f"previews have no sampler {config.sample_sampler} here: they take the default")
     with tell.timed("drawing the base's previews"), parts.accelerator.autocast():
         previews.base = previews.draw()
     return previews
