@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -11,7 +12,7 @@ from dmp_common import Base, PatchError, detect_base, known_bases
 from dmp_common.bases.detect import bases_of_shapes
 from dmp_common.tools.modelfiles import tensor_shapes
 from training.base.families.checkpoint import read_shapes
-from training.base.places import Source
+from training.base.places import Source, explained
 
 
 def detect_source(source: Source) -> Base:
@@ -32,14 +33,22 @@ def detect_source(source: Source) -> Base:
 
 def _of_repository(place: str) -> Base:
     """From the configuration alone: the model is built without memory for its weights."""
-    for folder in ("transformer", "unet"):
-        try:
-            config = diffusers.UNet2DConditionModel.load_config(place, subfolder=folder)
-        except OSError:
-            continue
+    with explained("the configuration of a denoiser", place, "--pretrained_model_name_or_path"):
+        config = _config_of_repository(place)
         with torch.device("meta"):
             return detect_base(getattr(diffusers, config["_class_name"]).from_config(config))
-    raise _unknown(place)
+
+
+def _config_of_repository(place: str) -> dict[str, Any]:
+    """The configuration of its transformer or UNet.
+
+    Raises:
+        OSError: there is neither, or no connection.
+    """
+    try:
+        return dict(diffusers.ConfigMixin.load_config(place, subfolder="transformer"))
+    except OSError:
+        return dict(diffusers.ConfigMixin.load_config(place, subfolder="unet"))
 
 
 def _unknown(place: str) -> PatchError:

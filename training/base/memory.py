@@ -145,9 +145,7 @@ def swap(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> Non
     inside = {id(part) for block in blocks for part in block.modules()}
     for module in model.modules():
         if id(module) not in inside:
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            for tensor in own:
-                tensor.data = tensor.data.to(device)
+            module._apply(lambda tensor: tensor.to(device), recurse=False)  # its own tensors
     holder = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
     for block in blocks:
         alias_weights(block)

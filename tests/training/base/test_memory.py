@@ -36,9 +36,12 @@ def gradients(frozen: FrozenBase, name: str, checkpointing: bool = False) -> dic
     patch = Patch.create(frozen.base, prompt_init="random", gate_init="random", **frozen.facts)
     if checkpointing:
         frozen.enable_gradient_checkpointing()
+    device = next(model.parameters()).device
+    patch.to(device)
     inputs = FAMILIES[name].inputs(torch.tensor([3.0, 500.0]), (8, 8), frozen.dtype, 0)
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     with attach(model, patch):
-        model(**inputs).sample.float().square().mean().backward()
+        model(**moved).sample.float().square().mean().backward()
     return {key: value.grad for key, value in patch.named_parameters()}
 
 
@@ -125,6 +128,43 @@ def away(block: nn.Module) -> None:
     give(empty)()
     block.register_forward_pre_hook(give(values))
     block.register_forward_hook(give(empty))
+
+
+def test_swapping_leaves_the_blocks_where_they_are(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else moves, here to the meta device; each block becomes a group of its own."""
+    given: list[tuple[nn.Module, dict[str, object]]] = []
+    monkeypatch.setattr(
+        memory, "apply_group_offloading", lambda holder, **options: given.append((holder, options))
+    )
+    frozen = load_frozen(config_of("flux", folders("flux"), blocks_to_swap=2))
+    blocks = frozen.swapped_blocks
+    frozen.vae = None
+    frozen.encoders = {}
+    frozen.to(torch.device("meta"))
+    staying = {id(p) for block in blocks for p in block.parameters()}
+    for parameter in frozen.model.parameters():
+        assert parameter.device.type == ("cpu" if id(parameter) in staying else "meta")
+    (holder, options) = given[0]
+    assert list(holder["blocks"]) == blocks
+    assert options["num_blocks_per_group"] == 1
+    assert options["onload_device"] == torch.device("meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fp8", [False, True])
+def test_swapped_blocks_on_a_gpu(fp8: bool, folders: Folders) -> None:
+    config = config_of("flux", folders("flux"), blocks_to_swap=3, fp8_base=fp8)
+    gpu = torch.device("cuda")
+    frozen = load_frozen(config).to(gpu)
+    plain = load_frozen(config.model_copy(update={"blocks_to_swap": None})).to(gpu)
+    blocks = frozen.swapped_blocks
+    found = gradients(frozen, "flux", checkpointing=True)
+    assert {p.device.type for block in blocks for p in block.parameters()} == {"cpu"}
+    for key, value in gradients(plain, "flux", checkpointing=True).items():
+        assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-9), key
 
 
 @pytest.mark.parametrize(("name", "count"), [("flux", 4), ("sd3", 3), ("dit", 2), ("pixart", 3)])

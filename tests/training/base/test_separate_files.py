@@ -14,7 +14,7 @@ from tests.tiny import FAMILIES
 from tests.training import tinyfiles
 from tests.training.conftest import Folders
 from tests.training.tinybases import TRAINED
-from training.base.frozen import FrozenBase, base_kind, load_frozen
+from training.base.frozen import FrozenBase, base_kind, find_base, load_frozen
 from training.options.command_line import resolve
 from training.options.config import TrainConfig
 
@@ -219,10 +219,20 @@ def test_without_a_connection_the_error_says_what_to_do(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path = tinyfiles.save_single(tmp_path / "a.safetensors", folders("sd3"), "sd3")
-    for load in (load_frozen, base_kind):
+    file = config_of("sd3", path, base_config="nobody/has-this")
+    whole = config_of("sd3", Path("nobody/has-this"))
+    tokenizer = config_of("sd3", folders("sd3") / "transformer", base_config="nobody/has-this")
+    auto = resolve({"base": "auto", "pretrained_model_name_or_path": "nobody/has-this"})
+    for config, load, option in (
+        (file, load_frozen, "--base_config"),
+        (file, base_kind, "--base_config"),
+        (tokenizer, load_frozen, "--base_config"),
+        (whole, load_frozen, "--pretrained_model_name_or_path"),
+        (auto, find_base, "--pretrained_model_name_or_path"),
+    ):
         with pytest.raises(PatchError) as caught:
-            load(config_of("sd3", path, base_config="nobody/has-this"))
-        for part in ("nobody/has-this", "hf auth login", "hf download", "--base_config"):
+            load(config)
+        for part in ("repository nobody/has-this", "hf auth login", "hf download", option):
             assert part in str(caught.value)
 
 
