@@ -40,10 +40,6 @@ class Metadata:
         global_batch: int,
         total: int,
     ) -> None:
-        folders = {
-            _last(r.name): {"n_repeats": r.repeats, "img_count": r.images} for r in data.subsets
-        }
-        buckets = [{"resolution": [r.width, r.height], "count": r.items} for r in data.buckets]
         self.fixed = {
             "ss_base_model_version": frozen.base.name,
             "ss_sd_model_name": Path(config.pretrained_model_name_or_path or "").name
@@ -68,11 +64,6 @@ class Metadata:
             "ss_clip_skip": str(config.clip_skip),
             "ss_max_token_length": str(config.max_token_length),
             "ss_cache_latents": str(config.cache_latents or config.cache_latents_to_disk),
-            "ss_enable_bucket": str(config.enable_bucket),
-            "ss_resolution": str(config.resolution or frozen.kind.resolution),
-            "ss_num_train_images": str(data.images),
-            "ss_dataset_dirs": json.dumps(folders),
-            "ss_bucket_info": json.dumps(buckets),
             "ss_training_started_at": f"{_now():.0f}",
             "ss_output_name": config.output_name,
             "ss_dmp_method": config.method,
@@ -80,13 +71,10 @@ class Metadata:
             "ss_dmp_config": json.dumps(without_paths(config.recorded())),
             "ss_dmp_prediction": frozen.prediction,
         }
-        self.fixed |= own_words(config)
+        self.fixed |= _of_data(config, frozen, data) | own_words(config)
         revision = git_revision(ROOT)
         if revision is not None:
             self.fixed["ss_dmp_git_revision"] = revision
-        # The best resolution is said as ModelSpec wants it, width x height.
-        sides = str(config.resolution or frozen.kind.resolution).split(",")
-        self.fixed["modelspec.resolution"] = f"{sides[0]}x{sides[-1]}"
 
     def after(
         self, step: int, epoch: int, history: History, verdict: Verdict | None = None
@@ -104,6 +92,25 @@ class Metadata:
             "ss_training_finished_at": f"{now:.0f}",
             "modelspec.date": date.isoformat(timespec="seconds"),
         }
+
+
+def _of_data(config: TrainConfig, frozen: FrozenBase, data: DataSummary) -> dict[str, str]:
+    """What a file says of the images it was trained on."""
+    folders = {
+        _last(row.name): {"n_repeats": row.repeats, "img_count": row.images} for row in data.subsets
+    }
+    buckets = [{"resolution": [r.width, r.height], "count": r.items} for r in data.buckets]
+    resolution = str(config.resolution or frozen.kind.resolution)
+    sides = resolution.split(",")
+    return {
+        "ss_enable_bucket": str(config.enable_bucket),
+        "ss_resolution": resolution,
+        "ss_num_train_images": str(data.images),
+        "ss_dataset_dirs": json.dumps(folders),
+        "ss_bucket_info": json.dumps(buckets),
+        # As ModelSpec wants it, width x height.
+        "modelspec.resolution": f"{sides[0]}x{sides[-1]}",
+    }
 
 
 def own_words(config: TrainConfig) -> dict[str, str]:
