@@ -36,7 +36,8 @@ def _of_repository(place: str) -> Base:
     with explained("the configuration of a denoiser", place, "--pretrained_model_name_or_path"):
         config = _config_of_repository(place)
         with torch.device("meta"):
-            return detect_base(getattr(diffusers, config["_class_name"]).from_config(config))
+            cls: Any = getattr(diffusers, config["_class_name"])
+            return detect_base(cls.from_config(config))
 
 
 def _config_of_repository(place: str) -> dict[str, Any]:
@@ -45,10 +46,11 @@ def _config_of_repository(place: str) -> dict[str, Any]:
     Raises:
         OSError: there is neither, or no connection.
     """
+    model: Any = diffusers.UNet2DConditionModel  # any class can read any configuration
     try:
-        return dict(diffusers.ConfigMixin.load_config(place, subfolder="transformer"))
+        return dict(model.load_config(place, subfolder="transformer"))
     except OSError:
-        return dict(diffusers.ConfigMixin.load_config(place, subfolder="unet"))
+        return dict(model.load_config(place, subfolder="unet"))
 
 
 def _unknown(place: str) -> PatchError:

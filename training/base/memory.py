@@ -143,7 +143,8 @@ def swap(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> Non
         device: a GPU.
     """
     inside = {id(part) for block in blocks for part in block.modules()}
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if id(module) not in inside:
             module._apply(lambda tensor: tensor.to(device), recurse=False)  # its own tensors
     holder = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})

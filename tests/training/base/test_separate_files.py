@@ -15,6 +15,7 @@ from tests.training import tinyfiles
 from tests.training.conftest import Folders
 from tests.training.tinybases import TRAINED
 from training.base.frozen import FrozenBase, base_kind, find_base, load_frozen
+from training.base.single_files import SingleFile
 from training.options.command_line import resolve
 from training.options.config import TrainConfig
 
@@ -68,6 +69,7 @@ def test_every_part_in_a_file_of_its_own(
     whole = load_frozen(config_of(name, folder))
     require_equal(frozen, whole)
     assert base_kind(config) == frozen.kind == whole.kind
+    assert find_base(config.model_copy(update={"base": "auto"})) is whole.base
     assert f"loading the VAE from {options['ae']}" in said
     assert sum(line.startswith("loaded the text_encoder") for line in said) == len(FILES[name])
 
@@ -103,6 +105,21 @@ def test_what_one_file_holds_is_taken_from_it(
         theirs = whole.vae if part == "vae" else whole.encoders[part]
         if isinstance(ours, torch.nn.Module):
             assert tinyfiles.same(ours, theirs) == (part not in parts), part
+
+
+def test_the_configuration_that_fits_a_file(folders: Folders, tmp_path: Path) -> None:
+    """FLUX.1-schnell has another schedule than FLUX.1-dev, and no guidance."""
+    tensors = tinyfiles.denoiser_tensors(folders("flux"), "flux")
+    path = tinyfiles.save(tmp_path / "schnell.safetensors", tensors)
+    with SingleFile(path) as file:
+        assert file.usual_config == "black-forest-labs/FLUX.1-schnell"
+    tensors["guidance_in.in_layer.bias"] = torch.zeros(1)
+    path = tinyfiles.save(tmp_path / "dev.safetensors", tensors)
+    with SingleFile(path) as file:
+        assert file.usual_config == "black-forest-labs/FLUX.1-dev"
+    path = tinyfiles.save(tmp_path / "other.safetensors", {"weight": torch.zeros(1)})
+    with SingleFile(path) as file:
+        assert file.usual_config is None
 
 
 def test_pickled_whole_file(folders: Folders, tmp_path: Path) -> None:
