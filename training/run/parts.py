@@ -121,7 +121,9 @@ def assemble(parts: Parts, data: Data) -> Run:
         **vars(parts),
         method=method,
         data=data,
-        wrapped=student if sharded else accelerator.prepare_model(student),
+        wrapped=student
+        if sharded
+        else accelerator.prepare_model(student, device_placement=not parts.frozen.swapped),
         optimiser=accelerator.prepare_optimizer(optimiser),
         schedule=schedule,
         average=average,
@@ -144,4 +146,6 @@ def _student(parts: Parts, method: Method, sharded: bool) -> Student:
         shard(parts.frozen, parts.accelerator)
     if config.torch_compile:
         model.compile(backend=config.dynamo_backend)
-    return Student(parts.frozen, method, parts.process, config).to(parts.accelerator.device)
+    student = Student(parts.frozen, method, parts.process, config)
+    # Blocks that are swapped come to the device only while they compute.
+    return student if parts.frozen.swapped else student.to(parts.accelerator.device)

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from dmp_common import Patch, PatchError
 from training.base.encoders import FrozenEncoders, fingerprint
-from training.base.frozen import base_kind, load_frozen
+from training.base.frozen import FrozenBase, base_kind, load_frozen
+from training.base.memory import memory_warnings, swappable
 from training.data.batch import Data
 from training.data.build import open_splits
 from training.objective.noising import process_of
@@ -91,6 +92,7 @@ class Trainer:
         config, data, held_out = _open(config, accelerator, tell)
         with tell.timed("loading the base"):
             frozen = load_frozen(config, tell.say).to(accelerator.device)
+        _warn_of_memory(config, frozen, accelerator, tell)
         parts = Parts(
             config=config,
             accelerator=accelerator,
@@ -193,6 +195,22 @@ def _open(
             )
         tell.say("no validation: too few images to hold any out, or --validation_split 0")
     return config, data, held_out
+
+
+def _warn_of_memory(
+    config: TrainConfig, frozen: FrozenBase, accelerator: Accelerator, tell: Telling
+) -> None:
+    """Says what the options that save memory do not do here.
+
+    Raises:
+        PatchError: there is something to say, and --strict is given.
+    """
+    blocks = swappable(frozen.model, frozen.base.times[frozen.naming].mlp)
+    warnings = memory_warnings(config, len(blocks), accelerator.device)
+    if warnings and config.strict:
+        raise PatchError(f"{' '.join(warnings)} --strict makes this an error.")
+    for warning in warnings:
+        tell.say(f"warning: {warning}")
 
 
 def _fill_caches(data: Data, parts: Parts, tell: Telling) -> None:
