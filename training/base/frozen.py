@@ -45,6 +45,7 @@ class FrozenBase:
         vae: None for a base of pixels.
         encoders: text encoders and tokenizers, by folder in a diffusers pipeline.
         unconditional: every image gets the null class.
+        window: tokens of a caption that its text encoders read.
         swapped: how many of its last blocks the CPU keeps (--blocks_to_swap).
     """
 
@@ -56,6 +57,7 @@ class FrozenBase:
     vae: Any = None
     encoders: dict[str, Any] = field(default_factory=dict)
     unconditional: bool = False
+    window: int | None = None
     swapped: int = 0
 
     @property
@@ -122,15 +124,15 @@ class FrozenBase:
         """What this base eats."""
         size = getattr(self.model.config, "sample_size", None)
         resolution = size * self.factor if isinstance(size, int) else self.family.resolution
-        labelled = self.conditioning == "label"
         return DataKind(
             conditioning=self.conditioning,  # type: ignore[arg-type]
             channels=3 if self.vae is not None else self.channels,
             resolution=resolution,
             multiple=self.family.multiple,
-            num_classes=dit.null_label(self.model) if labelled else None,
+            num_classes=dit.null_label(self.model) if self.conditioning == "label" else None,
             null_label=self.null_label,
             square=self.family.square,
+            window=self.window,
         )
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -257,6 +259,7 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
             family=family,
             vae=loader.vae() if family.vae else None,
             unconditional=config.unconditional,
+            window=family.window(config),
         )
         if config.text_conditional or frozen.conditioning == "caption":
             text_config = config.model_copy(

@@ -93,7 +93,8 @@ def open_splits(
     whole.check(options, kind)
     whole.notes += notes
     if options.validation_split is None and not _holds_out(whole):
-        held = share(len({sample.origin or sample.key for sample in whole.samples})), None
+        images = len({sample.origin or sample.key for sample in whole.samples})
+        held = share(images), options.validation_seed
         subsets = {s: replace(s, validation=held) for s in {s.subset for s in whole.samples}}
         whole.samples = [replace(s, subset=subsets[s.subset]) for s in whole.samples]
     parts = {split: replace(whole, notes=list(whole.notes)) for split in _BOTH}

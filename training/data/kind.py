@@ -18,7 +18,8 @@ class DataKind:
         num_classes: with class ids, how many the base knows.
         null_label: what the label of a dropped condition becomes.
         square: the model takes square inputs only; there are no buckets then.
-        window: tokens of a caption that the text encoders read; None where it is not known.
+        window: tokens of a caption that the text encoders read, without the marks of its beginning
+            and end; None where it is not known.
     """
 
     conditioning: Literal["caption", "label", "none"]

@@ -15,7 +15,10 @@ from dmp_common import PatchError
 from tests.training.data import making
 from tests.training.data.making import CAPTIONS, LABELS, NOTHING, assert_equal, epoch, keys, opened
 from training.data.batch import Data, Position
+from training.data.build import open_splits
+from training.data.indexed import IndexedData
 from training.data.sources.digits import KIND as DIGITS
+from training.options.data_options import DataOptions
 
 SOURCES = ["folder", "repeats", "classes", "plain", "config", "shards", "parquet", "disk", "digits"]
 
@@ -251,6 +254,20 @@ def test_two_sources_are_one_too_many(place: Path) -> None:
 def test_options_are_not_passed_over(place: Path, name: str, options: dict[str, Any]) -> None:
     with pytest.raises(PatchError, match=f"expected --{next(iter(options))} only with"):
         source(place, name, **options)
+
+
+def test_the_seed_of_the_split_counts_where_no_share_is_given(place: Path) -> None:
+    """The trainer holds images out by itself; --validation_seed chooses which."""
+
+    def held_out(**more: Any) -> tuple[str, ...]:
+        options = DataOptions(train_data_dir=str(place / "folder"), validation_split=None, **more)
+        train, held = open_splits(options, CAPTIONS, seed=1, share=lambda count: 2 / count)
+        assert held is not None and train.size + held.size == 11
+        assert isinstance(held, IndexedData)
+        return tuple(sample.key for sample in held.samples)
+
+    assert held_out() == held_out()
+    assert len({held_out(validation_seed=n) for n in range(8)}) > 2
 
 
 def test_validation_needs_a_share(place: Path) -> None:

@@ -284,7 +284,7 @@ def test_captions_longer_than_the_window_are_counted(tmp_path: Path) -> None:
     making.folder_of(tmp_path, 2)
     write(tmp_path / "000.txt", "red cat, " * 3000)
     write(tmp_path / "001.txt", ", ".join(["tag"] * 37))
-    for window, cut in ((None, 0), (77, 1), (40, 2)):
+    for window, cut in ((None, 0), (75, 1), (40, 2)):
         kind = DataKind("caption", resolution=32, multiple=8, window=window)
         summary = opened(kind, train_data_dir=str(tmp_path)).summary()
         assert summary.captions is not None and summary.captions.cut == cut

@@ -25,11 +25,15 @@ class DiT(Family):
         output: Tensor = model(noisy, timestep=t, class_labels=told).sample
         return output
 
+    def window(self, config: TrainConfig) -> int:
+        """One window of CLIP, whose pooled text is all that is used."""
+        return 75
+
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
         """{"pooled": (B, P)}: the pooled output of CLIP, before any projection."""
-        windows = token_windows(parts["tokenizer"], captions, 75)
+        windows = token_windows(parts["tokenizer"], captions, self.window(config))
         return {"pooled": run_windows(parts["text_encoder"], windows, -1).pooled}
 
 

@@ -61,6 +61,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def window(self, config: TrainConfig) -> int:
+        """Tokens of a caption that are read; the rest is cut off. CLIP reads windows of 75."""
+        return config.max_token_length
+
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:

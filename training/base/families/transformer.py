@@ -35,6 +35,10 @@ class PixArt(Family):
         ).sample
         return output
 
+    def window(self, config: TrainConfig) -> int:
+        """Tokens of a caption that T5 reads, without its mark of the end."""
+        return (config.t5_max_token_length or 300) - 1
+
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
@@ -45,7 +49,7 @@ class PixArt(Family):
             captions,
             do_classifier_free_guidance=False,
             device=parts["text_encoder"].device,
-            max_sequence_length=config.t5_max_token_length or 300,
+            max_sequence_length=self.window(config) + 1,
         )
         return {"prompt": prompt, "mask": mask}
 
@@ -63,6 +67,10 @@ class SD3(Family):
         ).sample
         return output
 
+    def window(self, config: TrainConfig) -> int:
+        """Tokens of a caption that T5 reads, without its mark of the end."""
+        return (config.t5_max_token_length or 256) - 1
+
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
@@ -75,7 +83,7 @@ class SD3(Family):
             captions,
             device=parts["text_encoder"].device,
             do_classifier_free_guidance=False,
-            max_sequence_length=config.t5_max_token_length or 256,
+            max_sequence_length=self.window(config) + 1,
         )
         return {"prompt": prompt, "pooled": pooled}
 
@@ -101,6 +109,10 @@ class Flux(Family):
         ).sample
         return unpack(packed, height, width)
 
+    def window(self, config: TrainConfig) -> int:
+        """Tokens of a caption that T5 reads, without its mark of the end."""
+        return (config.t5_max_token_length or 512) - 1
+
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
@@ -111,7 +123,7 @@ class Flux(Family):
             captions,
             captions,  # older diffusers have no default
             device=parts["text_encoder"].device,
-            max_sequence_length=config.t5_max_token_length or 512,
+            max_sequence_length=self.window(config) + 1,
         )
         return {"prompt": prompt, "pooled": pooled}
 

@@ -13,7 +13,6 @@ _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]+|_+")
 _WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet|ti):[^<>]*>", re.IGNORECASE)
 _CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}")
-_MARKS = 2  # tokens for the beginning and the end
 
 
 def caption_counts(
@@ -59,6 +58,5 @@ def caption_notes(samples: Sequence[Sample]) -> list[str]:
 
 
 def _is_long(text: str, window: int) -> bool:
-    if len(text) <= window - _MARKS:
-        return False
-    return sum(1 for _ in _WORD.finditer(text)) > window - _MARKS
+    # A word has a letter at least, and a token at least.
+    return len(text) > window and sum(1 for _ in _WORD.finditer(text)) > window
