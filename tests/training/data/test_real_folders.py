@@ -190,6 +190,18 @@ def test_endings_that_need_a_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
         opened(train_data_dir=str(tmp_path / "alone"))
 
 
+@pytest.mark.parametrize(("plugin", "ending"), [("pillow_heif", ".heic"), ("pillow_jxl", ".jxl")])
+def test_plug_ins_read_their_images(tmp_path: Path, plugin: str, ending: str) -> None:
+    pytest.importorskip(plugin)
+    assert ending in endings()
+    picture(0, (64, 64)).save(tmp_path / f"a{ending}")
+    picture(1, (64, 64)).save(tmp_path / f"b{ending}")
+    (tmp_path / f"b{ending}").rename(tmp_path / "b.jpg")  # as telephones and converters do
+    data = opened(NOTHING, train_data_dir=str(tmp_path))
+    assert sorted(keys(epoch(data, global_batch=1))) == [f"a{ending}", "b.jpg"]
+    assert not data.summary().skipped
+
+
 @pytest.mark.parametrize(
     ("data", "found"),
     [
