@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from training.options.command_line import as_toml, resolve, with_base
@@ -67,3 +69,32 @@ def test_recipe_lines_say_which_why_and_what_it_costs() -> None:
     assert lines[2].strip() == "changed by you: learning_rate 0.5 instead of 0.0001"
     assert "its own" in recipe_lines(resolve({"base": "digits"}))[0]
     assert "as you asked" in recipe_lines(resolve({"base": "digits", "recipe": "clean"}))[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "accumulated", "together"),
+    [
+        (("", ""), 4, 1, 128),  # the preset of the base, and the recipe's 128
+        (("batch_size = 3", ""), 3, 1, None),
+        (("", "batch_size = 2"), 4, 1, None),
+    ],
+)
+def test_a_dataset_file_says_what_a_step_is(
+    sizes: tuple[str, str], batch: int, accumulated: int, together: int | None, tmp_path: Path
+) -> None:
+    general, own = sizes
+    text = f"[general]\n{general}\n[[datasets]]\n{own}\n[[datasets.subsets]]\nimage_dir = 'a'\n"
+    text += "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'b'\n"
+    file = tmp_path / "data.toml"
+    file.write_text(text, encoding="utf-8")
+    config = resolve({"base": "sd15", "dataset_config": str(file)})
+    assert config.train_batch_size == batch
+    assert config.gradient_accumulation_steps == accumulated
+    assert config.global_batch_size == together
+
+
+def test_an_explicit_batch_is_a_step_unless_a_recipe_is_asked_for() -> None:
+    data = {"base": "sd15", "train_data_dir": "x", "train_batch_size": 2}
+    assert resolve(data).global_batch_size is None
+    assert resolve({**data, "recipe": "paper"}).global_batch_size == 128
+    assert resolve({**data, "global_batch_size": 8}).global_batch_size == 8
