@@ -41,6 +41,11 @@ class Method(nn.Module, ABC):
         """The optimiser's parameter groups."""
         return [{"params": list(self.trainable().values()), "lr": config.learning_rate}]
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model is certainly the base still, as with prompts that are all zero."""
+        return False
+
     def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The losses of the method besides the prediction's, by name.
 

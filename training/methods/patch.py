@@ -54,6 +54,12 @@ class PatchMethod(Method):
         ]
         return [group for group in groups if group["params"]]
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every prompt is zero; prepended ones count even then."""
+        zero = not any(bool(pool.any()) for pool in self.patch.pools.parameters())
+        return zero and self.patch.variant.mix == "add"
+
     def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """Both balancing losses on timesteps over all that the patch has, not on the batch's.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 
 from training.run.optimisers import is_schedule_free
 
@@ -47,7 +48,10 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The trained module with its averaged values, and its own again afterwards."""
+        kept: list[Tensor] = []
         if self.free:
+            # Its way back computes the values from the averaged ones, which rounds them.
+            kept = [parameter.detach().clone() for parameter in self.parameters]
             self.optimiser.eval()
         elif self.ema is not None:
             self.ema.store(self.parameters)
@@ -57,5 +61,7 @@ class Average:
         finally:
             if self.free:
                 self.optimiser.train()
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.data.copy_(value)
             elif self.ema is not None:
                 self.ema.restore(self.parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -31,9 +30,6 @@ def dry_run(run: Run) -> None:
         )
         print("dry run: nothing was saved")
     run.method.remove()
-    folder = Path(config.output_dir)
-    if accelerator.is_main_process and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _one_step(run: Run) -> tuple[int, float]:

@@ -147,6 +147,7 @@ class TrainingEvents(Events):
         return judge(
             self.base_losses, trained,
             best_step=run.history.best_step, last_step=run.total, kept_step=step,
+            chosen=run.config.keep_best and len(run.history.validation) > 2,
         )  # fmt: skip
 
     def _write_summary(self, run: Run) -> None:
@@ -167,7 +168,9 @@ class TrainingEvents(Events):
         assert self.base_losses is not None
         student, history = run.student, run.history
         with run.average.applied():
-            found = self.validation.images(student.eval())
+            # Not measured again where it is known: prompts begin at zero.
+            same = run.step == 0 and run.method.changes_nothing
+            found = self.base_losses if same else self.validation.images(student.eval())
             history.validation[run.step] = bins = found.mean(0).tolist()
             better = not history.best_step or history.mean(run.step) < history.mean(
                 history.best_step
@@ -184,17 +187,9 @@ class TrainingEvents(Events):
         student.train()
         base = self.base_losses.mean(0).tolist()
         mean, own = history.mean(run.step), sum(base) / len(base)
-        progress.log(
-            run.step,
-            {
-                "validation/loss": mean,
-                "validation/change": mean / own - 1,
-                **{
-                    f"validation/bin{n}": b - a
-                    for n, (a, b) in enumerate(zip(base, bins, strict=True))
-                },
-            },
-        )
+        values = {"validation/loss": mean, "validation/change": mean / own - 1}
+        changes = {f"validation/bin{n}": bins[n] - base[n] for n in range(len(bins))}
+        progress.log(run.step, {**values, **changes})
         if run.step:
             chart = losses_chart(history.validation, base)
             progress.pictures(run.step, "validation loss by noise level", [chart])

@@ -126,8 +126,9 @@ def require_room(config: TrainConfig, values: int, total_steps: int) -> None:
     Raises:
         PatchError: less room than the files and states of the run take.
     """
-    folder = Path(config.output_dir)
-    free = shutil.disk_usage(folder).free
+    folder = Path(config.output_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     every = config.save_every_n_steps
     saves = total_steps // every if every else 0
     if every and config.save_last_n_steps:

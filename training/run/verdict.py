@@ -36,6 +36,7 @@ class Verdict:
     best_step: int
     last_step: int
     kept_step: int
+    chosen: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As NAME.json and the file's header have it."""
@@ -128,8 +129,14 @@ class Verdict:
 
 
 def judge(
-    base: Tensor, trained: Tensor, *, best_step: int, last_step: int, kept_step: int,
-) -> Verdict | None:  # fmt: skip
+    base: Tensor,
+    trained: Tensor,
+    *,
+    best_step: int,
+    last_step: int,
+    kept_step: int,
+    chosen: bool = False,
+) -> Verdict | None:
     """The verdict on losses (images, bins) of base and trained model; None for too few images."""
     if len(base) < _FEWEST:
         return None
@@ -144,6 +151,7 @@ def judge(
         best_step=best_step,
         last_step=last_step,
         kept_step=kept_step,
+        chosen=chosen,
     )
 
 

@@ -14,6 +14,8 @@ from training.objective.labelled import labelled_losses, labelled_samples, pixel
 class ConstantModel(torch.nn.Module):
     """Predicts `value` everywhere and notes the calls it gets."""
 
+    dtype = torch.float32
+
     def __init__(self, value: float) -> None:
         super().__init__()
         self.value = torch.nn.Parameter(torch.tensor(value))

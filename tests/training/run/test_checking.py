@@ -28,6 +28,7 @@ def test_problems_of_every_part_are_one_report(tmp_path: Path) -> None:
     found = checked(
         tmp_path, quantum=1, dmp_sites="nowhere", optimizer_args=["x"], resume="latest",
         sample_prompts=str(prompts), dataset_config=str(dataset), train_data_dir="nowhere",
+        webdataset="nowhere.tar",
         output_dir=str(tmp_path / "file"), pretrained_model_name_or_path="./none",
     )  # fmt: skip
     report = "\n".join(found.problems)
@@ -84,7 +85,7 @@ def test_a_recipes_batch_is_rounded_to_what_processes_take() -> None:
     from dmp_common import PatchError
     from training.run.scale import accumulation
 
-    config = read_options({"base": "sd15", "train_batch_size": 3}).config
+    config = read_options({"base": "sd15", "recipe": "paper", "train_batch_size": 3}).config
     assert accumulation(config, 1) == 43
     assert accumulation(config, 100) == 1
     asked = read_options({"base": "sd15", "train_batch_size": 3, "global_batch_size": 128}).config

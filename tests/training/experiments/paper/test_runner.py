@@ -117,7 +117,7 @@ def test_a_table_from_training_to_results(
     ]  # fmt: skip
     assert commands.given[2] == [
         sys.executable, str(SCRIPTS / "evaluate.py"),
-        "--no_half_vae", "--max_data_loader_n_workers", "8",
+        "--validation_split", "0", "--no_half_vae", "--max_data_loader_n_workers", "8",
         "--train_data_dir", (tmp_path / "data" / "ffhq").as_posix(), "--resolution", "256",
         "--base", "dit-b/2",
         "--pretrained_model_name_or_path", (tmp_path / "data/bases/ffhq-dit-b").as_posix(),
