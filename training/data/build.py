@@ -88,7 +88,7 @@ def open_splits(
     if _is_digits(options):
         found = {split: _find(source, options, kind, split) for split in _BOTH}
         train, held_out = (_indexed(found[s], options, kind, seed, s) for s in _BOTH)
-        return train, held_out
+        return train, None if options.validation_split == 0 else held_out
     whole = _find(source, options, kind, "train")
     whole.check(options, kind)
     whole.notes += notes
