@@ -101,6 +101,8 @@ class Trainer:
             encoders=FrozenEncoders(frozen, config),
         )
         state = None if config.resume is None else load_state(find_resumed(config))
+        if config.dry_run:  # one step, and nothing beside it
+            held_out = None
         for split in (data, held_out):
             if split is not None:
                 _fill_caches(split, parts, tell)
@@ -109,7 +111,8 @@ class Trainer:
         if validation is not None:
             with tell.timed(f"validating the base on {len(validation)} images"):
                 base_losses = validation.images(parts.untrained())
-        relative = _relative_weights(parts, data) if config.relative_loss else None
+        weighted = config.relative_loss and not config.dry_run
+        relative = _relative_weights(parts, data) if weighted else None
         previews = _previews(parts, tell)
         if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
             frozen.release_encoders()
@@ -253,7 +256,7 @@ def _previews(parts: Parts, tell: Telling) -> Previews | None:
     """The previews that are asked for, with the pictures of the base."""
     config = parts.config
     wanted = (config.sample_prompts, config.sample_every_n_steps, config.sample_every_n_epochs)
-    if not any(wanted) and not config.sample_at_first:
+    if config.dry_run or not (any(wanted) or config.sample_at_first):
         return None
     previews = Previews(parts.frozen, parts.encoders, config, parts.device)
     with tell.timed("drawing the base's previews"), parts.accelerator.autocast():
