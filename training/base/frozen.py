@@ -18,7 +18,7 @@ from dmp_common.bases.base import Naming
 from dmp_common.bases.detect import require_base
 from dmp_common.bases.timesteps import frequency_shift
 from training.base import memory
-from training.base.dit_folders import TEXT_FILE, TIME_FILE, set_time_embedding, text_dit, text_facts
+from training.base.dit_folders import set_time_embedding, text_dit, text_facts
 from training.base.families import dit
 from training.base.families.family import Family
 from training.base.families.table import family_of
@@ -296,6 +296,3 @@ def find_base(config: TrainConfig) -> Base:
     from training.base.detection import detect_source
 
     return detect_source(find_source(config, None))
-
-
-__all__ = ["TEXT_FILE", "TIME_FILE", "FrozenBase", "base_kind", "find_base", "load_frozen"]

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from dmp_common import Patch, PatchError, attach
 from dmp_common.patch.serialize import opened, parse_json
+from training.base.dit_folders import TEXT_FILE, TIME_FILE
 from training.base.families.dit import DiT
-from training.base.frozen import TEXT_FILE, TIME_FILE, FrozenBase
+from training.base.frozen import FrozenBase
 from training.methods.full import DIFFUSERS_SHIFT, JointMethod
 from training.methods.lora import remove_lora
 

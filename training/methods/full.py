@@ -13,8 +13,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common.patch.serialize import serialize, write_atomically
+from training.base.dit_folders import TEXT_FILE, TIME_FILE
 from training.base.families import dit
-from training.base.frozen import TEXT_FILE, TIME_FILE, FrozenBase
+from training.base.frozen import FrozenBase
 from training.methods.method import Method
 from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig

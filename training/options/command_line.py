@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from training.options.agreement import disagreements
 from training.options.config import RUN_ONLY, TrainConfig
 from training.options.data_options import SOURCES
-from training.options.dataset_file import read_dataset_file
+from training.options.dataset_file import batch_of_file
 from training.options.helping import add_options, sections
 from training.options.kohya import is_off
 from training.options.model_options import BASES
@@ -138,29 +138,10 @@ def read_options(given: dict[str, Any], examples: str = "") -> Resolved:
         chosen.pop("base", None)
         if is_off(chosen.get("pretrained_model_name_or_path")):
             problems.append(_no_base(chosen, examples))
-    chosen |= _batch_of_file(chosen)
+    chosen |= batch_of_file(chosen)
     config = _validated(chosen, problems, warnings)
     problems += disagreements(config)
     return Resolved(config, problems, warnings)
-
-
-def _batch_of_file(chosen: dict[str, Any]) -> dict[str, int]:
-    """What a step is where a dataset file has batch sizes, which win as with kohya's scripts.
-
-    One size for all is that of the run. With several, no recipe can say how many images make a
-    step, so each batch is one, unless the user accumulates them.
-    """
-    if is_off(chosen.get("dataset_config")):
-        return {}
-    try:
-        sizes = read_dataset_file(Path(str(chosen["dataset_config"]))).batch_sizes
-    except ConfigError:
-        return {}  # all that is wrong with the file is told by whoever looks at the data
-    one = next(iter(sizes))
-    if len(sizes) == 1:
-        return {} if one is None else {"train_batch_size": one}
-    given = ("gradient_accumulation_steps", "global_batch_size")
-    return {} if any(map(chosen.get, given)) else {"gradient_accumulation_steps": 1}
 
 
 def _no_base(chosen: dict[str, Any], examples: str) -> str:

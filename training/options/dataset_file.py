@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dmp_common.errors import PatchError, printable
 from training.options.data_options import DataOptions
+from training.options.kohya import is_off
 from training.options.problems import ConfigError
 
 CAPTION_KEYS = frozenset(
@@ -112,6 +113,28 @@ def read_dataset_file(path: Path) -> DatasetFile:
     return found
 
 
+def batch_of_file(chosen: Mapping[str, Any]) -> dict[str, int]:
+    """What a step is where a dataset file has batch sizes, which win as with kohya's scripts.
+
+    One size for all is that of the run. With several, no recipe can say how many images make a
+    step, so each batch is one, unless the user accumulates them.
+
+    Args:
+        chosen: the options that the user gave, by name.
+    """
+    if is_off(chosen.get("dataset_config")):
+        return {}
+    try:
+        sizes = read_dataset_file(Path(str(chosen["dataset_config"]))).batch_sizes
+    except ConfigError:
+        return {}  # all that is wrong with the file is told by whoever looks at the data
+    one = next(iter(sizes))
+    if len(sizes) == 1:
+        return {} if one is None else {"train_batch_size": one}
+    given = ("gradient_accumulation_steps", "global_batch_size")
+    return {} if any(map(chosen.get, given)) else {"gradient_accumulation_steps": 1}
+
+
 def _content(path: Path) -> dict[str, Any]:
     # Here, because `--help` does without torch.
     from dmp_common.patch.serialize import opened
@@ -180,11 +203,11 @@ class _Reader:
             return {}
         self._check_names(table, known | set(_REFUSED) | set(_WITHOUT_EFFECT), where)
         for name, value in table.items():
-            if name in _REFUSED and not _is_off(value):
+            if name in _REFUSED and not is_off(value):
                 self.problems.append(
                     f"expected no {name} in {where}, found {_shown(value)}: {_REFUSED[name]}."
                 )
-            elif name in _WITHOUT_EFFECT and not _is_off(value):
+            elif name in _WITHOUT_EFFECT and not (is_off(value) or value == "lanczos"):
                 self.found.notes.append(
                     f"{name} in {where} changes nothing here: {_WITHOUT_EFFECT[name]}"
                 )
@@ -229,10 +252,6 @@ def _hint(name: str, known: set[str]) -> str:
     if meant is not None:
         return f"did you mean {meant}?"
     return "docs/DATA.md lists the keys; remove it."
-
-
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or value in (0, "", [], {}, "lanczos")
 
 
 def _shown(value: object) -> str:

@@ -90,16 +90,7 @@ class Trainer:
             tell.say(line)
         # Data first: they are what is wrong most often, and weights take longest to load.
         config, data, held_out = _open(config, accelerator, tell)
-        with tell.timed("loading the base"):
-            frozen = load_frozen(config, tell.say).to(accelerator.device)
-        _warn_of_memory(config, frozen, accelerator, tell)
-        parts = Parts(
-            config=config,
-            accelerator=accelerator,
-            frozen=frozen,
-            process=process_of(frozen.scheduler, config),
-            encoders=FrozenEncoders(frozen, config),
-        )
+        parts = _loaded(config, accelerator, tell)
         state = None if config.resume is None else load_state(find_resumed(config))
         if config.dry_run:  # one step, and nothing beside it
             held_out = None
@@ -115,9 +106,9 @@ class Trainer:
         relative = _relative_weights(parts, data) if weighted else None
         previews = _previews(parts, tell)
         if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
-            frozen.release_encoders()
+            parts.frozen.release_encoders()
 
-        weights = fingerprint(frozen.model)  # before anything is trained in it
+        weights = fingerprint(parts.frozen.model)  # before anything is trained in it
         run = assemble(parts, data)
         run.student.relative = relative
         require_room(config, run.method.saved_parameters(), run.total)
@@ -126,8 +117,8 @@ class Trainer:
             resume(run, state, facts, find_resumed(config))
         if base_losses is not None:
             run.history.base = base_losses.mean(0).tolist()
-        metadata = Metadata(config, frozen, data.summary(), run.per_step, run.total)
-        outputs = Outputs(config, run.method, frozen)
+        metadata = Metadata(config, run.frozen, data.summary(), run.per_step, run.total)
+        outputs = Outputs(config, run.method, run.frozen)
         events = TrainingEvents(outputs, metadata, facts, validation, base_losses, previews)
         return Trainer(run, events)
 
@@ -198,6 +189,20 @@ def _open(
             )
         tell.say("no validation: too few images to hold any out, or --validation_split 0")
     return config, data, held_out
+
+
+def _loaded(config: TrainConfig, accelerator: Accelerator, tell: Telling) -> Parts:
+    """The base on its device, with what surrounds it."""
+    with tell.timed("loading the base"):
+        frozen = load_frozen(config, tell.say).to(accelerator.device)
+    _warn_of_memory(config, frozen, accelerator, tell)
+    return Parts(
+        config=config,
+        accelerator=accelerator,
+        frozen=frozen,
+        process=process_of(frozen.scheduler, config),
+        encoders=FrozenEncoders(frozen, config),
+    )
 
 
 def _warn_of_memory(

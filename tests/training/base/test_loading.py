@@ -16,9 +16,10 @@ from torch import Tensor
 from dmp_common import PatchError
 from tests.tiny import FAMILIES
 from tests.training.tinybases import make_base
+from training.base.dit_folders import TIME_FILE
 from training.base.families import checkpoint
 from training.base.families.dit import set_frequency_shift
-from training.base.frozen import TIME_FILE, FrozenBase, find_base, load_frozen
+from training.base.frozen import FrozenBase, find_base, load_frozen
 from training.methods.full import FullMethod
 from training.options.command_line import resolve
 

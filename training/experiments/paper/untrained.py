@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 from dmp_common import get_base
 from dmp_common.patch.serialize import serialize, write_atomically
+from training.base.dit_folders import TEXT_FILE
 from training.base.families.dit import initialise, share_embeddings, use_text
-from training.base.frozen import TEXT_FILE
 from training.experiments.paper.cells import Untrained
 from training.methods.full import DIFFUSERS_SHIFT, replace_folder
 
