@@ -147,6 +147,7 @@ class TrainingEvents(Events):
         return judge(
             self.base_losses, trained,
             best_step=run.history.best_step, last_step=run.total, kept_step=step,
+            falling=run.history.falling,
             chosen=run.config.keep_best and len(run.history.validation) > 2,
         )  # fmt: skip
 

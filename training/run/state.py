@@ -45,6 +45,16 @@ class History:
     best_step: int = 0
     losses: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def falling(self) -> bool:
+        """Whether the last validation gained a tenth or more of all that was gained."""
+        if len(self.validation) < 3:
+            return False
+        before, last = list(self.validation)[-2:]
+        own = sum(self.base) / len(self.base)
+        gained = own - self.mean(last)
+        return gained > 0 and self.mean(before) - self.mean(last) > 0.1 * gained
+
     def mean(self, step: int) -> float:
         """Validation loss over all timesteps after a step."""
         bins = self.validation[step]

@@ -36,6 +36,7 @@ class Verdict:
     best_step: int
     last_step: int
     kept_step: int
+    falling: bool = False
     chosen: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -70,8 +71,8 @@ class Verdict:
 
     def _about_length(self) -> list[str]:
         if not self.best_step or self.best_step == self.last_step:
-            if self.change.high < 0:
-                return ["The last step was the best: train longer (--max_train_steps)."]
+            if self.falling and self.change.high < 0:
+                return ["The loss still fell at the end: train longer (--max_train_steps)."]
             return []
         if self.kept_step != self.best_step:
             return [
@@ -135,6 +136,7 @@ def judge(
     best_step: int,
     last_step: int,
     kept_step: int,
+    falling: bool = False,
     chosen: bool = False,
 ) -> Verdict | None:
     """The verdict on losses (images, bins) of base and trained model; None for too few images."""
@@ -151,6 +153,7 @@ def judge(
         best_step=best_step,
         last_step=last_step,
         kept_step=kept_step,
+        falling=falling,
         chosen=chosen,
     )
 

@@ -11,6 +11,7 @@ from dmp_common import Patch
 from tests.training.conftest import Go
 from training.options.command_line import resolve
 from training.run.charts import losses_chart
+from training.run.state import History
 from training.run.validation import MOST, automatic_share, automatic_steps
 from training.run.verdict import judge
 
@@ -66,7 +67,7 @@ def test_pairs_make_the_interval_narrow() -> None:
     ],
 )
 def test_advice(change: float, best: int, kept: int, advice: str) -> None:
-    verdict = judge(*losses(change), best_step=best, last_step=10, kept_step=kept)
+    verdict = judge(*losses(change), best_step=best, last_step=10, kept_step=kept, falling=True)
     assert verdict is not None
     assert advice in " ".join(verdict.advice)
 
@@ -77,6 +78,20 @@ def test_help_and_harm_at_different_noise_levels_is_told() -> None:
     verdict = judge(base, trained, best_step=1, last_step=1, kept_step=1)
     assert verdict is not None
     assert "--min_timestep 0 --max_timestep 500" in verdict.text()
+
+
+@pytest.mark.parametrize(
+    ("means", "falling"),
+    [
+        ([1.0, 0.9, 0.8], True),
+        ([1.0, 0.8, 0.799], False),
+        ([1.0, 0.9, 0.95], False),
+        ([1.0, 0.9], False),
+    ],
+)
+def test_whether_the_loss_still_fell(means: list[float], falling: bool) -> None:
+    history = History(base=[1.0], validation={n: [mean] for n, mean in enumerate(means)})
+    assert history.falling == falling
 
 
 def test_one_image_has_no_interval() -> None:
