@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -103,13 +104,24 @@ def open_image(file: BinaryIO, name: str, channels: int = 3) -> Image.Image:
     Raises:
         BrokenImageError: the image does not decode.
     """
+    with _decoded(file, name) as image:
+        return _plain(image, channels)
+
+
+@contextmanager
+def _decoded(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """The first frame of an image, upright; what is done with it may find it broken too.
+
+    Raises:
+        BrokenImageError: the image does not decode.
+    """
     endings()
     try:
         with Image.open(file) as image:
             image.seek(0)
             turned = _orientation(image) > 1
             image.load()
-            return _plain(ImageOps.exif_transpose(image) if turned else image, channels)
+            yield ImageOps.exif_transpose(image) if turned else image
     except _BROKEN as error:
         raise broken(name, error) from error
 
@@ -145,18 +157,8 @@ def opacity(file: BinaryIO, name: str) -> Image.Image | None:
     Raises:
         BrokenImageError: the image does not decode.
     """
-    endings()
-    try:
-        with Image.open(file) as image:
-            image.seek(0)
-            turned = _orientation(image) > 1
-            image.load()
-            if not image.has_transparency_data:
-                return None
-            upright = ImageOps.exif_transpose(image) if turned else image
-            return upright.convert("RGBA").getchannel("A")
-    except _BROKEN as error:
-        raise broken(name, error) from error
+    with _decoded(file, name) as image:
+        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def open_mask(file: BinaryIO, name: str) -> Image.Image:
