@@ -110,6 +110,7 @@ def _write_base(
     folder.mkdir(parents=True)
     model: Any = frozen.model
     model.save_config(folder)
+    _forget_origin(folder / "config.json")
     # Copies: the blocks of a DiT share their embedding here, and do not in diffusers' files.
     tensors = {n: t.detach().to("cpu", dtype, copy=True) for n, t in _state(model).items()}
     # Held in memory twice for a moment, which fits where the optimiser of all weights did.
@@ -125,6 +126,14 @@ def _write_base(
     elif shift["frequency_shift"] != DIFFUSERS_SHIFT:
         (partial / TIME_FILE).write_text(json.dumps(shift), encoding="utf-8")
     return partial
+
+
+def _forget_origin(path: Path) -> None:
+    """Takes the place that a model was loaded from out of its configuration: a local path says
+    more of the machine and its user than of the model."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from dmp_common import Patch, PatchError
 from tests.training.conftest import Go, Start
 from training.objective.pictures import as_image
 from training.options.command_line import resolve
+from training.run.metadata import without_paths
 from training.run.prompt_files import read_prompts
 from training.run.publishing import push
 from training.run.scale import tracker_options
@@ -104,6 +105,38 @@ def test_tensorboard_gets_losses_pictures_and_gate(start: Start) -> None:
     assert "gate/0" in images
     assert "validation loss by noise level/0" in images
     assert "base, trained, difference/0" in images
+
+
+@pytest.mark.parametrize("method", ["dmp", "lora", "full", "joint"])
+def test_no_absolute_path_of_this_machine_goes_into_what_others_get(
+    method: str, go: Go, digits_base: Path
+) -> None:
+    _, events = go(method=method, max_train_steps=1, learning_rate=1e-4)
+    result = events.outputs.path()
+    files = [result] if result.is_file() else [p for p in result.rglob("*") if p.is_file()]
+    for file in files:
+        assert digits_base.parent.as_posix().encode() not in file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("value", "left"),
+    [
+        ("/home/me/photos", "photos"),
+        ("~/models/base.safetensors", "base.safetensors"),
+        ("C:\\Users\\me\\photos", "photos"),
+        ("C:/Users/me/photos", "photos"),
+        ("file:///home/me/a.tar", "a.tar"),
+        ("/data/{00..99}.tar::/more/*.tar", "{00..99}.tar::*.tar"),
+        ("photos", "photos"),
+        ("user/model", "user/model"),
+        ("https://example.org/a.tar", "https://example.org/a.tar"),
+        ("a cat, 1/2", "a cat, 1/2"),
+    ],
+)
+def test_of_absolute_paths_the_last_part_is_recorded(value: str, left: str) -> None:
+    assert without_paths({"option": value, "list": [value], "number": 1}) == {
+        "option": left, "list": [left], "number": 1,
+    }  # fmt: skip
 
 
 def test_progress_line_has_what_users_look_for(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
