@@ -15,7 +15,7 @@ from benchmarks.models import Inputs, build, placed, random_patch
 from dmp_common import Patch
 from tests.tiny import FAMILIES, Tiny
 
-DIGITS = Path(__file__).resolve().parents[2] / "training" / "digits" / "base" / "transformer"
+DIGITS = Path(__file__).resolve().parents[2] / "training" / "base" / "digits" / "transformer"
 
 
 @dataclass(frozen=True)
