@@ -63,6 +63,9 @@ class LoraMethod(Method):
             "r": self.config.r,
             "lora_alpha": self.config.lora_alpha,
             "target_modules": sorted(LORA_TARGETS),
+            # diffusers before 0.36 looks for these, too.
+            "rank_pattern": {},
+            "alpha_pattern": {},
         }
         told = json.dumps({f"{prefix}.{k}": v for k, v in described.items()})
         header = {**metadata, "format": "pt", "lora_adapter_metadata": told}
