@@ -146,6 +146,8 @@ def _variant(config: TrainConfig) -> None:
 def _data(config: TrainConfig) -> None:
     """A source of data, and places on this disk that exist."""
     given = named_sources(config)
+    if not given and config.base == "auto" and config.pretrained_model_name_or_path is None:
+        return  # who names neither a base nor data is shown whole commands already
     if not given:
         command = f"  python training/train_dmp.py {_named(config)}"
         raise PatchError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.options.command_line import Resolved, read_options
+from training.options.command_line import Resolved, parse_arguments, read_options
 from training.run import checking, optimisers
 from training.run.checking import check_run
 
@@ -135,3 +135,11 @@ def test_options_that_fit_a_base_are_kept(tmp_path: Path) -> None:
 def test_a_refused_command_line_leaves_no_folder(tmp_path: Path) -> None:
     assert checked(tmp_path, output_dir=str(tmp_path / "a" / "b"), dmp_sites="none").problems
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_names_nothing_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([], check_run)
+    told = capsys.readouterr().err
+    assert told.startswith("error: expected --base with the model to patch")
+    assert told.count("Three commands that run") == 1
