@@ -26,6 +26,8 @@ class Verdict:
         by_level: the same in each range of timesteps, least noisy first.
         best_step, last_step: the step that validated best, and the last one; 0 for none.
         kept_step: the step whose values the final file holds.
+        falling: whether the loss still fell at the last validation.
+        chosen: whether that step was chosen on these images, so that the change flatters it.
     """
 
     images: int
@@ -50,6 +52,7 @@ class Verdict:
             "best_step": self.best_step,
             "kept_step": self.kept_step,
             "last_step": self.last_step,
+            "step_was_chosen_on_these_images": self.chosen,
             "better_than_base": self.change.high < 0,
             "verdict": self.sentence,
             "next": self.advice,
@@ -125,6 +128,7 @@ class Verdict:
             lines.append(
                 f"  best at step {self.best_step} of {self.last_step}; the file holds step "
                 f"{self.kept_step}"
+                + (", chosen on these images, which flatters it a little" if self.chosen else "")
             )
         return "\n".join(lines + [f"  next: {sentence}" for sentence in self.advice])
 

@@ -94,6 +94,14 @@ def test_whether_the_loss_still_fell(means: list[float], falling: bool) -> None:
     assert history.falling == falling
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_step_that_was_chosen_on_these_images_is_said_to_be(chosen: bool) -> None:
+    verdict = judge(*losses(-0.05), best_step=8, last_step=10, kept_step=8, chosen=chosen)
+    assert verdict is not None
+    assert ("chosen on these images" in verdict.text()) == chosen
+    assert verdict.to_json()["step_was_chosen_on_these_images"] == chosen
+
+
 def test_one_image_has_no_interval() -> None:
     one = torch.ones(1, BINS)
     assert judge(one, one, best_step=1, last_step=1, kept_step=1) is None
