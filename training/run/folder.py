@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -15,7 +17,35 @@ from dmp_common import PatchError
 from training.options.config import TrainConfig
 
 _ENDINGS = (".safetensors", "")  # of a patch; of the folder of --method full
-_STATE = "-state"
+STATE, GATE = "-state", "-gate.png"
+
+
+class Saved(NamedTuple):
+    """Something that a run saved along its way.
+
+    Args:
+        step: after which it was saved.
+        kind: the end of its name: of a file, `STATE`, `GATE`, or "" for a folder of weights.
+        path: where it lies.
+    """
+
+    step: int
+    kind: str
+    path: Path
+
+
+def saved(output: Path, name: str) -> list[Saved]:
+    """What runs of a name saved along their way into a folder, oldest first."""
+    ends = "|".join(re.escape(end) for end in (STATE, GATE, *_ENDINGS))
+    pattern = re.compile(rf"{re.escape(name)}-step(\d{{8}})({ends})")
+    paths = output.iterdir() if output.is_dir() else ()
+    matches = [(pattern.fullmatch(path.name), path) for path in paths]
+    return sorted(Saved(int(match[1]), match[2], path) for match, path in matches if match)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class RunFolder:
@@ -76,14 +106,14 @@ class RunFolder:
 
         A folder that was being replaced is put back: the kill came before the new one had its name.
         """
-        for old in self.path.glob(f".{_literal(self.name)}*.old"):
+        for old in self.path.glob(f".{glob.escape(self.name)}*.old"):
             whole = self.path / old.name[1:].removesuffix(".old")
             if whole.exists():
                 shutil.rmtree(old)
             else:
                 old.rename(whole)
-        for partial in self.path.glob(f".{_literal(self.name)}*.tmp"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        for partial in self.path.glob(f".{glob.escape(self.name)}*.tmp"):
+            remove(partial)
 
     def require_new(self) -> None:
         """Refuses to write over an earlier run.
@@ -93,10 +123,11 @@ class RunFolder:
         """
         if self.config.resume is not None or self.config.overwrite:
             return
-        found = [path.name for path in self.results()] + [path.name for path in self.saves()]
+        saves = saved(self.path, self.name)
+        found = [path.name for path in (*self.results(), *(save.path for save in saves))]
         if not found:
             return
-        states = any(name.endswith(_STATE) for name in found)
+        states = any(save.kind == STATE for save in saves)
         go_on = "--resume latest to go on with it, " if states else ""
         raise PatchError(
             f"expected no earlier run called {self.name} in {self.path}, found {found[0]}"
@@ -109,22 +140,10 @@ class RunFolder:
 
         Its result stays until the new one takes its place.
         """
-        for path in self.saves():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for save in saved(self.path, self.name):
+            remove(save.path)
 
     def results(self) -> list[Path]:
         """The final files of this name."""
         paths = [self.path / f"{self.name}{ending}" for ending in _ENDINGS]
         return [path for path in paths if path.exists()]
-
-    def saves(self) -> list[Path]:
-        """Files and states that were saved along the way, oldest first."""
-        pattern = re.compile(
-            re.escape(self.name) + rf"-step\d{{8}}({_STATE}|-gate\.png|\.safetensors|)"
-        )
-        return sorted(path for path in self.path.iterdir() if pattern.fullmatch(path.name))
-
-
-def _literal(name: str) -> str:
-    """A name as a pattern of `glob` that means itself."""
-    return re.sub(r"([*?[])", r"[\1]", name)

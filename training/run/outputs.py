@@ -20,6 +20,7 @@ from training.methods.method import Method
 from training.methods.patch import PatchMethod
 from training.options.config import TrainConfig
 from training.run.disk import full_disk_explained, mib
+from training.run.folder import GATE, remove, saved
 from training.run.state import find_states
 
 _STATE_COPIES = 4  # values, average, and Adam's two moments
@@ -106,14 +107,11 @@ class Outputs:
         state_epochs = config.save_last_n_epochs_state or config.save_last_n_epochs
         for old, folder in find_states(self.folder, name).items():
             if expired(old, state_steps, state_epochs):
-                shutil.rmtree(folder)
-        for path in self.folder.glob(f"{name}-step*{self.method.ending}"):
-            number = path.name[len(name) + 5 :].removesuffix(self.method.ending)
-            if not number.isdecimal():
-                continue
-            if expired(int(number), config.save_last_n_steps, config.save_last_n_epochs):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                path.with_name(f"{path.stem}-gate.png").unlink(missing_ok=True)
+                remove(folder)
+        for old, kind, path in saved(self.folder, name):
+            mine = kind in (self.method.ending, GATE)
+            if mine and expired(old, config.save_last_n_steps, config.save_last_n_epochs):
+                remove(path)
 
 
 def require_room(config: TrainConfig, values: int, total_steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from dmp_common.tools.publish import push_to_hub
@@ -18,7 +19,7 @@ def push(config: TrainConfig, run: Run, path: Path) -> str:
         PatchError: no client, no connection, or no permission; the files stay where they are.
     """
     previews = sorted(
-        (path.parent / "sample").glob(f"{config.output_name}-step{run.step:08d}-*.png")
+        (path.parent / "sample").glob(f"{glob.escape(config.output_name)}-step{run.step:08d}-*.png")
     )
     pictures = {
         f"Base, patched and their difference, from the same noise ({number + 1})": picture

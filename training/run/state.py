@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from training.data.batch import Position
 from training.methods.full import replace_folder
 from training.options.config import TrainConfig
 from training.run.disk import full_disk_explained
+from training.run.folder import STATE, saved
 
 _FORMAT = 1
 _INFO, _VALUES, _BEST, _REST = "state.json", "values.safetensors", "best.safetensors", "rest.pt"
@@ -46,13 +46,17 @@ class History:
     losses: dict[str, float] = field(default_factory=dict)
 
     @property
+    def base_mean(self) -> float:
+        """Validation loss of the base over all timesteps."""
+        return sum(self.base) / len(self.base)
+
+    @property
     def falling(self) -> bool:
         """Whether the last validation gained a tenth or more of all that was gained."""
         if len(self.validation) < 3:
             return False
         before, last = list(self.validation)[-2:]
-        own = sum(self.base) / len(self.base)
-        gained = own - self.mean(last)
+        gained = self.base_mean - self.mean(last)
         return gained > 0 and self.mean(before) - self.mean(last) > 0.1 * gained
 
     def mean(self, step: int) -> float:
@@ -164,18 +168,16 @@ def load_state(folder: Path) -> State:
 
 def state_folder(output: Path, name: str, step: int) -> Path:
     """Where the state after a step lies (kohya's name)."""
-    return output / f"{name}-step{step:08d}-state"
+    return output / f"{name}-step{step:08d}{STATE}"
 
 
 def find_states(output: Path, name: str) -> dict[int, Path]:
     """Whole states of a run by step, oldest first."""
-    pattern = re.compile(re.escape(name) + r"-step(\d{8})-state")
-    found = {}
-    for path in output.glob(f"{name}-step*-state"):
-        match = pattern.fullmatch(path.name)
-        if match and (path / _INFO).is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    return {
+        save.step: save.path
+        for save in saved(output, name)
+        if save.kind == STATE and (save.path / _INFO).is_file()
+    }
 
 
 def find_resumed(config: TrainConfig) -> Path:

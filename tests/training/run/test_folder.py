@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from dmp_common import PatchError
 from training.options.command_line import resolve
-from training.run.folder import RunFolder
+from training.run.folder import STATE, RunFolder, saved
+from training.run.state import find_states
 
 Make = Callable[..., RunFolder]
 
@@ -111,3 +112,15 @@ def test_names_are_no_patterns(folder: Make, tmp_path: Path) -> None:
     with folder(output_name="a[b]").claimed():
         pass
     assert (tmp_path / ".ab.tmp").exists()
+
+
+def test_a_name_with_brackets_finds_what_it_saved(tmp_path: Path) -> None:
+    for name in ("a[b]-step00000010-state", "a[b]-step00000002.safetensors", "ab-step00000004"):
+        (tmp_path / name).mkdir() if name.endswith("state") else (tmp_path / name).touch()
+    (tmp_path / "a[b]-step00000010-state" / "state.json").touch()
+    assert [(save.step, save.kind) for save in saved(tmp_path, "a[b]")] == [
+        (2, ".safetensors"),
+        (10, STATE),
+    ]
+    assert list(find_states(tmp_path, "a[b]")) == [10]
+    assert saved(tmp_path / "nowhere", "a") == []
