@@ -68,9 +68,14 @@ class FrozenBase:
         return dtype
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The large parts of the denoiser in the order of the computation, see `large_blocks`."""
+        return memory.large_blocks(self.model, self.base.times[self.naming].mlp)
+
+    @property
     def swapped_blocks(self) -> list[nn.Module]:
         """The blocks that --blocks_to_swap keeps in the memory of the CPU."""
-        blocks = memory.swappable(self.model, self.base.times[self.naming].mlp)
+        blocks = self.blocks
         return blocks[len(blocks) - min(self.swapped, len(blocks)) :]
 
     @property

@@ -44,7 +44,7 @@ def memory_warnings(config: TrainConfig, blocks: int, device: torch.device) -> l
 
     Args:
         config: of the run.
-        blocks: how many blocks of the base can be swapped, see `swappable`.
+        blocks: how many blocks of the base can be swapped, see `large_blocks`.
         device: that trains.
     """
     found = []
@@ -125,13 +125,25 @@ def whole_checkpoint(module: nn.Module, *given: Any) -> Any:
         return checkpoint.checkpoint(module.__call__, *given, use_reentrant=False)
 
 
-def swappable(model: nn.Module, time: str) -> list[nn.Module]:
-    """The blocks of a transformer in the order of the computation, without one that holds the time
-    embedding, which is also called by itself."""
-    lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+def large_blocks(model: nn.Module, time: str) -> list[nn.Module]:
+    """The blocks of a denoiser: the members of its lists of blocks, and the middle of a UNet.
+
+    One that holds the time embedding is left out, which is also called by itself; so are blocks
+    without weights.
+
+    Args:
+        time: path of the time embedding.
+    """
+    lists = [list(child) for child in model.children() if isinstance(child, nn.ModuleList)]
+    middle = [child for name, child in model.named_children() if name == "mid_block"]
     own = dict(model.named_modules()).get(time)
-    blocks = [block for members in lists for block in members]
-    return [block for block in blocks if all(part is not own for part in block.modules())]
+    return [
+        block
+        for members in (*lists, middle)
+        for block in members
+        if any(True for _ in block.parameters())
+        and all(part is not own for part in block.modules())
+    ]
 
 
 def swap(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:

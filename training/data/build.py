@@ -21,7 +21,7 @@ from training.data.sources.huggingface import find_huggingface
 from training.data.splitting import split_samples
 from training.data.stream.streaming import open_stream, open_stream_splits
 from training.data.summary import DataSummary
-from training.options.data_options import DataOptions, named_sources
+from training.options.data_options import DataOptions, named_sources, several_sources
 
 __all__ = [
     "Batch",
@@ -138,8 +138,7 @@ def _source(options: DataOptions) -> tuple[str, list[str]]:
             for name in unused
         ]
     if given:
-        both = " and ".join(f"--{name}" for name in given)
-        raise PatchError(f"expected one source of data, found {both}: give one of them.")
+        raise PatchError(several_sources(given))
     raise PatchError(
         "expected data to train on, found none. Give one of:\n"
         "  --train_data_dir photos   (a folder of images, photo.txt beside photo.jpg)\n"

@@ -286,6 +286,12 @@ class DataOptions(Options):
         return value
 
 
+def several_sources(given: list[str]) -> str:
+    """The sentence about a configuration that names more than one source of data."""
+    both = " and ".join(f"--{name}" for name in given)
+    return f"expected one source of data, found {both}: give one of them."
+
+
 def named_sources(options: DataOptions) -> list[str]:
     """The options that name the source of data: one, where a configuration makes sense.
 

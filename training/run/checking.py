@@ -15,7 +15,7 @@ from training.base.frozen import find_base
 from training.base.places import find_source
 from training.options.command_line import Resolved, with_base
 from training.options.config import TrainConfig
-from training.options.data_options import named_sources
+from training.options.data_options import named_sources, several_sources
 from training.options.dataset_file import read_dataset_file
 from training.options.problems import ConfigError
 from training.run.folder import RunFolder
@@ -157,10 +157,7 @@ def _data(config: TrainConfig) -> None:
             f'{command} --webdataset "shards/{{00000..00099}}.tar"\n'
             f"{command} --dataset_name user/dataset"
         )
-    problems = []
-    if len(given) > 1:
-        both = " and ".join(f"--{name}" for name in given)
-        problems.append(f"expected one source of data, found {both}: give one of them.")
+    problems = [several_sources(given)] if len(given) > 1 else []
     for name, what, exists in (
         ("train_data_dir", "a folder of images", Path.is_dir),
         ("in_json", "a JSON file", Path.is_file),

@@ -75,7 +75,7 @@ def write_digits_report(
         "patched": asdict(patched),
         "frechet_distance_of_training_images": floor,
         "samples": len(labels),
-        "validation_loss_of_base": sum(history.base) / len(history.base),
+        "validation_loss_of_base": history.base_mean,
         "validation_loss_by_step": {step: history.mean(step) for step in history.validation},
         "kept_step": history.best_step,
         "config": config.recorded(),
@@ -122,7 +122,7 @@ def _sample_grid(labels: Tensor, before: Tensor, after: Tensor, columns: int = 8
 
 
 def _against_base(history: History) -> str:
-    change = history.mean(history.best_step) * len(history.base) / sum(history.base) - 1
+    change = history.mean(history.best_step) / history.base_mean - 1
     return f"validation loss {change:+.2%} against the base"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from training.base.memory import weight_bytes
 from training.objective.inputs import encode
 from training.options.command_line import as_toml
+from training.run.loop import step_losses
 from training.run.parts import Run
 from training.run.scale import peak_memory
 
@@ -36,7 +37,7 @@ def _one_step(run: Run) -> tuple[int, float]:
     """Does one optimiser step; returns bytes kept for backward, and the loss."""
     config, accelerator = run.config, run.accelerator
     batches = run.data.batches(
-        global_batch=config.train_batch_size * accelerator.num_processes,
+        global_batch=run.at_once,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
@@ -45,14 +46,8 @@ def _one_step(run: Run) -> tuple[int, float]:
     for batch in islice(batches, 1):
         names = [(config.seed, "dry run", row) for row in range(len(batch))]
         inputs = encode(batch, run.encoders, config, names, run.device)
-        draws = inputs.draws
-        height, width = inputs.clean.shape[-2:]
-        t = run.process.times(draws.u, draws.z, (height, width))
-        with held, accelerator.autocast():
-            losses = run.wrapped(
-                inputs.clean, draws.noise, t, inputs.given, inputs.weights, 0, inputs.masks,
-                draws.entering,
-            )  # fmt: skip
+        with held:
+            losses = step_losses(run, inputs, 0)
         accelerator.backward(losses["loss"])
         run.optimiser.step()
         run.optimiser.zero_grad()
@@ -81,12 +76,11 @@ class _Held(torch.autograd.graph.saved_tensors_hooks):
 
 def _about(run: Run) -> list[str]:
     config, world = run.config, run.accelerator.num_processes
-    at_once = config.train_batch_size * world
     base = sum(p.numel() for p in run.frozen.model.parameters())
     saved = run.method.saved_parameters()
     return [
-        run.data.summary().text(at_once, world),
-        f"effective batch: {at_once * config.gradient_accumulation_steps} "
+        run.data.summary().text(run.at_once, world),
+        f"effective batch: {run.per_step} "
         f"({config.train_batch_size} x {world} processes x {config.gradient_accumulation_steps} "
         "accumulated)",
         f"steps: {run.total:,}",

@@ -61,7 +61,7 @@ def train(run: Run, events: Events) -> None:
 def _batches(run: Run) -> Iterator[Batch]:
     config, accelerator = run.config, run.accelerator
     return run.data.batches(
-        global_batch=config.train_batch_size * accelerator.num_processes,
+        global_batch=run.at_once,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         start=run.position,

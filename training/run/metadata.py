@@ -169,5 +169,5 @@ def _means(history: History) -> dict[str, Any]:
         str(step): sum(bins) / len(bins) for step, bins in history.validation.items()
     }
     if history.base:
-        means["base"] = sum(history.base) / len(history.base)
+        means["base"] = history.base_mean
     return means

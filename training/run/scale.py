@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from dmp_common import PatchError
-from dmp_common.bases.base import find_module
 from training.base.frozen import FrozenBase
 from training.options.config import TrainConfig
 
@@ -82,24 +81,12 @@ def shard(frozen: FrozenBase, accelerator: Accelerator) -> None:
         raise PatchError(
             f"expected torch 2.6 or later for --fsdp, found {torch.__version__}: update it."
         ) from error
-    sharded = 0
-    time = find_module(frozen.model, frozen.base.times[frozen.naming].mlp)
-    for module in _blocks(frozen.model):
-        # The time embedding is also called by itself, for the balancing losses: it stays whole.
-        if all(part is not time for part in module.modules()):
-            fully_shard(module)
-            sharded += 1
+    blocks = frozen.blocks
+    for block in blocks:
+        fully_shard(block)
     if accelerator.is_main_process:
         count = accelerator.num_processes
-        print(f"{sharded} blocks of the base are shared out over {count} processes")
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The large direct parts of a model: the members of its lists of blocks, and a middle."""
-    lists = [list(child) for child in model.children() if isinstance(child, nn.ModuleList)]
-    middle = [child for name, child in model.named_children() if name == "mid_block"]
-    blocks = [block for members in [*lists, middle] for block in members]
-    return [block for block in blocks if any(True for _ in block.parameters())]
+        print(f"{len(blocks)} blocks of the base are shared out over {count} processes")
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

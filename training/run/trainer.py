@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from dmp_common import Patch, PatchError
 from training.base.encoders import FrozenEncoders, fingerprint
 from training.base.frozen import FrozenBase, base_kind, load_frozen
-from training.base.memory import memory_warnings, swappable
+from training.base.memory import memory_warnings
 from training.data.batch import Data
 from training.data.build import open_splits
 from training.objective.noising import process_of
@@ -91,7 +91,8 @@ class Trainer:
         # Data first: they are what is wrong most often, and weights take longest to load.
         config, data, held_out = _open(config, accelerator, tell)
         parts = _loaded(config, accelerator, tell)
-        state = None if config.resume is None else load_state(find_resumed(config))
+        resumed = None if config.resume is None else find_resumed(config)
+        state = None if resumed is None else load_state(resumed)
         if config.dry_run:  # one step, and nothing beside it
             held_out = None
         for split in (data, held_out):
@@ -113,8 +114,8 @@ class Trainer:
         run.student.relative = relative
         require_room(config, run.method.saved_parameters(), run.total)
         facts = facts_of(run, weights)
-        if state is not None:
-            resume(run, state, facts, find_resumed(config))
+        if state is not None and resumed is not None:
+            resume(run, state, facts, resumed)
         if base_losses is not None:
             run.history.base = base_losses.mean(0).tolist()
         metadata = Metadata(config, run.frozen, data.summary(), run.per_step, run.total)
@@ -213,8 +214,7 @@ def _warn_of_memory(
     Raises:
         PatchError: there is something to say, and --strict is given.
     """
-    blocks = swappable(frozen.model, frozen.base.times[frozen.naming].mlp)
-    warnings = memory_warnings(config, len(blocks), accelerator.device)
+    warnings = memory_warnings(config, len(frozen.blocks), accelerator.device)
     if warnings and config.strict:
         raise PatchError(f"{' '.join(warnings)} --strict makes this an error.")
     for warning in warnings:
