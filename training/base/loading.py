@@ -172,7 +172,8 @@ class Loader:
                 encoder = cls.from_pretrained(place, subfolder=name, dtype=self.dtype)
             else:
                 config = cls.config_class.from_pretrained(place, subfolder=name)
-                encoder = load_text_encoder(file, cls, config, self.dtype, prefix)
+                with explained(f"the weights of a {cls.__name__}", str(file), hint):
+                    encoder = load_text_encoder(file, cls, config, self.dtype, prefix)
             words = transformers.AutoTokenizer.from_pretrained(place, subfolder=tokenizer)
         return {name: encoder, tokenizer: words}
 

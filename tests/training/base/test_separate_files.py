@@ -269,3 +269,15 @@ def test_the_kind_needs_no_weights(folders: Folders, tmp_path: Path) -> None:
     assert base_kind(config_of("sd3", folder)).conditioning == "caption"
     with pytest.raises(PatchError):
         load_frozen(config_of("sd3", folder))
+
+
+def test_a_truncated_encoder_is_named_itself(folders: Folders, tmp_path: Path) -> None:
+    """Not the folder that its configuration comes from."""
+    whole = (folders("flux") / "text_encoder" / "model.safetensors").read_bytes()
+    half = tmp_path / "clip_l.safetensors"
+    half.write_bytes(whole[: len(whole) // 2])
+    config = config_of("flux", folders("flux"), clip_l=half)
+    with pytest.raises(PatchError) as caught:
+        load_frozen(config)
+    assert f"expected the weights of a CLIPTextModel at {half}" in str(caught.value)
+    assert "check --base_config or --clip_l" in str(caught.value)
