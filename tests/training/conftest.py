@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,10 @@ register_family(TINY, DIGITS)
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    """accelerate keeps the first run's precision for the whole process."""
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps the first run's precision for the whole process, also for other tests."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
