@@ -13,7 +13,6 @@ from dmp_common.bases.schedule import EVERYWHERE
 from dmp_common.bases.table import get_base
 from dmp_common.errors import PatchError, printable
 from dmp_common.patch.choices import (
-    CHOICES,
     LATER,
     STAGED,
     AcrossDepth,
@@ -26,11 +25,11 @@ from dmp_common.patch.choices import (
     Mix,
     Selection,
 )
+from dmp_common.patch.possible import check_variant
 
 ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
 _LONGEST_NAME = 100  # characters of a base's name
-_LIMIT = 1 << 16  # prompts of one site; far more than any use needs, too few to exhaust memory
 
 
 @dataclass(frozen=True)
@@ -122,74 +121,7 @@ class Variant:
         return cls(base=spec.name, sites=tuple(site.name for site in sites), **options)
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise PatchError(
-                    f"expected {name} to be one of {', '.join(choices)}, found "
-                    f"{printable(repr(getattr(self, name)))}: choose one of these."
-                )
-        self._check_counts()
-        spec = get_base(self.base)
-        if tuple(site.name for site in spec.select(self.sites)) != self.sites:
-            raise PatchError(f"expected the sites of {self.base} in order of depth: sort them.")
-        if self.condition == "t+y" and spec.labels is None:
-            raise PatchError(f"base {self.base} has no class labels: use condition t.")
-        if self.mix == "prepend" and spec.labels is None:
-            raise PatchError(
-                f"prompts can be prepended on DiT bases only, not {self.base}: use add."
-            )
-        if self.gate == "none" and (self.selection, self.across_depth) != ("soft", "distinct"):
-            raise PatchError("a patch without gate selects nothing: leave selection and depth out.")
-        ours = (self.gate_unit, self.gate_form) != ("prompt", "softmax")
-        if ours and (self.gate == "none" or self.selection == "hard"):
-            raise PatchError(
-                f"expected a gate with soft selection for gate unit {self.gate_unit} and form "
-                f"{self.gate_form}, found gate {self.gate}, selection {self.selection}: leave the "
-                "unit and the form out."
-            )
-        staged = all(getattr(self, name) == value for name, value in STAGED.items())
-        if self.gate_init == "stages" and not staged:
-            raise PatchError(
-                "expected a linear residual gate of grids that sees the timestep alone for gate "
-                f"init stages, found gate {self.gate}, unit {self.gate_unit}, form "
-                f"{self.gate_form}, condition {self.condition}: use gate init random."
-            )
-
-    def _check_counts(self) -> None:
-        if type(self.grids) is not int or type(self.prompts) is not int:
-            raise PatchError("expected whole numbers of grids and prompts: give integers.")
-        if self.mix == "prepend":
-            shaped = self.grid is None
-        else:
-            grid = self.grid
-            shaped = (
-                isinstance(grid, tuple)
-                and len(grid) == 2
-                and all(type(side) is int and side > 0 for side in grid)
-                and grid[0] * grid[1] == self.prompts
-            )
-        if not shaped or not (self.prompts >= 1 and self.grids >= 1):
-            raise PatchError(
-                f"expected a grid of rows x columns prompts (none when prompts are prepended), "
-                f"found grid {printable(self.grid)}, {self.prompts} prompts, {self.grids} grids: "
-                "make them agree."
-            )
-        if self.prompts * self.grids > _LIMIT:
-            raise PatchError(
-                f"expected at most {_LIMIT} prompts a site, found {self.prompts * self.grids}: "
-                "use a smaller grid."
-            )
-        if type(self.frequency_shift) not in (int, float) or not 0 <= self.frequency_shift <= 2:
-            raise PatchError(
-                "expected a frequency shift of 0 or 1, found "
-                f"{printable(self.frequency_shift)}: set it."
-            )
-        low, high = self.timesteps
-        if not 0 <= low < high <= EVERYWHERE[1]:
-            raise PatchError(
-                f"expected timesteps from one number to a higher one, both from 0 to "
-                f"{EVERYWHERE[1]}, found {low} to {high}: correct them."
-            )
+        check_variant(self)
 
     @property
     def count(self) -> int:
