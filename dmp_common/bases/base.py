@@ -17,9 +17,11 @@ from dmp_common.bases.parts import (
     NAMINGS,
     Argument,
     ByNaming,
+    Late,
     Latent,
     ModelCall,
     Naming,
+    Place,
     Probe,
     Site,
     TimeSource,
@@ -36,6 +38,7 @@ __all__ = [
     "Layout",
     "ModelCall",
     "Naming",
+    "Place",
     "Prediction",
     "Probe",
     "Row",
@@ -78,6 +81,11 @@ class Base:
         shared: text and image tokens share a sequence, in all blocks or in some.
         architecture: first part of the `modelspec.architecture` of a patch.
         hub_id: the usual source of the weights, for model cards and the trainer.
+        outputs: the outputs of modules that a patch can scale and shift, in the order in which the
+            model computes them; a site's index is its depth input. They may be given as a function
+            that returns them. They take no part in recognising a model.
+        output_sets: named choices of outputs besides "all", or a function that returns them.
+        default_outputs: the choice that a new modulating patch takes.
         positions, caption_mask: arguments of earlier versions, which are refused.
     """
 
@@ -104,6 +112,9 @@ class Base:
     hub_id: str | None = None
     latent: Mapping[Naming, LatentOf] = field(default_factory=dict)
     time_bias: bool = True
+    outputs: Late[tuple[Site, ...]] = Late(tuple)  # noqa: RUF009 - a descriptor
+    output_sets: Late[Mapping[str, tuple[str, ...]]] = Late(dict)  # noqa: RUF009
+    default_outputs: str = "linear"
 
     def __post_init__(self, positions: Argument | None, caption_mask: Argument | None) -> None:
         for name, value in (("positions", positions), ("caption_mask", caption_mask)):
@@ -127,21 +138,35 @@ class Base:
 
     @property
     def depths(self) -> dict[str, int]:
-        """Maps each site's name to its position i in the full list (eq. 3)."""
+        """Maps each input site's name to its position i in the full list (eq. 3)."""
         return {site.name: depth for depth, site in enumerate(self.sites)}
 
-    def select(self, choice: str | int | Sequence[str]) -> tuple[Site, ...]:
+    @property
+    def output_depths(self) -> dict[str, int]:
+        """Maps each output site's name to its position i in the full list of outputs."""
+        return {site.name: depth for depth, site in enumerate(self.outputs)}
+
+    def select(self, choice: str | int | Sequence[str], place: Place = "input") -> tuple[Site, ...]:
         """Returns the sites of a choice, in order of depth.
 
         Args:
             choice: "all", a named set, the number of first sites, or site names.
+            place: whether to choose among the blocks' inputs or the modules' outputs.
 
         Raises:
             PatchError: an unknown set or site, or a choice without any site.
         """
-        known = self.depths
+        sites, sets = self.sites, self.site_sets
+        if place == "output":
+            sites, sets = self.outputs, self.output_sets
+            if not sites:
+                raise PatchError(
+                    f"base {self.name} has no output sites, which a modulating patch needs: give "
+                    "the base `outputs`, or use a patch of another mix."
+                )
+        known = tuple(site.name for site in sites)
         if isinstance(choice, str):
-            sets = {"all": tuple(known), **self.site_sets}
+            sets = {"all": known, **sets}
             if choice not in sets:
                 raise PatchError(
                     f"base {self.name} has no site set {choice!r}: choose one of "
@@ -149,12 +174,12 @@ class Base:
                 )
             names: Sequence[str] = sets[choice]
         elif isinstance(choice, int):
-            if isinstance(choice, bool) or not 1 <= choice <= len(self.sites):
+            if isinstance(choice, bool) or not 1 <= choice <= len(sites):
                 raise PatchError(
-                    f"base {self.name} has {len(self.sites)} sites: the first {choice} cannot "
-                    f"be chosen, give a number from 1 to {len(self.sites)}."
+                    f"base {self.name} has {len(sites)} sites: the first {choice} cannot "
+                    f"be chosen, give a number from 1 to {len(sites)}."
                 )
-            names = list(known)[:choice]
+            names = known[:choice]
         elif isinstance(choice, Sequence):
             names = list(choice)
         else:
@@ -162,14 +187,25 @@ class Base:
                 f"base {self.name}: expected a site set, a number of first sites or a list of "
                 f"site names, found {choice!r}: give one of these."
             )
-        unknown = [name for name in names if not isinstance(name, str) or name not in known]
-        if unknown or not names or len(set(names)) != len(names):
-            found = ", ".join(map(str, unknown)) or ("repeated names" if names else "none")
-            raise PatchError(
-                f"base {self.name}: expected one or more of the sites {', '.join(known)}, each "
-                f"once, found {found}; use names from this list."
-            )
-        return tuple(site for site in self.sites if site.name in set(names))
+        _require_names(self.name, names, known)
+        chosen = set(names)
+        return tuple(site for site in sites if site.name in chosen)
+
+
+_LISTED = 80  # names of sites that an error message lists
+
+
+def _require_names(base: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses a list of site names that is empty, or has unknown or repeated names."""
+    there = set(known)
+    unknown = [name for name in names if not isinstance(name, str) or name not in there]
+    if unknown or not names or len(set(names)) != len(names):
+        found = ", ".join(map(str, unknown)) or ("repeated names" if names else "none")
+        listed = ", ".join(known[:_LISTED]) + ", ..." * (len(known) > _LISTED)
+        raise PatchError(
+            f"base {base}: expected one or more of the sites {listed}, each "
+            f"once, found {found}; use names from this list."
+        )
 
 
 class Row(Protocol):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dmp_common.errors import PatchError
 
 Naming = Literal["diffusers", "ldm"]
 NAMINGS: tuple[Naming, ...] = ("diffusers", "ldm")
+Place = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,39 @@ class ByNaming(dict[Naming, V]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), self.what)
+
+
+class Late(Generic[V]):
+    """Takes a dataclass's field as a function too, which is called when the field is first read.
+
+    Some bases have hundreds of output sites, and most programs read those of one base only.
+
+    Args:
+        default: returns the value where none is given.
+    """
+
+    def __init__(self, default: Callable[[], V]) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Callable[[], V]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> V: ...
+
+    def __get__(self, instance: object | None, owner: type) -> V | Callable[[], V]:
+        if instance is None:  # the dataclass asks for the field's default
+            return self._default
+        value = instance.__dict__[self._name]
+        if callable(value):
+            value = instance.__dict__[self._name] = value()
+        return value  # type: ignore[no-any-return]
+
+    def __set__(self, instance: object, value: V | Callable[[], V]) -> None:
+        instance.__dict__[self._name] = value
 
 
 @dataclass(frozen=True)
@@ -99,14 +133,20 @@ class Latent:
 
 @dataclass(frozen=True)
 class Site:
-    """Describes one block input.
+    """Describes a place of a model where a patch acts: a block's input or a module's output.
 
     Args:
         name: permanent, host-neutral name; the key of the tensor in a patch file.
-        width: channels D of the block's own input stream (without a skip connection).
-        stride: latent pixels per grid cell of this site, in each direction.
-        paths: module whose input is the site, for each naming.
-        arguments: the argument of that module which carries the stream, for each naming.
+        width: channels D: of the block's own input stream (without a skip connection), or of the
+            site's part of the module's output.
+        stride: latent pixels per grid cell of this site, in each direction; 1 for outputs.
+        paths: module whose input or output is the site, for each naming.
+        arguments: the argument of that module which carries the stream, for each naming. Outputs
+            have none.
+        place: whether the site is the module's input or its output.
+        starts: the first of the site's channels in the module's output, for each naming where it
+            is not 0: a fused layer computes several sites at once.
+        axis: the channel axis of the output, -1 for linear layers and 1 for convolutions.
     """
 
     name: str
@@ -114,6 +154,9 @@ class Site:
     stride: int
     paths: Mapping[Naming, str]
     arguments: Mapping[Naming, Argument]
+    place: Place = "input"
+    starts: Mapping[Naming, int] = field(default_factory=dict)
+    axis: int = -1
 
     def __post_init__(self) -> None:
         for name, what in (("paths", "a module"), ("arguments", "an argument")):
