@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmp_common.attach.field import Field, FieldCache, Remembered
+from dmp_common.attach.modulation import Modulation, Part, modulation_of
 from dmp_common.bases.base import grid_cells
 from dmp_common.bases.parts import Latent, Site
 from dmp_common.compat import AUTOCAST
@@ -27,6 +28,7 @@ class Context:
         grid: rows and columns of the prompts; None where they are prepended.
         tokens: whether sites are sequences of tokens (True) or feature maps (False).
         shared: whether text and image tokens may share a sequence.
+        table: scale and shift (T, 2, D) of each site; None for patches that do not modulate.
         strength: one strength for all items, or one for each (B,).
         site_strengths: factors of the strength at single sites, by name; other sites have 1.
         rows: for each batch item its index in T (B,); None where T is 1 or B.
@@ -51,6 +53,7 @@ class Context:
     cache: FieldCache | None = None
     key: Hashable = None
     in_place: bool = True
+    table: Mapping[str, Tensor] | None = None
 
     def add(self, site: str, x: Tensor) -> Tensor:
         """Returns the block's input with the site's field added, x + strength * field (eq. 3).
@@ -87,6 +90,43 @@ class Context:
             self.cache.add(self.key, self.remembered, place, field, alike)
         return field.added(x, strength, self.rows)
 
+    def modulate(self, parts: tuple[Part, ...], x: Tensor) -> Tensor:
+        """Returns a module's output with its channels scaled and shifted, x (1 + s) + b.
+
+        Without gradients x itself is changed, which nothing else can hold yet: it has just been
+        computed. A new tensor would cost as much as the change.
+
+        Args:
+            parts: the sites whose channels the output holds.
+            x: the output (B, ..., C), or (B, C, H, W) of a convolution.
+
+        Returns:
+            The changed output; x unchanged if none of the sites acts, or at strength 0.
+
+        Raises:
+            PatchError: x cannot be the output of these sites, or the patch does not modulate.
+        """
+        columns, strengths = self.columns, self.site_strengths
+        if len(parts) > 1:
+            parts = tuple([part for part in parts if part.site in columns])
+        if not parts or parts[0].site not in columns:
+            return x
+        remembered, rows = self.remembered, self.rows
+        if isinstance(self.strength, Tensor) or strengths:
+            return self._modulation(parts, x, rows).applied(x, None, in_place=False)
+        if remembered is None:
+            return self._modulation(parts, x, None).applied(x, rows, in_place=False)
+        place = parts, x.dtype, x.device, x.shape, self.strength
+        found = remembered.fields.get(place)
+        if found is None:
+            # One that was made in inference mode could not be used in a call with gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._modulation(parts, x, None)
+            assert self.cache is not None
+            self.cache.add(self.key, remembered, place, found)
+        fresh = not torch.is_grad_enabled() and 0 not in x.stride()
+        return found.applied(x, rows, fresh)
+
     def prepend(self, site: str, x: Tensor) -> Tensor:
         """Returns image tokens x (B, L, D) with the site's weighted prompts in front, (B, N+L, D).
 
@@ -109,8 +149,30 @@ class Context:
         """Returns image tokens without the prompts that `prepend` put in front."""
         return x if site not in self.columns else x[:, self.pools[site].prompts.shape[1] :]
 
+    def _modulation(self, parts: tuple[Part, ...], x: Tensor, rows: Tensor | None) -> Modulation:
+        """Builds the modulation of the sites in a module's output like x, see `modulation_of`."""
+        if self.table is None:
+            raise PatchError(
+                "expected a patch of mix modulate for the outputs of modules, found one that adds "
+                "to inputs: call `add`."
+            )
+        factors: dict[str, float | Tensor] = {}
+        for part in parts:
+            factors[part.site] = self.strength
+            if part.site in self.site_strengths:
+                factors[part.site] = self.strength * self.site_strengths[part.site]
+        spec, axis = self.sites[parts[0].site], self.sites[parts[0].site].axis
+        if x.dim() < 2 or x.shape[axis] < spec.width:
+            raise _shape_error(spec, x, f"with {spec.width} channels on axis {axis}")
+        return modulation_of(self.table, parts, factors, rows, x, axis)
+
     def _field(self, site: str, x: Tensor) -> Field:
         """Builds the field of a site for inputs like x."""
+        if self.table is not None:
+            raise PatchError(
+                "expected a patch that adds to inputs, found one of mix modulate, which changes "
+                "the outputs of modules: call `modulate`."
+            )
         if self.grid is None:
             raise PatchError(
                 "this patch prepends its prompts, which only the trainer can do on DiT bases: "

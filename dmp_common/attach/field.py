@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dmp_common.attach.modulation import Modulation
 from dmp_common.errors import PatchError
 
 DEFAULT_CACHE_BYTES = 512 * 1024**2  # 20 steps of SD 1.5 at 512 px in half precision: 260 MB
@@ -126,16 +127,20 @@ class Remembered:
     Args:
         weights: gate weights of the distinct timesteps (T, S, K*N), float32, multiplied by the
             patch's learning scale.
+        table: scale and shift (T, 2, D) of each site, for a patch that modulates.
 
     Attributes:
-        fields: the fields by their site and by shape, type, device and layout of its input.
+        fields: the fields, or modulations, by their site and by shape, type, device and layout of
+            its input or output.
         nbytes: the number of bytes that the weights and fields keep in memory.
     """
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, table: dict[str, Tensor] | None = None) -> None:
         self.weights = weights
-        self.fields: dict[Hashable, Field] = {}
-        self.nbytes = weights.numel() * weights.element_size()
+        self.table = table
+        self.fields: dict[Hashable, Any] = {}
+        kept = (weights, *(() if table is None else table.values()))
+        self.nbytes = sum(part.numel() * part.element_size() for part in kept)
 
 
 class FieldCache(OrderedDict[Hashable, Remembered]):
@@ -167,7 +172,12 @@ class FieldCache(OrderedDict[Hashable, Remembered]):
                 self._evict()
 
     def add(
-        self, key: Hashable, owner: Remembered, place: Hashable, field: Field, alike: int = 1
+        self,
+        key: Hashable,
+        owner: Remembered,
+        place: Hashable,
+        field: Field | Modulation,
+        alike: int = 1,
     ) -> None:
         """Stores a field beside its weights, unless these have been evicted meanwhile.
 
@@ -183,11 +193,10 @@ class FieldCache(OrderedDict[Hashable, Remembered]):
             if self.get(key) is not owner:
                 return
             replaced = owner.fields.get(place)
-            # A field with weights has the patch's own prompts, which take no further memory.
-            kept = field.values if field.weights is None else field.weights
-            if kept.nbytes * alike > self.limit:
+            kept = field.nbytes
+            if kept * alike > self.limit:
                 return
-            grown = kept.nbytes - (0 if replaced is None else replaced.nbytes)
+            grown = kept - (0 if replaced is None else replaced.nbytes)
             owner.fields[place] = field
             owner.nbytes += grown
             self.bytes += grown

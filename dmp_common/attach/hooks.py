@@ -17,14 +17,18 @@ from torch.utils.hooks import RemovableHandle
 from dmp_common.attach.checkpointing import bind, unbind
 from dmp_common.attach.context import Context
 from dmp_common.attach.innertime import InnerTime
+from dmp_common.attach.modulation import parts_of
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, remove, settle
 from dmp_common.attach.runtime import Runtime
 from dmp_common.attach.settings import Dials, Settings
-from dmp_common.attach.sites import SiteHook, copied_reference
+from dmp_common.attach.sites import OutputHook, SiteHook, copied_reference
 from dmp_common.bases.base import find_module
 from dmp_common.bases.parts import ModelCall, Naming
 from dmp_common.compat import function_transform, is_compiling
 from dmp_common.errors import PatchError
+
+# From the number of items B to which of them are conditional (B,), or None where all are.
+Conditional = Callable[[int], "Tensor | None"]
 
 
 class CallHooks:
@@ -42,6 +46,8 @@ class CallHooks:
         here: its attribute `call` is, for each thread, the forward call that the thread makes.
         active: whether the patch is on the model; `remove` sets it to False.
         settings, dials: how the patch is used, as numbers and as tensors.
+        item_strengths: factors of the strength of each item (B,), None where all are 1.
+        conditional: tells which of B items are conditional, for guidance patches.
         enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
         calls: the number of forward calls in which the model embedded its timestep.
     """
@@ -55,6 +61,8 @@ class CallHooks:
         self.here = threading.local()
         self.active = True
         self.calls = 0
+        self.item_strengths: Tensor | None = None
+        self.conditional: Conditional | None = None
         self.base = patch.base
         self.source = patch.base.times[naming]
         self.sums_labels = patch.variant.condition == "t+y"
@@ -73,13 +81,29 @@ class CallHooks:
             if self.sums_labels:
                 labels = _module(denoiser, str(self.source.labels))
                 self.handles.append(labels.register_forward_hook(self.embedding))
-        self.sites = [
-            SiteHook(self, site, _module(denoiser, site.paths[naming]))
-            for site in patch.sites.values()
-        ]
+        self.sites = self._input_hooks(denoiser)
+        self.outputs = self._output_hooks(denoiser)
         for site in self.sites:
             settle(site)
         self.marked = self._mark()
+
+    def _input_hooks(self, denoiser: nn.Module) -> list[SiteHook]:
+        patch, naming = self.runtime.patch, self.naming
+        if patch.modulates:
+            return []
+        return [
+            SiteHook(self, site, _module(denoiser, site.paths[naming]))
+            for site in patch.sites.values()
+        ]
+
+    def _output_hooks(self, denoiser: nn.Module) -> list[OutputHook]:
+        patch, naming = self.runtime.patch, self.naming
+        if not patch.modulates:
+            return []
+        return [
+            OutputHook(self, parts, _module(denoiser, path))
+            for path, parts in parts_of(patch.sites.values(), naming).items()
+        ]
 
     def use(self, settings: Settings, enabled: bool) -> None:
         """Sets how the patch is used from the next call on."""
@@ -128,7 +152,11 @@ class CallHooks:
         self.handles.clear()
         for site in self.sites:
             remove(site)
+        for output in self.outputs:
+            for handle in output.handles:
+                handle.remove()
         self.sites.clear()
+        self.outputs.clear()
         if self.marked is not None:
             vars(self.marked).pop("forward", None)
         self.marked = None
@@ -145,7 +173,8 @@ class CallHooks:
         `forward` of another module as the module's own.
         """
         module: nn.Module | None
-        for module in (*self._time.modules(), *(site.module() for site in self.sites)):
+        places = (*self.sites, *self.outputs)
+        for module in (*self._time.modules(), *(place.module() for place in places)):
             if module is not None and "forward" not in vars(module):
                 module.forward = module.forward
                 return module
@@ -206,8 +235,17 @@ class Call:
             e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 too, after the items
         if not is_compiling():
             hooks.calls += 1
+        conditional = None
+        if hooks.conditional is not None:
+            conditional = hooks.conditional(len(e))
         self.context = hooks.runtime.prepare(
-            e, latent, hooks.settings, timesteps=timesteps, dials=dials
+            e,
+            latent,
+            hooks.settings,
+            timesteps=timesteps,
+            dials=dials,
+            items=hooks.item_strengths,
+            conditional=conditional,
         )
 
     def late(self, site: str, x: Tensor) -> Context:

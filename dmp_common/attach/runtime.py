@@ -18,7 +18,7 @@ from dmp_common.attach.field import FieldCache, Remembered
 from dmp_common.attach.settings import Dials, Settings
 from dmp_common.bases.parts import Latent
 from dmp_common.bases.schedule import EVERYWHERE
-from dmp_common.compat import function_transform, is_compiling
+from dmp_common.compat import AUTOCAST, function_transform, is_compiling
 from dmp_common.errors import PatchError
 from dmp_common.patch.patch import Patch
 
@@ -41,11 +41,11 @@ class Runtime:
         self.patch = patch
         self.cache = FieldCache()
         self._columns = {name: column for column, name in enumerate(patch.sites)}
-        self._pools = {name: patch.pool(name) for name in patch.sites}
+        self._pools = {} if patch.modulates else {name: patch.pool(name) for name in patch.sites}
         # The dictionaries that hold the parameters are read in every call, and `parameters()`
         # would be slow, because it recurses.
         self._holders: list[dict[str, nn.Parameter | None]] = [
-            module._parameters for module in (patch.gate, *self._pools.values())
+            module._parameters for module in (patch.gate, *patch.pools.values())
         ]
         self._within = patch.variant.timesteps
         self._seen: list[nn.Parameter] = []
@@ -61,6 +61,8 @@ class Runtime:
         *,
         timesteps: Tensor | None = None,
         dials: Dials | None = None,
+        items: Tensor | None = None,
+        conditional: Tensor | None = None,
     ) -> Context:
         """Computes what one forward call of the model will add: all gates at once, in float32.
 
@@ -70,9 +72,13 @@ class Runtime:
             settings: strength, schedule and other settings.
             timesteps: (B,) on the scale 0..1000; needed where the strength depends on them.
             dials: the settings as tensors, for compiled code.
+            items: factors of the strength (B,); None where all are 1.
+            conditional: which items are conditional (B,); None where all are. A guidance patch
+                acts on these alone; no other patch looks at it.
 
         Returns:
-            An immutable context; call `context.add(site, x)` at each site.
+            An immutable context; call `context.add(site, x)` at each site, or
+            `context.modulate(parts, x)` at each output.
 
         Raises:
             PatchError: the embedding is of another base, a site is unknown, or the timesteps are
@@ -87,7 +93,15 @@ class Runtime:
             )
         if self._holders[-1]["prompts"].device != e.device:  # type: ignore[union-attr]
             there = self.on(e.device)
-            return there.prepare(e, latent, settings, timesteps=timesteps, dials=dials)
+            return there.prepare(
+                e,
+                latent,
+                settings,
+                timesteps=timesteps,
+                dials=dials,
+                items=items,
+                conditional=conditional,
+            )
         columns: Mapping[str, int] = self._columns
         if settings.sites is not None or settings.site_strengths:
             columns = self._active_columns(settings)
@@ -101,6 +115,11 @@ class Runtime:
                 columns = {}  # exactly the base
         else:
             strength, site_strengths = self._turned(dials, settings, timesteps)
+        if conditional is not None and patch.variant.guidance is not None:
+            acting = conditional.to(e.device, torch.float32)
+            items = acting if items is None else items.to(e.device) * acting
+        if items is not None:
+            strength = strength * items.to(e.device)
         # `is_transforming` is written out, because this function runs in every call.
         transforming = not is_compiling() and (
             forward_ad._current_level >= 0 or function_transform() is not None
@@ -110,10 +129,14 @@ class Runtime:
         key: Hashable = None
         if not (transforming or patch.training or is_compiling() or e.is_meta):
             remembered, rows, key = self._recall(e, latent, settings.temperature)
+        table: dict[str, Tensor] | None = None
         if remembered is None:
             weights = patch.gate(e, settings.temperature) * patch.learning_scale
+            if patch.modulates:
+                table = self._modulations(weights)
         else:
             weights = remembered.weights
+            table = remembered.table
         return Context(
             weights,
             columns,
@@ -130,6 +153,7 @@ class Runtime:
             None if remembered is None else self.cache,
             key,
             not transforming,
+            table,
         )
 
     def needs_timesteps(self, settings: Settings) -> bool:
@@ -182,6 +206,13 @@ class Runtime:
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return runtime_of(copy.deepcopy(self.patch, memo))
 
+    def _modulations(self, weights: Tensor) -> dict[str, Tensor]:
+        """Returns the scale and shift of every site, in float32 also under autocast."""
+        if weights.device.type not in AUTOCAST:
+            return self.patch.modulations(weights)
+        with torch.autocast(weights.device.type, enabled=False):
+            return self.patch.modulations(weights)
+
     def _active_columns(self, settings: Settings) -> dict[str, int]:
         settings.require_sites(tuple(self._columns))
         off = {name for name, strength in settings.site_strengths if strength == 0.0}
@@ -233,7 +264,9 @@ class Runtime:
         if remembered is None:
             with torch.inference_mode(False), torch.no_grad():
                 weights = self.patch.gate(e.clone(), temperature)
-                remembered = Remembered(weights * self.patch.learning_scale)
+                weights = weights * self.patch.learning_scale
+                table = self._modulations(weights) if self.patch.modulates else None
+                remembered = Remembered(weights, table)
             self.cache.put(key, remembered)
         return remembered, rows, key
 

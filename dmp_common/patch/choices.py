@@ -11,7 +11,7 @@ Selection = Literal["soft", "hard"]
 GateUnit = Literal["prompt", "grid"]
 GateForm = Literal["softmax", "residual"]
 AcrossDepth = Literal["distinct", "uniform"]
-Mix = Literal["add", "prepend"]
+Mix = Literal["add", "prepend", "modulate"]
 Condition = Literal["t", "t+y"]
 Init = Literal["zero", "random"]
 GateInit = Literal["zero", "random", "stages"]
@@ -30,6 +30,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Entries that the format got after its first release, with the paper's choices. A file without such
 # an entry, whether older or not, means the paper's choice.
-LATER: dict[str, Any] = {"gate_unit": "prompt", "gate_form": "softmax", "timesteps": [0, 1000]}
+LATER: dict[str, Any] = {
+    "gate_unit": "prompt",
+    "gate_form": "softmax",
+    "timesteps": [0, 1000],
+    "guidance": None,
+}
 # What `gate_init="stages"` needs: each grid as a whole starts with its own part of the schedule.
 STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}

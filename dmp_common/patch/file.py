@@ -22,7 +22,7 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from dmp_common.errors import PatchError
-from dmp_common.patch.header import FORMAT_VERSION, PatchFile, bad, check_header, read_head
+from dmp_common.patch.header import PatchFile, bad, check_header, read_head
 from dmp_common.patch.serialize import opened, serialize, write_atomically
 from dmp_common.patch.variant import Variant
 
@@ -174,7 +174,7 @@ def modelspec(variant: Variant, path: Path) -> dict[str, str]:
 def _own(variant: Variant) -> dict[str, str]:
     return {
         "format": "pt",  # what tools expect of torch tensors
-        "dmp.format_version": FORMAT_VERSION,
+        "dmp.format_version": variant.format_version,
         "dmp.config": json.dumps(variant.to_json()),
     }
 

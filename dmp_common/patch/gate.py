@@ -35,7 +35,7 @@ class Gate(nn.Module):
     def __init__(self, variant: Variant, embedding: int) -> None:
         super().__init__()
         self.variant = variant
-        depths = variant.base_spec.depths
+        depths = variant.depths
         self._depths = [float(depths[name]) for name in variant.sites]
         self._depths_on: dict[torch.device, Tensor] = {}
         count = variant.outputs

@@ -17,7 +17,7 @@ from dmp_common.errors import PatchError, file_error, printable, printable_path
 from dmp_common.patch.serialize import parse_json
 from dmp_common.patch.variant import Variant
 
-FORMAT_VERSION = "1"
+FORMAT_VERSIONS = ("1", "2")  # which this software reads; a patch is saved in the lowest
 EXPORT_AGAIN = "get the file again, or export it again"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -107,10 +107,10 @@ def _check_config(path: Path, entries: Mapping[str, Any], metadata: Mapping[str,
     version = metadata.get("dmp.format_version")
     if version is None:
         raise bad(path, "a DMP patch", _other_file(entries, metadata), "choose a patch")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise bad(
             path,
-            f"format version {FORMAT_VERSION}",
+            f"format version {' or '.join(FORMAT_VERSIONS)}",
             f"version {version[:20]!r}",
             "update this software",
         )
@@ -121,9 +121,13 @@ def _check_config(path: Path, entries: Mapping[str, Any], metadata: Mapping[str,
     if not isinstance(config, dict):
         raise bad(path, "dmp.config to be a JSON object", type(config).__name__)
     try:
-        return Variant.from_json(config)
+        variant = Variant.from_json(config)
     except PatchError as error:
         raise PatchError(f"{printable_path(path)}: {error}") from error
+    if version < variant.format_version:
+        needed = f"format version {variant.format_version} for what dmp.config says"
+        raise bad(path, needed, f"version {version}")
+    return variant
 
 
 def _check_entries(

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmp_common.bases.base import Base
 from dmp_common.errors import PatchError
 from dmp_common.patch.gate import Gate, kept_prompts
+from dmp_common.patch.modulation import ModulationPool
 from dmp_common.patch.prompts import PromptPool, resize
 from dmp_common.patch.variant import Variant
 
@@ -41,12 +42,15 @@ class Patch(nn.Module):
         self.base: Base = variant.base_spec
         self.sites = {site.name: site for site in variant.site_specs()}
         self.gate = Gate(variant, self.base.embedding)
+        self.modulates = variant.mix == "modulate"
+        widths = {name: site.width for name, site in self.sites.items()}
+        init = variant.prompt_init
         self.pools = nn.ModuleDict(
-            {
-                _key(name): PromptPool(
-                    variant.grids, variant.prompts, site.width, variant.prompt_init
-                )
-                for name, site in self.sites.items()
+            {"modulation": ModulationPool(variant.grids, widths, init)}
+            if self.modulates
+            else {
+                _key(name): PromptPool(variant.grids, variant.prompts, width, init)
+                for name, width in widths.items()
             }
         )
         self.metadata: dict[str, str] = {}
@@ -74,21 +78,33 @@ class Patch(nn.Module):
 
             x' = x + strength * resize(sum_k w_k(t) * p_k)        w(t) = softmax(G([e(t) ; i]))
 
-        Attached models call `Context.add` instead. It computes the same for all sites of a forward
-        call at once, caches it between calls, and finds the image tokens among those of text.
+        A modulating patch scales and shifts the channels of a module's output x instead:
+
+            x' = x + strength * (x * s(t) + b(t))        [s ; b](t) = sum_k w_k(t) * [s_k ; b_k]
+
+        Attached models call `Context.add` or `Context.modulate` instead. They compute the same for
+        all sites of a forward call at once, cache it between calls, and find the image tokens among
+        those of text.
 
         Args:
-            x: input of the block, a feature map (B, D, H, W).
+            x: input of the block, a feature map (B, D, H, W); or the output of a module, with the
+                channels on the site's axis.
             site: name of the site; its depth i is known from the base.
             e: time embedding of the model, one for each item (B, E).
             strength: multiplies the field; 0 gives exactly x.
 
         Returns:
-            x' (B, D, H, W).
+            x', of the shape of x.
 
         Source: Ham et al. 2025, eq. 3.
         """
         grid = self.variant.grid
+        if self.modulates:
+            shape = [len(x), *[1] * (x.dim() - 1)]
+            shape[self.sites[site].axis] = -1
+            mixed = self.modulations(self.gate_weights(e) * self.learning_scale)[site]
+            scale, shift = (part.reshape(shape).to(x.dtype) for part in mixed.unbind(1))
+            return x + strength * (x * scale + shift)
         if grid is None:
             raise PatchError("expected a patch that adds its prompts, found one that prepends.")
         w = self.gate_weights(e)[:, list(self.sites).index(site)]  # (B, K*N)
@@ -117,8 +133,17 @@ class Patch(nn.Module):
         """
         return self.gate.logits(e)
 
+    def modulations(self, weights: Tensor) -> dict[str, Tensor]:
+        """Computes the scale and the shift (T, 2, D) of every site of a modulating patch.
+
+        Args:
+            weights: gate weights (T, S, 2 K), multiplied by the learning scale.
+        """
+        equal = self.variant.gate == "none" or self.variant.across_depth == "uniform"
+        return self._modulation.mix(weights, equal)
+
     def pool(self, site: str) -> PromptPool:
-        """Returns the prompt pool of a site."""
+        """Returns the prompt pool of a site, which a modulating patch does not have."""
         pool = self.pools[_key(site)]
         assert isinstance(pool, PromptPool)
         return pool
@@ -143,8 +168,8 @@ class Patch(nn.Module):
         else:
             scale = float(count)
         with torch.no_grad():
-            for name in self.sites:
-                self.pool(name).prompts.mul_(self.learning_scale / scale)
+            for prompts in self.pools.parameters():
+                prompts.mul_(self.learning_scale / scale)
         self.learning_scale = scale
 
     def tensors(self) -> dict[str, Tensor]:
@@ -170,10 +195,20 @@ class Patch(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(tensors[name] / self._scale_of(name))
 
-    def saved(self) -> dict[str, nn.Parameter]:
-        """Returns the parameters by the name of their tensor in the patch file."""
-        prompts = {f"prompts.{name}": self.pool(name).prompts for name in self.sites}
+    def saved(self) -> dict[str, Tensor]:
+        """Returns the parameters, or views of them, by the names of tensors in the patch file."""
+        if self.modulates:
+            by_site = self._modulation.by_site()
+        else:
+            by_site = {name: self.pool(name).prompts for name in self.sites}
+        prompts = {f"prompts.{name}": tensor for name, tensor in by_site.items()}
         return prompts | {f"gate.{name}": p for name, p in self.gate.named_parameters()}
+
+    @property
+    def _modulation(self) -> ModulationPool:
+        pool = self.pools["modulation"]
+        assert isinstance(pool, ModulationPool)
+        return pool
 
     def _scale_of(self, name: str) -> float:
         return self.learning_scale if name.startswith("prompts.") else 1.0

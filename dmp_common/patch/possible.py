@@ -12,6 +12,7 @@ from dmp_common.patch.choices import CHOICES, STAGED
 if TYPE_CHECKING:
     from dmp_common.patch.variant import Variant
 
+_GUIDANCE = 100  # more than any use needs
 _LIMIT = 1 << 16  # prompts of one site; far more than any use needs, too few to exhaust memory
 
 
@@ -29,7 +30,7 @@ def check_variant(variant: Variant) -> None:
             )
     _check_counts(variant)
     spec = get_base(variant.base)
-    if tuple(site.name for site in spec.select(variant.sites)) != variant.sites:
+    if tuple(site.name for site in spec.select(variant.sites, variant.place)) != variant.sites:
         raise PatchError(f"expected the sites of {variant.base} in order of depth: sort them.")
     if variant.condition == "t+y" and spec.labels is None:
         raise PatchError(f"base {variant.base} has no class labels: use condition t.")
@@ -58,7 +59,10 @@ def check_variant(variant: Variant) -> None:
 def _check_counts(variant: Variant) -> None:
     if type(variant.grids) is not int or type(variant.prompts) is not int:
         raise PatchError("expected whole numbers of grids and prompts: give integers.")
-    if variant.mix == "prepend":
+    if variant.mix == "modulate":
+        unit = "prompt" if variant.gate == "none" else "grid"
+        shaped = variant.grid is None and variant.prompts == 2 and variant.gate_unit == unit
+    elif variant.mix == "prepend":
         shaped = variant.grid is None
     else:
         grid = variant.grid
@@ -70,7 +74,8 @@ def _check_counts(variant: Variant) -> None:
         )
     if not shaped or not (variant.prompts >= 1 and variant.grids >= 1):
         raise PatchError(
-            f"expected a grid of rows x columns prompts (none when prompts are prepended), "
+            f"expected a grid of rows x columns prompts (none when prompts are prepended; none, 2 "
+            f"prompts and gate unit grid with mix modulate), "
             f"found grid {printable(variant.grid)}, {variant.prompts} prompts, {variant.grids} "
             "grids: make them agree."
         )
@@ -83,6 +88,12 @@ def _check_counts(variant: Variant) -> None:
         raise PatchError(
             "expected a frequency shift of 0 or 1, found "
             f"{printable(variant.frequency_shift)}: set it."
+        )
+    scale = variant.guidance
+    if scale is not None and (type(scale) not in (int, float) or not 1 < scale <= _GUIDANCE):
+        raise PatchError(
+            f"expected a guidance scale above 1 and at most {_GUIDANCE}, found "
+            f"{printable(scale)}: correct it, or leave it out."
         )
     low, high = variant.timesteps
     if not 0 <= low < high <= EVERYWHERE[1]:

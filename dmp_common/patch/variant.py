@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dmp_common.bases.base import Base, Prediction, Site
+from dmp_common.bases.base import Base, Place, Prediction, Site
 from dmp_common.bases.schedule import EVERYWHERE
 from dmp_common.bases.table import get_base
 from dmp_common.errors import PatchError, printable
@@ -28,6 +28,7 @@ from dmp_common.patch.choices import (
 from dmp_common.patch.possible import check_variant
 
 ATTENTION_WIDTH = 64  # channels of query and keys of the attention gate
+PAIR = 2  # prompts of a modulating patch come in pairs of a scale and a shift
 _PREPENDED = 50  # prompts in front of the sequence (paper, Table 4)
 _LONGEST_NAME = 100  # characters of a base's name
 
@@ -39,16 +40,20 @@ class Variant:
     Args:
         base: name of the base.
         sites: names of the sites, in order of depth.
-        grid: rows and columns of the prompt grid; None where prompts are prepended. By default the
+        grid: rows and columns of the prompt grid; None where prompts have no place. By default the
             base's grid; with gate unit "grid" K grids have as many prompts in all as that one.
-        prompts: N, which is rows x columns, or the number of prepended prompts.
-        grids: K, the number of prompt grids of a site; 1 in the paper.
+        prompts: N, which is rows x columns, or the number of prepended prompts. A modulating patch
+            has 2: the scale and the shift.
+        grids: K, the number of prompt grids of a site; 1 in the paper. A modulating patch has K
+            pairs of a scale and a shift.
         gate: "linear" (eq. 3), "attention" (a query from [e ; i], one learned key per prompt), or
             "none" (naive prompt tuning, eq. 2). The paper's literal attention, with one time
             token as the only key, gives constant weights, so we attend over prompts.
         selection: "soft" (softmax weights) or "hard" (the top 75 % with weight 1).
         across_depth: "distinct" (the gate sees the site's depth) or "uniform" (it does not).
-        mix: "add" to the block's input, or "prepend" tokens (DiT bases, trainer only).
+        mix: "add" to the block's input; "prepend" tokens (DiT bases, trainer only); or "modulate",
+            which is ours: scale and shift each channel of a module's output. The sites of the last
+            one are outputs, see `Base.outputs`.
         condition: what the gate sees: "t", or "t+y" (the class embedding too, as officially).
         gate_unit: what has a weight of its own: each "prompt" (eq. 3), or each "grid" as a whole,
             so that a site's field is a mixture of K grids. The paper has no grids.
@@ -58,6 +63,9 @@ class Variant:
             ours, starts each grid of a residual gate in its own part of the timesteps.
         timesteps: the patch acts from the first timestep to below the second, and is off elsewhere;
             1000 includes the last timestep. Options of training limit it. Not in the paper.
+        guidance: the guidance scale that strength 1 of a guidance patch stands for: strength s
+            stands for 1 + s (guidance - 1). Such a patch acts on conditional items alone and takes
+            the place of the second call. None for other patches. Not in the paper.
         frequency_shift: of the sinusoid that e is computed from; a model with another is refused.
         prediction: what the base predicted when the patch was trained.
 
@@ -84,6 +92,7 @@ class Variant:
     gate_unit: GateUnit = "prompt"
     gate_form: GateForm = "softmax"
     timesteps: tuple[int, int] = EVERYWHERE
+    guidance: float | None = None
 
     @classmethod
     def create(cls, base: str | Base, **options: Any) -> Variant:
@@ -101,9 +110,14 @@ class Variant:
             raise PatchError(
                 f"unknown option {', '.join(unknown)} of a patch: choose from {', '.join(fields)}."
             )
+        modulates = options.get("mix") == "modulate"
+        usual = spec.default_outputs if modulates else spec.default_sites
         chosen = options.pop("sites", None)
-        sites = spec.select(spec.default_sites if chosen is None else chosen)
-        if options.get("mix") == "prepend":
+        place: Place = "output" if modulates else "input"
+        sites = spec.select(usual if chosen is None else chosen, place)
+        if modulates:
+            options = {**_usual_modulation(options), **options}
+        elif options.get("mix") == "prepend":
             options.setdefault("prompts", _PREPENDED)
             options.setdefault("grid", None)
         else:
@@ -134,6 +148,22 @@ class Variant:
         return self.grids if self.gate_unit == "grid" else self.count
 
     @property
+    def place(self) -> Place:
+        """Where the sites are: at the blocks' inputs, or at the modules' outputs."""
+        return "output" if self.mix == "modulate" else "input"
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """The depth index of every site of the base that a patch of this mix may have."""
+        spec = self.base_spec
+        return spec.output_depths if self.mix == "modulate" else spec.depths
+
+    @property
+    def format_version(self) -> str:
+        """The version of the file format that the patch needs: readers of version 1 refuse 2."""
+        return "2" if self.mix == "modulate" or self.guidance is not None else "1"
+
+    @property
     def gate_inputs(self) -> Literal["e", "e+i"]:
         """The gate's inputs: the time embedding alone ("e"), or also the depth ("e+i")."""
         return "e" if self.across_depth == "uniform" else "e+i"
@@ -145,7 +175,7 @@ class Variant:
 
     def site_specs(self) -> tuple[Site, ...]:
         """Returns the chosen sites as `Site` objects, in order of depth."""
-        return self.base_spec.select(self.sites)
+        return self.base_spec.select(self.sites, self.place)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the names and shapes of the tensors of the patch file, in their order.
@@ -167,7 +197,7 @@ class Variant:
     def to_json(self) -> dict[str, Any]:
         """Returns the entries of the patch file; each site has its depth index."""
         record = dataclasses.asdict(self)
-        depths = self.base_spec.depths
+        depths = self.depths
         record["sites"] = {name: depths[name] for name in self.sites}
         record["grid"] = None if self.grid is None else list(self.grid)
         record["timesteps"] = list(self.timesteps)
@@ -194,8 +224,8 @@ class Variant:
         if not isinstance(record["base"], str) or len(record["base"]) > _LONGEST_NAME:
             found = printable(repr(record["base"]))
             raise PatchError(f"expected the name of a base, found {found}: export again.")
-        depths = get_base(record["base"]).depths
-        sites = record["sites"]
+        spec, sites = get_base(record["base"]), record["sites"]
+        depths = spec.output_depths if record["mix"] == "modulate" else spec.depths
         if (
             not isinstance(sites, dict)
             or not sites
@@ -214,6 +244,15 @@ class Variant:
                 "timesteps": _pair(record["timesteps"], "timesteps as first and last"),
             }
         )
+
+
+def _usual_modulation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of a modulating patch: four pairs, each for a part of the timesteps."""
+    usual: dict[str, Any] = {"grid": None, "prompts": PAIR}
+    if options.get("gate") != "none":
+        usual |= {"grids": 4, "gate_unit": "grid", "gate_form": "residual"}
+        usual["across_depth"] = "uniform"
+    return usual
 
 
 def _usual_grid(spec: Base, options: Mapping[str, Any]) -> tuple[int, int]:

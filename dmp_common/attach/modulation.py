@@ -1,0 +1,135 @@
+"""What a modulating patch does to the outputs of a model's modules, x' = x (1 + s) + b."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmp_common.bases.parts import Naming, Site
+from dmp_common.errors import PatchError
+
+
+class Part(NamedTuple):
+    """A site in the output of a module, which may hold the channels of several sites.
+
+    Args:
+        site: the name of the site.
+        start: the first of its channels in the output.
+    """
+
+    site: str
+    start: int
+
+
+def parts_of(sites: Iterable[Site], naming: Naming) -> dict[str, tuple[Part, ...]]:
+    """Returns the sites in the output of each module, by the module's path in a naming."""
+    parts: dict[str, list[Part]] = {}
+    for site in sites:
+        parts.setdefault(site.paths[naming], []).append(Part(site.name, site.starts.get(naming, 0)))
+    return {path: tuple(sorted(own, key=lambda part: part.start)) for path, own in parts.items()}
+
+
+class Modulation(NamedTuple):
+    """Scale and shift of a module's output, in the type and on the device of the output.
+
+    Args:
+        scale, shift: (T, 1, ..., C, ..., 1), the channels on the axis of the output.
+        whole: whether `scale` is 1 + s. In half precision 1 + s would lose most of s, so that
+            `scale` is s there.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    whole: bool
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes that this keeps in memory."""
+        return 2 * self.scale.numel() * self.scale.element_size()
+
+    def applied(self, x: Tensor, rows: Tensor | None, in_place: bool) -> Tensor:
+        """Returns x (1 + s) + b.
+
+        Args:
+            x: the output (B, ...).
+            rows: for each item its index in T (B,); None where T divides B.
+            in_place: whether x itself may be changed.
+
+        Raises:
+            PatchError: the number of items is not a multiple of the number of timesteps.
+        """
+        scale, shift = self.scale, self.shift
+        if rows is not None:
+            scale, shift = scale[rows], shift[rows]
+        if scale.shape[0] not in (1, x.shape[0]):
+            if x.shape[0] % scale.shape[0]:
+                raise PatchError(
+                    f"expected a batch of {scale.shape[0]} items, as many as timesteps, found "
+                    f"{x.shape[0]}: give one timestep for each item."
+                )
+            repeats = x.shape[0] // scale.shape[0]
+            scale = scale.repeat_interleave(repeats, dim=0)
+            shift = shift.repeat_interleave(repeats, dim=0)
+        if self.whole:
+            if in_place:
+                return torch.addcmul(shift, x, scale, out=x)
+            return torch.addcmul(shift, x, scale)
+        change = torch.addcmul(shift, x, scale)
+        return x.add_(change) if in_place else x + change
+
+
+def modulation_of(
+    table: Mapping[str, Tensor],
+    parts: tuple[Part, ...],
+    factors: Mapping[str, float | Tensor],
+    rows: Tensor | None,
+    x: Tensor,
+    axis: int,
+) -> Modulation:
+    """Builds the modulation of a module's output from those of the sites in it.
+
+    Args:
+        table: scale and shift (T, 2, D) of each site, float32.
+        parts: the sites in the output that act.
+        factors: the strength at each of these sites: a number, or one for each item (B,).
+        rows: for each item its index in T (B,), given where items differ in strength: the
+            modulation then has a row for each item.
+        x: the output.
+        axis: the axis of its channels.
+    """
+    pieces = {part: _scaled(table[part.site], factors[part.site], rows) for part in parts}
+    mixed = next(iter(pieces.values()))  # (T, 2, D)
+    channels = x.shape[axis]
+    if len(parts) > 1 or mixed.shape[2] != channels:
+        steps = max(piece.shape[0] for piece in pieces.values())
+        columns, end = [], 0
+        for part in parts:
+            piece = pieces[part]
+            columns += [mixed.new_zeros(steps, 2, part.start - end), piece.expand(steps, -1, -1)]
+            end = part.start + piece.shape[2]
+        if end > channels:
+            raise PatchError(
+                f"site {parts[-1].site} expected an output of {end} channels or more, found "
+                f"{tuple(x.shape)}: the patch was made for another base than this model."
+            )
+        columns.append(mixed.new_zeros(steps, 2, channels - end))
+        mixed = torch.cat(columns, dim=2)
+    whole = x.dtype == torch.float32
+    scale, shift = mixed.to(x.device).unbind(1)  # (T, C)
+    if whole:
+        scale = scale + 1.0
+    shape = [len(scale), *[1] * (x.dim() - 1)]
+    shape[axis] = channels
+    return Modulation(scale.to(x.dtype).reshape(shape), shift.to(x.dtype).reshape(shape), whole)
+
+
+def _scaled(mixed: Tensor, strength: float | Tensor, rows: Tensor | None) -> Tensor:
+    """Returns a site's scale and shift (T, 2, D), or (B, 2, D) where items differ in strength."""
+    if rows is not None:
+        mixed = mixed[rows]
+    if not isinstance(strength, Tensor):
+        return mixed if strength == 1.0 else mixed * strength
+    return mixed * strength.to(mixed.device, mixed.dtype).reshape(-1, 1, 1)

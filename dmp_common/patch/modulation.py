@@ -1,0 +1,58 @@
+"""The prompts of a modulating patch: they scale and shift the channels of modules' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common.patch.choices import Init
+
+_RANDOM = 0.01  # standard deviation of random initial prompts; a scale of 1 would be far too large
+
+
+class ModulationPool(nn.Module):
+    """The prompts of all sites: K pairs of a scale and a shift for every channel.
+
+    All sites share one tensor, because a model has hundreds of such sites: one product makes the
+    mixtures of all of them, and an optimiser moves one tensor.
+
+    Args:
+        grids: the number of prompts K of a site.
+        widths: the number of channels of each site, by name, in order.
+        init: "zero" or "random".
+    """
+
+    def __init__(self, grids: int, widths: Mapping[str, int], init: Init = "zero") -> None:
+        super().__init__()
+        self.widths = dict(widths)
+        self.prompts = nn.Parameter(torch.zeros(grids, 2, sum(self.widths.values())))
+        if init == "random":
+            self.prompts.data.normal_(std=_RANDOM)
+
+    def by_site(self) -> dict[str, Tensor]:
+        """Returns the prompts of each site (K, 2, D), views of the parameter."""
+        parts = torch.split(self.prompts, list(self.widths.values()), dim=2)
+        return dict(zip(self.widths, parts, strict=True))
+
+    def mix(self, weights: Tensor, equal: bool) -> dict[str, Tensor]:
+        """Computes the scale and shift of every site, sum_k w_k(t) [s_k ; b_k].
+
+        Args:
+            weights: gate weights (T, S, 2 K), float32; those of a pair are equal.
+            equal: whether the weights are the same at all sites, because the gate sees no depth.
+
+        Returns:
+            For each site (T, 2, D), float32: the scale s(t) and the shift b(t).
+        """
+        prompts, widths = self.prompts.float(), list(self.widths.values())
+        weights = weights[:, :, ::2]  # (T, S, K)
+        if equal:
+            mixed = torch.einsum("tk,kpc->tpc", weights[:, 0], prompts)
+        else:
+            repeats = torch.tensor(widths, device=weights.device)
+            by_channel = weights.repeat_interleave(repeats, dim=1, output_size=prompts.shape[2])
+            mixed = torch.einsum("tck,kpc->tpc", by_channel, prompts)
+        return dict(zip(self.widths, torch.split(mixed, widths, dim=2), strict=True))
