@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType, TracebackType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dmp_common.attach.compatibility import (
     prediction_of_scheduler,
     require_compatible,
     require_timesteps_of_scheduler,
 )
-from dmp_common.attach.hooks import CallHooks
+from dmp_common.attach.hooks import CallHooks, Conditional
 from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
 from dmp_common.bases.detect import find_denoiser
@@ -83,7 +87,26 @@ def attach(
     naming = require_compatible(denoiser, patch.variant, prediction=prediction)
     require_timesteps_of_scheduler(scheduler, patch.variant, settings)
     hooks = CallHooks(denoiser, runtime_of(patch), naming, settings)
+    hooks.conditional = _second_half(model)
     return Attachment(hooks, scheduler)
+
+
+def _second_half(model: Any) -> Conditional | None:
+    """Returns what tells the conditional items of a pipeline's calls, None where nothing does.
+
+    Pipelines of diffusers put the unconditional items before the conditional ones. Those with
+    class labels do not, but there the labels tell.
+    """
+    if not hasattr(type(model), "do_classifier_free_guidance"):
+        return None
+    pipeline = weakref.ref(model)
+
+    def conditional(items: int) -> Tensor | None:
+        # Before the pipeline's first call it has no guidance scale yet.
+        guided = getattr(pipeline(), "do_classifier_free_guidance", False)
+        return torch.arange(items) >= items // 2 if guided and items % 2 == 0 else None
+
+    return conditional
 
 
 def as_schedule(schedule: ScheduleLike) -> Schedule:
@@ -183,6 +206,31 @@ class Attachment:
     @schedule.setter
     def schedule(self, schedule: ScheduleLike) -> None:
         self.settings = replace(self.settings, schedule=as_schedule(schedule))
+
+    @property
+    def item_strengths(self) -> Tensor | None:
+        """Factors of the strength of each batch item (B,); may be set, None where all are 1.
+
+        They are used in all calls until they are set again, so each call must have B items.
+        """
+        return self._hooks.item_strengths
+
+    @item_strengths.setter
+    def item_strengths(self, factors: Tensor | None) -> None:
+        self._hooks.item_strengths = factors
+
+    @property
+    def conditional(self) -> Conditional | None:
+        """Tells from the number of items B which are conditional (B,), for guidance patches.
+
+        It may be set. `attach` sets it for a pipeline of diffusers; where it is None, or returns
+        None, class labels tell, and without them all items count as conditional.
+        """
+        return self._hooks.conditional
+
+    @conditional.setter
+    def conditional(self, conditional: Conditional | None) -> None:
+        self._hooks.conditional = conditional
 
     @property
     def enabled(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn as nn
 
 from dmp_common.attach.settings import Settings
+from dmp_common.bases.base import find_module
 from dmp_common.bases.detect import require_base
 from dmp_common.bases.parts import Naming
 from dmp_common.bases.timesteps import frequency_shift
@@ -50,6 +51,8 @@ def require_compatible(
             "expected a patch that adds its prompts, found one that prepends them, which only the "
             "trainer can do: use a patch that adds them (mix = add)"
         )
+    if variant.mix == "modulate":
+        problems += _unfit_outputs(denoiser, variant, found)
     shift = frequency_shift(denoiser, variant.base_spec, found)
     if shift != variant.frequency_shift:
         problems.append(
@@ -72,6 +75,28 @@ def require_compatible(
     if problems:
         raise PatchError("; and ".join(problems) + ".")
     return found
+
+
+def _unfit_outputs(denoiser: nn.Module, variant: Variant, naming: Naming) -> list[str]:
+    """Describes the outputs that a model does not have where a modulating patch needs them."""
+    missing = [
+        site.paths[naming]
+        for site in variant.site_specs()
+        if find_module(denoiser, site.paths[naming]) is None
+    ]
+    problems = []
+    if missing:
+        problems.append(
+            f"expected modules at {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}, "
+            "found none: use the model as its usual loader makes it"
+        )
+    # diffusers keeps the single projections beside the fused one, but calls them no longer.
+    if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
+        problems.append(
+            "expected attention with single projections, found fused ones: call "
+            "`unfuse_qkv_projections()` before attaching this patch"
+        )
+    return problems
 
 
 def prediction_of_scheduler(scheduler: Any) -> str | None:

@@ -19,11 +19,12 @@ from dmp_common.attach.context import Context
 from dmp_common.attach.innertime import InnerTime
 from dmp_common.attach.modulation import parts_of
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, remove, settle
+from dmp_common.attach.regions import around, recompile, uncompile
 from dmp_common.attach.runtime import Runtime
 from dmp_common.attach.settings import Dials, Settings
 from dmp_common.attach.sites import OutputHook, SiteHook, copied_reference
 from dmp_common.bases.base import find_module
-from dmp_common.bases.parts import ModelCall, Naming
+from dmp_common.bases.parts import ModelCall, Naming, TimeSource
 from dmp_common.compat import function_transform, is_compiling
 from dmp_common.errors import PatchError
 
@@ -65,6 +66,7 @@ class CallHooks:
         self.conditional: Conditional | None = None
         self.base = patch.base
         self.source = patch.base.times[naming]
+        self.no_label = _no_label(denoiser, self.source)
         self.sums_labels = patch.variant.condition == "t+y"
         self._time = _module(denoiser, self.source.path)
         self.inner_time = InnerTime(self._time, self.sums_labels)
@@ -81,29 +83,28 @@ class CallHooks:
             if self.sums_labels:
                 labels = _module(denoiser, str(self.source.labels))
                 self.handles.append(labels.register_forward_hook(self.embedding))
-        self.sites = self._input_hooks(denoiser)
-        self.outputs = self._output_hooks(denoiser)
-        for site in self.sites:
-            settle(site)
+        self.sites: list[SiteHook] = []
+        self.outputs: list[OutputHook] = []
+        self.regions: list[Callable[[], Any]] = []
+        if patch.modulates:
+            self._put_on_outputs(denoiser)
+        else:
+            self._put_on_inputs(denoiser)
         self.marked = self._mark()
 
-    def _input_hooks(self, denoiser: nn.Module) -> list[SiteHook]:
-        patch, naming = self.runtime.patch, self.naming
-        if patch.modulates:
-            return []
-        return [
-            SiteHook(self, site, _module(denoiser, site.paths[naming]))
-            for site in patch.sites.values()
+    def _put_on_inputs(self, denoiser: nn.Module) -> None:
+        self.sites += [
+            SiteHook(self, site, _module(denoiser, site.paths[self.naming]))
+            for site in self.runtime.patch.sites.values()
         ]
+        for site in self.sites:
+            settle(site)
 
-    def _output_hooks(self, denoiser: nn.Module) -> list[OutputHook]:
-        patch, naming = self.runtime.patch, self.naming
-        if not patch.modulates:
-            return []
-        return [
-            OutputHook(self, parts, _module(denoiser, path))
-            for path, parts in parts_of(patch.sites.values(), naming).items()
-        ]
+    def _put_on_outputs(self, denoiser: nn.Module) -> None:
+        parts = parts_of(self.runtime.patch.sites.values(), self.naming)
+        modules = {path: _module(denoiser, path) for path in parts}  # all, before the first hook
+        self.outputs += [OutputHook(self, parts[path], modules[path]) for path in parts]
+        self.regions += [weakref.ref(module) for module in around(denoiser, parts)]
 
     def use(self, settings: Settings, enabled: bool) -> None:
         """Sets how the patch is used from the next call on."""
@@ -126,6 +127,10 @@ class CallHooks:
             own = vars(place)
             if (site.where != "hook" or COMPILED in own or REGISTRY in own) and moved(site):
                 settle(site)
+        for region in self.regions:
+            module = region()
+            if module is not None and COMPILED in vars(module):
+                uncompile(module, self)
         if torch.is_grad_enabled():
             for part in self.checkpointing:
                 bind(part(), self)
@@ -155,8 +160,13 @@ class CallHooks:
         for output in self.outputs:
             for handle in output.handles:
                 handle.remove()
+        for region in self.regions:
+            module = region()
+            if module is not None:
+                recompile(module, self)
         self.sites.clear()
         self.outputs.clear()
+        self.regions.clear()
         if self.marked is not None:
             vars(self.marked).pop("forward", None)
         self.marked = None
@@ -194,6 +204,7 @@ class CallHooks:
         own: dict[str, Any] = {"here": threading.local()}
         own["denoiser"] = weakref.ref(memo[id(denoiser)])
         own["checkpointing"] = [copied_reference(part, memo) for part in self.checkpointing]
+        own["regions"] = [copied_reference(part, memo) for part in self.regions]
         for name, value in vars(self).items():
             other.__dict__[name] = own[name] if name in own else copy.deepcopy(value, memo)
         return other
@@ -236,8 +247,8 @@ class Call:
         if not is_compiling():
             hooks.calls += 1
         conditional = None
-        if hooks.conditional is not None:
-            conditional = hooks.conditional(len(e))
+        if hooks.runtime.patch.variant.guidance is not None:
+            conditional = self.conditional(len(e))
         self.context = hooks.runtime.prepare(
             e,
             latent,
@@ -265,10 +276,34 @@ class Call:
         assert self.context is not None
         return self.context
 
+    def conditional(self, items: int) -> Tensor | None:
+        """Returns which items of the call are conditional (B,), or None if all are taken as such.
+
+        Items of a base with class labels are unconditional where they have the last label, which
+        stands for none.
+        """
+        hooks = self.hooks
+        if hooks.conditional is not None:
+            told = hooks.conditional(items)
+            if told is not None:
+                return told
+        labels = ModelCall(self.args, self.kwargs).get(hooks.base.labels)
+        if hooks.no_label is None or not isinstance(labels, Tensor):
+            return None
+        return labels != hooks.no_label
+
     def timesteps(self, like: Tensor) -> Tensor:
         """Returns the timesteps of the call (B,), on the device of `like`."""
         given = ModelCall(self.args, self.kwargs).get(self.hooks.source.argument)
         return torch.as_tensor(given, device=like.device).reshape(-1)
+
+
+def _no_label(denoiser: nn.Module, source: TimeSource) -> int | None:
+    """Returns the class label that stands for no class: the last one, where the base has labels."""
+    if source.labels is None:
+        return None
+    table = find_module(denoiser, f"{source.labels}.embedding_table")
+    return table.num_embeddings - 1 if isinstance(table, nn.Embedding) else None
 
 
 def _module(denoiser: nn.Module, path: str) -> nn.Module:
