@@ -40,7 +40,7 @@ def _unet(
     name: str, context: int, widths: tuple[int, ...], attention: tuple[bool, ...], xl: bool = False
 ) -> Tiny:
     base = register_base(
-        bases.unet(f"tiny-{name}", widths=widths, context=context, attention=attention)
+        bases.unet(f"tiny-{name}", widths=widths, context=context, attention=attention, linear=xl)
     )
     extra = {}
     if xl:
@@ -125,7 +125,9 @@ def _pixart() -> Tiny:
 
 
 def _sd3(name: str, dual: bool) -> Tiny:
-    base = register_base(bases.sd3(f"tiny-{name}", depth=3, width=32, dual=dual, hub_id=None))
+    base = register_base(
+        bases.sd3(f"tiny-{name}", depth=3, width=32, dual=dual, dual_blocks=1, hub_id=None)
+    )
 
     def build() -> nn.Module:
         return diffusers.SD3Transformer2DModel(

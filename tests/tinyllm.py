@@ -61,7 +61,9 @@ def qwen_image() -> Tiny:
 
 def lumina2() -> Tiny:
     """Captions of two lengths, so that the image tokens of a batch begin at two places."""
-    base = register_base(bases.lumina2("tiny-lumina2", depth=2, width=32, hub_id=None))
+    base = register_base(
+        bases.lumina2("tiny-lumina2", depth=2, width=32, keys=16, refiners=1, hub_id=None)
+    )
     lengths = (TEXT, TEXT - 2)
 
     def build() -> nn.Module:
@@ -95,7 +97,7 @@ def lumina2() -> Tiny:
 
 def z_image() -> Tiny:
     """Sequences filled up to multiples of 32, from 16 image tokens and 5 or 3 of the captions."""
-    base = register_base(bases.z_image("tiny-z-image", depth=2, width=48, hub_id=None))
+    base = register_base(bases.z_image("tiny-z-image", depth=2, width=48, refiners=1, hub_id=None))
 
     def build() -> nn.Module:
         return diffusers.ZImageTransformer2DModel(

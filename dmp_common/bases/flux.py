@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch.nn as nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, Site, TimeSource
+from dmp_common.bases.layers import flux2_layers, flux_layers
+from dmp_common.bases.outputs import output_sets, output_sites
 from dmp_common.bases.transformer import block_sites, depth_probes, latent_with_references
 from dmp_common.compat import is_compiling
 
@@ -71,6 +74,7 @@ class Flux:
 
     def base(self) -> Base:
         """Returns the base of these numbers."""
+        layers = partial(flux_layers, self.double, self.single, self.width)
         return Base(
             name=self.name,
             sites=_sites(self.double, self.single, self.width, stride=2),
@@ -107,6 +111,8 @@ class Flux:
             shared=True,
             architecture="flux-1",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 
@@ -132,6 +138,7 @@ class Flux2:
     def base(self) -> Base:
         """Returns the base of these numbers."""
         time = "time_guidance_embed.timestep_embedder"
+        layers = partial(flux2_layers, self.double, self.single, self.width)
         return Base(
             name=self.name,
             sites=_sites(self.double, self.single, self.width, stride=1),
@@ -169,6 +176,8 @@ class Flux2:
             time_bias=False,
             architecture="flux-2",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 

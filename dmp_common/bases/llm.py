@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn as nn
@@ -18,6 +19,8 @@ from dmp_common.bases.base import (
     grid_cells,
     map_latent,
 )
+from dmp_common.bases.layers import lumina2_layers, qwen_layers, z_image_layers
+from dmp_common.bases.outputs import output_sets, output_sites
 from dmp_common.bases.transformer import block_sites, depth_probes, latent_with_references
 from dmp_common.errors import PatchError
 
@@ -117,6 +120,7 @@ class QwenImage:
     def base(self) -> Base:
         """Returns the base of these numbers."""
         time = "time_text_embed.timestep_embedder"
+        layers = partial(qwen_layers, self.depth, self.width)
         probes = (
             Probe("img_in", "out_features", self.width),
             Probe("txt_norm", None, True),
@@ -152,6 +156,8 @@ class QwenImage:
             latent={"diffusers": packed_latent, "ldm": qwen_host_latent},
             architecture="qwen-image",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 
@@ -166,16 +172,24 @@ class Lumina2:
 
     The naming "ldm" is the original code's. Its time runs from 0 (noise) to 1 (picture), and the
     sinusoid is of that. Text and image tokens share a sequence, text first.
+
+    Args:
+        keys: channels of the keys, and of the values. None means a third of the width.
+        refiners: blocks that see the text alone, and as many that see the picture alone.
     """
 
     name: str
     depth: int
     width: int
     hub_id: str | None = None
+    keys: int | None = None
+    refiners: int = 2
 
     def base(self) -> Base:
         """Returns the base of these numbers."""
         time, embedding = "time_caption_embed.timestep_embedder", min(self.width, 1024)
+        keys = self.keys or self.width // 3
+        layers = partial(lumina2_layers, self.depth, self.width, keys, self.refiners)
         return Base(
             name=self.name,
             sites=block_sites("layer", self.depth, self.width, 2, diffusers="layers", ldm="layers"),
@@ -208,6 +222,8 @@ class Lumina2:
             latent={"diffusers": masked_latent, "ldm": next_latent},
             architecture="lumina-2",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 
@@ -223,16 +239,21 @@ class ZImage:
     The naming "ldm" is ComfyUI's; diffusers kept the original code's names. Its time runs from
     noise to picture. Text and image tokens share a sequence, each filled up to multiples of 32:
     the image first in diffusers, the text first in ComfyUI.
+
+    Args:
+        refiners: blocks that see the text alone, and as many that see the picture alone.
     """
 
     name: str
     depth: int
     width: int
     hub_id: str | None = None
+    refiners: int = 2
 
     def base(self) -> Base:
         """Returns the base of these numbers."""
         embedding = min(self.width, 256)
+        layers = partial(z_image_layers, self.depth, self.width, self.refiners)
         return Base(
             name=self.name,
             sites=block_sites(
@@ -268,6 +289,8 @@ class ZImage:
             latent={"diffusers": listed_latent, "ldm": next_latent},
             architecture="z-image",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dmp_common.bases.base import (
@@ -15,6 +16,8 @@ from dmp_common.bases.base import (
     TimeSource,
     map_latent,
 )
+from dmp_common.bases.layers import dit_layers, pixart_layers, sd3_layers
+from dmp_common.bases.outputs import output_sets, output_sites
 
 _X = Argument("x", 0)
 _HIDDEN = Argument("hidden_states", 0)
@@ -102,6 +105,7 @@ class DiT:
     def base(self) -> Base:
         """Returns the base of these numbers."""
         emb, kernel = "transformer_blocks.0.norm1.emb", (self.patch_size, self.patch_size)
+        layers = partial(dit_layers, self.depth, self.width)
         return Base(
             name=self.name,
             sites=_plain_sites(self.depth, self.width, self.patch_size),
@@ -142,6 +146,8 @@ class DiT:
             labels=Argument("class_labels", 2),
             architecture=self.architecture or "diffusion-transformer",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 
@@ -162,6 +168,7 @@ class PixArt:
 
     def base(self) -> Base:
         """Returns the base of these numbers."""
+        layers = partial(pixart_layers, self.depth, self.width)
         return Base(
             name=self.name,
             sites=_plain_sites(self.depth, self.width, self.patch_size),
@@ -195,6 +202,8 @@ class PixArt:
             },
             architecture="pixart",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 
@@ -209,6 +218,7 @@ class SD3:
 
     Args:
         dual: the first blocks attend twice, which only 3.5 medium's do.
+        dual_blocks: how many blocks attend twice, if any.
     """
 
     name: str
@@ -217,9 +227,11 @@ class SD3:
     dual: bool
     patch_size: int = 2
     hub_id: str | None = None
+    dual_blocks: int = 13
 
     def base(self) -> Base:
         """Returns the base of these numbers."""
+        layers = partial(sd3_layers, self.depth, self.width, self.dual_blocks * self.dual)
         return Base(
             name=self.name,
             sites=block_sites(
@@ -259,6 +271,8 @@ class SD3:
             prediction="flow",
             architecture="stable-diffusion-3",
             hub_id=self.hub_id,
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 

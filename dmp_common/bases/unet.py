@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dmp_common.bases.base import Argument, Base, Prediction, Probe, Site, TimeSource
+from dmp_common.bases.outputs import output_sets, output_sites
 from dmp_common.bases.transformer import depth_probes
+from dmp_common.bases.unetlayers import UnetLayers
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Unet:
         depth: transformer blocks in an attention of the last level and of the middle, by which
             SDXL differs from models that are distilled from it. None is not checked.
         prediction, architecture, hub_id: see `Base`.
+        transformers: transformer blocks of an attention, for each level; the middle has as many as
+            the last level. None means one everywhere.
+        linear: the attention blocks' first and last layers are linear, not convolutions.
     """
 
     name: str
@@ -40,11 +46,15 @@ class Unet:
     prediction: Prediction = "epsilon"
     architecture: str = ""
     hub_id: str | None = None
+    transformers: Sequence[int] | None = None
+    linear: bool = False
 
     def base(self) -> Base:
         """Returns the base of these numbers."""
         widths, layers = self.widths, self.layers
         sites = _encoder(widths, layers) + _middle(widths) + _decoder(widths, layers)
+        transformers = self.transformers or [1] * len(widths)
+        outputs = UnetLayers(widths, self.attention, layers, transformers, self.linear)
         return Base(
             name=self.name,
             sites=tuple(sites),
@@ -67,6 +77,8 @@ class Unet:
             prediction=self.prediction,
             architecture=self.architecture,
             hub_id=self.hub_id,
+            outputs=partial(output_sites, outputs),
+            output_sets=partial(output_sets, outputs),
         )
 
     @property

@@ -76,6 +76,8 @@ def _unet(name: str, config: str, widths: tuple[int, ...], attention: str, xl: b
         context=16,
         attention=[bool(level) for level in levels],
         prediction="v_prediction" if name == "sd21" else "epsilon",
+        transformers=[max(level, 1) for level in levels],
+        linear=xl,
     )
     return Family(
         name,
@@ -141,7 +143,9 @@ def _sd3(name: str, dual: bool) -> Family:
             "timestep": t,
         }
 
-    base = register_base(bases.sd3(f"comfy-{name}", depth=3, width=128, dual=dual, hub_id=None))
+    base = register_base(
+        bases.sd3(f"comfy-{name}", depth=3, width=128, dual=dual, dual_blocks=1, hub_id=None)
+    )
     return Family(name, base, "SD3", unet, twin, keys, call, channels=16)
 
 

@@ -109,7 +109,7 @@ def _lumina2() -> Family:
             "encoder_attention_mask": torch.ones(len(x), TEXT, dtype=torch.bool),
         }
 
-    base = bases.lumina2("comfy-lumina2", depth=3, width=64, hub_id=None)
+    base = bases.lumina2("comfy-lumina2", depth=3, width=64, keys=32, hub_id=None)
     return Family(
         "lumina2",
         register_base(base),

@@ -179,12 +179,13 @@ def count(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a forward call of the real model showed: site inputs in order, and e."""
+    """What a forward call of the real model showed: site inputs in order, outputs, and e."""
 
     inputs: dict[str, tuple[int, ...]]
     skips: dict[str, int]
     embedding: tuple[int, ...]
     features: tuple[int, ...]
+    outputs: dict[str, tuple[int, ...]]
 
 
 @functools.cache
@@ -207,8 +208,17 @@ def seen(name: str) -> Seen:
         module = find_module(model, site.paths["diffusers"])
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    for site in base.sites:
-        handles.append(watch(site))
+    outputs: dict[str, tuple[int, ...]] = {}
+
+    def watch_output(site: dmp.Site):
+        def hook(module, args, out):
+            assert site.name not in outputs, "an output is computed once a call"
+            outputs[site.name] = tuple(out.shape)
+
+        return find_module(model, site.paths["diffusers"]).register_forward_hook(hook)
+
+    handles += [watch(site) for site in base.sites]
+    handles += [watch_output(site) for site in base.outputs]
     mlp = find_module(model, base.times["diffusers"].mlp)
     handles.append(
         mlp.register_forward_hook(
@@ -219,7 +229,8 @@ def seen(name: str) -> Seen:
         model(**real.inputs(), return_dict=False)
     for handle in handles:
         handle.remove()
-    return Seen(inputs, _skips(model) if base.layout == "map" else {}, times[1], times[0])
+    skips = _skips(model) if base.layout == "map" else {}
+    return Seen(inputs, skips, times[1], times[0], outputs)
 
 
 def _skips(model: nn.Module) -> dict[str, int]:

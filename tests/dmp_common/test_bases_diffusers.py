@@ -52,6 +52,14 @@ def test_sites_have_the_widths_and_strides_of_the_model(name):
 
 
 @ALL
+def test_outputs_are_computed_once_a_call_with_their_width(name):
+    outputs, base = seen(name).outputs, get_base(MODELS[name].base)
+    assert set(outputs) == set(base.output_depths)
+    for site in base.outputs:
+        assert outputs[site.name][site.axis] == site.width, site.name
+
+
+@ALL
 def test_sites_have_the_widths_their_modules_state(name):
     model, base = model_of(name), get_base(MODELS[name].base)
     for site in base.sites:

@@ -127,7 +127,7 @@ def official_pixart(alpha: bool) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _official_dit(depth: int, d: int, patch: int) -> dict[str, tuple[int, ...]]:
+def official_dit(depth: int, d: int, patch: int) -> dict[str, tuple[int, ...]]:
     """Parameters of the released DiT checkpoints (facebookresearch/DiT, models.py)."""
     shapes = {
         "pos_embed": (1, (32 // patch) ** 2, d),
@@ -156,7 +156,7 @@ def _official_dit(depth: int, d: int, patch: int) -> dict[str, tuple[int, ...]]:
         (official_pixart(alpha=True), "pixart"),
         (official_pixart(alpha=False), "pixart"),
         *(
-            (_official_dit(depth, width, patch), f"dit-{size}/{patch}")
+            (official_dit(depth, width, patch), f"dit-{size}/{patch}")
             for size, depth, width in (
                 *(("s", 12, 384), ("b", 12, 768)),
                 *(("l", 24, 1024), ("xl", 28, 1152)),

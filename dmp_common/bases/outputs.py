@@ -1,0 +1,129 @@
+"""Output sites: what a modulating patch scales and shifts, described layer by layer.
+
+A `Layer` is one linear layer or convolution of a model, with its path in both namings. The original
+code often computes several of diffusers' layers by one fused layer; then each has its own range of
+the fused layer's channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from dmp_common.bases.parts import Naming, Site
+
+Kind = Literal["linear", "modulation", "convolution"]
+
+
+class Layer(NamedTuple):
+    """Describes one layer, or the part of a fused layer that is a layer of its own in diffusers.
+
+    Args:
+        name: the permanent name of its output site.
+        width: channels of its output.
+        diffusers, ldm: path of the module in each naming.
+        start: its first channel in the output of the module of the naming "ldm".
+        kind: "linear" for attention and feed-forward, "modulation" for what computes scales,
+            shifts and gates from the time embedding, "convolution" for convolutions.
+    """
+
+    name: str
+    width: int
+    diffusers: str
+    ldm: str
+    start: int = 0
+    kind: Kind = "linear"
+
+
+def under(layers: Iterable[Layer], name: str, diffusers: str, ldm: str) -> Iterator[Layer]:
+    """Yields layers with the name and the paths of the block that holds them put before theirs."""
+    for layer in layers:
+        yield layer._replace(
+            name=f"{name}.{layer.name}",
+            diffusers=f"{diffusers}.{layer.diffusers}",
+            ldm=f"{ldm}.{layer.ldm}",
+        )
+
+
+def fused(ldm: str, parts: Iterable[tuple[str, int, str]]) -> Iterator[Layer]:
+    """Yields the layers that one layer of the naming "ldm" computes together, in its order.
+
+    Args:
+        ldm: path of the fused layer.
+        parts: name, width and path in diffusers of each layer.
+    """
+    start = 0
+    for name, width, diffusers in parts:
+        yield Layer(name, width, diffusers, ldm, start)
+        start += width
+
+
+def output_sites(layers: Callable[[], Iterable[Layer]]) -> tuple[Site, ...]:
+    """Returns the output sites of layers, in their order."""
+    return tuple(
+        Site(
+            layer.name,
+            layer.width,
+            1,
+            paths={"diffusers": layer.diffusers, "ldm": layer.ldm},
+            arguments={},
+            place="output",
+            starts={"ldm": layer.start} if layer.start else {},
+            axis=1 if layer.kind == "convolution" else -1,
+        )
+        for layer in layers()
+    )
+
+
+def output_sets(layers: Callable[[], Iterable[Layer]]) -> dict[str, tuple[str, ...]]:
+    """Returns the named choices of the output sites of layers.
+
+    `linear` has the linear layers of attention and feed-forward, `modulated` the modulation layers
+    too, and `outputs`, where a model has convolutions in its blocks, those as well.
+    """
+    known = list(layers())
+    kinds: dict[str, tuple[Kind, ...]] = {
+        "linear": ("linear",),
+        "modulated": ("linear", "modulation"),
+        "outputs": ("linear", "modulation", "convolution"),
+    }
+    if all(layer.kind != "convolution" for layer in known):
+        del kinds["outputs"]
+    return {
+        name: tuple(layer.name for layer in known if layer.kind in wanted)
+        for name, wanted in kinds.items()
+    }
+
+
+def sites_by_module(
+    sites: Iterable[Site], naming: Naming
+) -> dict[str, tuple[tuple[Site, int], ...]]:
+    """Returns, for each module's path, the output sites it holds and where each one begins.
+
+    Args:
+        sites: output sites, in any order.
+        naming: the naming of the model.
+
+    Returns:
+        (site, start) of each module, in the order of the channels: the site's channels are
+        `start` to `start + site.width` of the module's output along `site.axis`.
+    """
+    found: dict[str, list[tuple[Site, int]]] = {}
+    for site in sites:
+        found.setdefault(site.paths[naming], []).append((site, site.starts.get(naming, 0)))
+    return {path: tuple(sorted(parts, key=lambda part: part[1])) for path, parts in found.items()}
+
+
+def attention_layers(
+    width: int, diffusers: Sequence[str], ldm: str, keys: int | None = None
+) -> Iterator[Layer]:
+    """Yields queries, keys and values that one layer of the naming "ldm" computes together.
+
+    Args:
+        width: channels of the queries.
+        diffusers: paths of the three layers.
+        ldm: path of the fused layer.
+        keys: channels of the keys and of the values. None means `width`.
+    """
+    widths = (width, keys or width, keys or width)
+    return fused(ldm, zip(("to_q", "to_k", "to_v"), widths, diffusers, strict=True))
