@@ -19,6 +19,7 @@ import dmp_common as dmp
 from dmp_common import detect_base, get_base, known_bases
 from dmp_common.bases.base import find_module
 from dmp_common.bases.detect import naming_of
+from dmp_common.bases.outputs import sites_by_module
 from tests.dmp_common.originalnames import original_shapes
 from tests.dmp_common.realbases import MODELS, meta, seen
 from tests.dmp_common.test_bases_names import official_pixart
@@ -46,7 +47,17 @@ def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] 
         module = find_module(model, site.paths["ldm"])
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
+    outputs: dict[str, list[tuple[int, ...]]] = {}
+    parts = sites_by_module(base.outputs, "ldm")
+
+    def watch_output(path: str):
+        def hook(module, args, out):
+            outputs.setdefault(path, []).append(tuple(out.shape))
+
+        return find_module(model, path).register_forward_hook(hook)
+
     handles = [watch(site) for site in base.sites]
+    handles += [watch_output(path) for path in parts]
     handles.append(
         find_module(model, source.path).register_forward_hook(
             lambda m, args, out: times.append(tuple(out.shape))
@@ -58,6 +69,11 @@ def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] 
         handle.remove()
     assert times == [(2, base.embedding)]
     assert list(inputs) == [site.name for site in base.sites]
+    assert set(outputs) == set(parts)
+    for path, sites in parts.items():
+        assert len(outputs[path]) == 1, path
+        site, start = sites[-1]
+        assert outputs[path][0][site.axis] == start + site.width, path
     expected = seen(name).inputs
     for site in base.sites:
         if base.layout == "map":
