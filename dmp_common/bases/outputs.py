@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from dmp_common.bases.parts import Naming, Site
+from dmp_common.bases.parts import Site
 
 Kind = Literal["linear", "modulation", "convolution"]
 
@@ -93,25 +93,6 @@ def output_sets(layers: Callable[[], Iterable[Layer]]) -> dict[str, tuple[str, .
         name: tuple(layer.name for layer in known if layer.kind in wanted)
         for name, wanted in kinds.items()
     }
-
-
-def sites_by_module(
-    sites: Iterable[Site], naming: Naming
-) -> dict[str, tuple[tuple[Site, int], ...]]:
-    """Returns, for each module's path, the output sites it holds and where each one begins.
-
-    Args:
-        sites: output sites, in any order.
-        naming: the naming of the model.
-
-    Returns:
-        (site, start) of each module, in the order of the channels: the site's channels are
-        `start` to `start + site.width` of the module's output along `site.axis`.
-    """
-    found: dict[str, list[tuple[Site, int]]] = {}
-    for site in sites:
-        found.setdefault(site.paths[naming], []).append((site, site.starts.get(naming, 0)))
-    return {path: tuple(sorted(parts, key=lambda part: part[1])) for path, parts in found.items()}
 
 
 def attention_layers(

@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dmp_common.attach.modulation import parts_of
 from dmp_common.bases.base import Base, Naming, find_module
-from dmp_common.bases.outputs import sites_by_module
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
@@ -19,11 +19,13 @@ NAMES += ["flux2"]
 def modulate(model: nn.Module, base: Base, naming: Naming) -> None:
     """Scales and shifts every output site by random values that its name decides."""
 
+    known = {site.name: site for site in base.outputs}
+
     def hook_of(parts):
         def hook(module, args, out: Tensor) -> Tensor:
             out = out.clone()
-            for site, start in parts:
-                seed = base.output_depths[site.name]
+            for name, start in parts:
+                site, seed = known[name], base.output_depths[name]
                 generator = torch.Generator().manual_seed(seed)
                 scale, shift = 0.2 * torch.randn(2, site.width, generator=generator)
                 shape = [1] * out.dim()
@@ -34,7 +36,7 @@ def modulate(model: nn.Module, base: Base, naming: Naming) -> None:
 
         return hook
 
-    for path, parts in sites_by_module(base.outputs, naming).items():
+    for path, parts in parts_of(base.outputs, naming).items():
         find_module(model, path).register_forward_hook(hook_of(parts))
 
 

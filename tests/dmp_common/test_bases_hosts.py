@@ -17,9 +17,9 @@ import torch.nn as nn
 
 import dmp_common as dmp
 from dmp_common import detect_base, get_base, known_bases
+from dmp_common.attach.modulation import parts_of
 from dmp_common.bases.base import find_module
 from dmp_common.bases.detect import naming_of
-from dmp_common.bases.outputs import sites_by_module
 from tests.dmp_common.originalnames import original_shapes
 from tests.dmp_common.realbases import MODELS, meta, seen
 from tests.dmp_common.test_bases_names import official_pixart
@@ -48,7 +48,8 @@ def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     outputs: dict[str, list[tuple[int, ...]]] = {}
-    parts = sites_by_module(base.outputs, "ldm")
+    known = {site.name: site for site in base.outputs}
+    parts = parts_of(base.outputs, "ldm")
 
     def watch_output(path: str):
         def hook(module, args, out):
@@ -72,7 +73,7 @@ def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] 
     assert set(outputs) == set(parts)
     for path, sites in parts.items():
         assert len(outputs[path]) == 1, path
-        site, start = sites[-1]
+        site, start = known[sites[-1].site], sites[-1].start
         assert outputs[path][0][site.axis] == start + site.width, path
     expected = seen(name).inputs
     for site in base.sites:

@@ -12,8 +12,8 @@ import torch.nn as nn
 from diffusers.loaders import single_file_utils as single_file
 
 from dmp_common import Base, PatchError, bases, get_base, known_bases
+from dmp_common.attach.modulation import parts_of
 from dmp_common.bases.base import find_module
-from dmp_common.bases.outputs import sites_by_module
 from tests.dmp_common.originalnames import Asked, original_names, original_shapes
 from tests.dmp_common.realbases import ALL, MODELS, model_of
 from tests.dmp_common.test_bases_names import ORIGINAL, official_dit, official_pixart
@@ -65,10 +65,11 @@ def test_ldm_paths_of_outputs(name):
     """The original parameters at (path, start) are those of diffusers' layer: by its converters."""
     names, shapes = original_names(name), original_shapes(name)
     base = get_base(MODELS[name].base)
-    parts = sites_by_module(base.outputs, "ldm")
-    for path, sites in parts.items():
+    known = {site.name: site for site in base.outputs}
+    for path, parts in parts_of(base.outputs, "ldm").items():
         end = 0
-        for site, start in sites:
+        for name, start in parts:
+            site = known[name]
             assert names[f"{site.paths['diffusers']}.weight"] == f"{path}.weight", site.name
             end = max(end, start + site.width)
         assert end == shapes[f"{path}.weight"][0], path
@@ -107,14 +108,16 @@ def test_channels_of_fused_layers_keep_their_order(name):
 def test_outputs_fill_the_layers_of_the_original_files(name):
     """No converter of these is in diffusers; ComfyUI's classes prove the order of the channels."""
     shapes = official_dit(28, 1152, 2) if name == "dit-xl/2" else official_pixart(False)
-    parts = sites_by_module(get_base(name).outputs, "ldm")
+    outputs = get_base(name).outputs
+    widths = {site.name: site.width for site in outputs}
+    parts = parts_of(outputs, "ldm")
     blocks = {key for key, shape in shapes.items() if key.startswith("blocks.") and len(shape) == 2}
     weights = {f"{path}.weight" for path in parts}
     tables = {key for key in blocks if key.endswith("scale_shift_table")}
     assert weights - {"t_block.1.weight"} == {key for key in blocks if key.endswith("weight")}
     assert blocks - tables <= weights
     for path, sites in parts.items():
-        ends = [0, *(start + site.width for site, start in sites)]
+        ends = [0, *(start + widths[name] for name, start in sites)]
         assert [start for _, start in sites] == ends[:-1], path
         assert ends[-1] == shapes[f"{path}.weight"][0], path
 
