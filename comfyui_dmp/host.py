@@ -9,13 +9,10 @@ is never changed.
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import comfy.samplers
-import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
@@ -38,15 +35,10 @@ from comfyui_dmp.slots import (
     slot_of,
     unet_options,
 )
-from dmp_common import Context, Patch, PatchError, Settings
-from dmp_common.attach.record import LoadedPatch, PatchRecord
+from dmp_common import Context, PatchError, Settings
+from dmp_common.attach.record import PatchRecord
 
 KEY = "dmp"  # Names our wrappers on a model.
-FOLDER = "dmp"  # The folder of patches in ComfyUI's models folder.
-
-_loaded: weakref.WeakValueDictionary[tuple[object, ...], LoadedPatch] = (
-    weakref.WeakValueDictionary()
-)
 
 
 def attach(model: Any, record: PatchRecord) -> Any:
@@ -238,46 +230,3 @@ def gate_embedding(
                 )
             e = e + table.weight[label].float()
     return e.cpu(), timesteps
-
-
-def register_folder() -> None:
-    """Registers models/dmp with ComfyUI, in addition to folders of extra_model_paths.yaml."""
-    folder = Path(folder_paths.models_dir) / FOLDER
-    # Where the models folder is read-only, the other registered folders can still be used.
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    folder_paths.add_model_folder_path(FOLDER, str(folder))
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
-
-
-def patch_files() -> list[str]:
-    """Lists the patch files that users can choose from, as paths inside the folder."""
-    names: list[str] = folder_paths.get_filename_list(FOLDER)
-    return names
-
-
-def load(name: str) -> PatchRecord:
-    """Loads a patch file by its name in the list. A patch that is still in use is not read again.
-
-    Raises:
-        PatchError: the file is not a patch, or it is damaged.
-    """
-    path = Path(folder_paths.get_full_path_or_raise(FOLDER, name))
-    key = (str(path), *_state(path))
-    loaded = _loaded.get(key)
-    if loaded is None:
-        loaded = LoadedPatch(Patch.load(path), path)
-        _loaded[key] = loaded
-    return PatchRecord(loaded)
-
-
-def fingerprint(name: str) -> str:
-    """Returns a text that changes whenever the patch file is replaced."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    return "" if path is None else str((path, *_state(Path(path))))
-
-
-def _state(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size

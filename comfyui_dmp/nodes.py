@@ -1,4 +1,4 @@
-"""The nodes that users see. They only pass their inputs on to `host.py`, which does the work.
+"""The nodes that users see. They only pass their inputs on to `host.py` and `files.py`.
 
 Node ids must never change, because saved workflows refer to them.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from comfyui_dmp import host
+from comfyui_dmp import files, host
 from dmp_common.attach.record import PatchRecord
 from dmp_common.tools.heatmap import choose_sites, gate_heatmap
 from dmp_common.tools.inspect import as_text, inspect_file
@@ -39,7 +39,7 @@ def _patch_input() -> Any:
 
 def _file_input() -> io.Combo.Input:
     tooltip = "A .safetensors file of models/dmp. Press R after adding a file."
-    return io.Combo.Input("patch_name", options=host.patch_files(), tooltip=tooltip)
+    return io.Combo.Input("patch_name", options=files.patch_files(), tooltip=tooltip)
 
 
 def _strength_input() -> io.Float.Input:
@@ -84,11 +84,11 @@ class LoadPatch(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, patch_name: str) -> str:
-        return host.fingerprint(patch_name)
+        return files.fingerprint(patch_name)
 
     @classmethod
     def execute(cls, patch_name: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load(patch_name))
+        return io.NodeOutput(files.load(patch_name))
 
 
 class Apply(io.ComfyNode):
@@ -137,11 +137,11 @@ class LoadApply(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: Any, patch_name: str, strength: float) -> str:
-        return host.fingerprint(patch_name)
+        return files.fingerprint(patch_name)
 
     @classmethod
     def execute(cls, model: Any, patch_name: str, strength: float) -> io.NodeOutput:
-        record = dataclasses.replace(host.load(patch_name), strength=strength)
+        record = dataclasses.replace(files.load(patch_name), strength=strength)
         return io.NodeOutput(host.attach(model, record))
 
 
@@ -293,5 +293,5 @@ class Extension(ComfyExtension):
     """The custom node pack, as ComfyUI loads it."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        host.register_folder()
+        files.register_folder()
         return [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo]

@@ -20,7 +20,7 @@ HOSTS = {
     *("modules", "gradio", "ldm", "backend"),
 }
 HOST_FILES = {
-    *("comfyui_dmp/nodes.py", "comfyui_dmp/host.py"),
+    *("comfyui_dmp/nodes.py", "comfyui_dmp/host.py", "comfyui_dmp/files.py"),
     *("a1111_dmp/script.py", "a1111_dmp/host.py"),
     *("a1111_dmp/cards.py", "a1111_dmp/axes.py"),
 }

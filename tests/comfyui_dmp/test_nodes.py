@@ -96,14 +96,16 @@ def test_folder_is_registered_with_a_filter(nodes, comfyui_path):
     assert extensions == {".safetensors"}
 
 
-def test_folders_of_extra_model_paths_stay(nodes, host, tmp_path, monkeypatch):
+def test_folders_of_extra_model_paths_stay(nodes, tmp_path, monkeypatch):
     import folder_paths
+
+    from comfyui_dmp import files
 
     extra = str(tmp_path / "elsewhere")
     monkeypatch.delitem(folder_paths.folder_names_and_paths, "dmp")
     folder_paths.add_model_folder_path("dmp", extra)
-    host.register_folder()
-    host.register_folder()
+    files.register_folder()
+    files.register_folder()
     paths, extensions = folder_paths.folder_names_and_paths["dmp"]
     assert paths == [extra, os.path.join(folder_paths.models_dir, "dmp")]
     assert extensions == {".safetensors"}
