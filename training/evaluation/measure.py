@@ -194,6 +194,7 @@ def generate(
         pictures = draw_images(
             frozen, noise.to(evaluation.device), conditional, unconditional,
             steps=options.sample_steps, scale=scale, sampler=options.sampler, generators=sources,
+            guided=options.guided_channels,
         )  # fmt: skip
         yield numbers, pictures, captions
 

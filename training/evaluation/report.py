@@ -140,9 +140,11 @@ def _about(settings: Mapping[str, Any]) -> str:
         return loss
     against = "training" if settings["reference"] == "train" else "held-out"
     features = f"features: {settings['features']}" if settings["features"] else "no features"
+    channels = settings["guided_channels"]
+    of = "" if channels is None else f" of {channels} channels"
     return (
         f"{loss} Samples: {settings['samples']} from equal noise, {settings['sample_steps']} steps "
-        f"({settings['sampler']}), guidance {settings['guidance_scale']:g}, seed "
+        f"({settings['sampler']}), guidance {settings['guidance_scale']:g}{of}, seed "
         f"{settings['seed']}; compared with {settings['reference_images']} {against} images "
         f"({features})."
     )

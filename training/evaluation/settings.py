@@ -89,6 +89,13 @@ class EvaluationOptions(Options):
         "The scale of classifier-free guidance; 1 disables guidance. (default: the base's own)",
         ge=0,
     )
+    guided_channels: int | None = option(
+        "samples",
+        None,
+        "Guide only this many first channels of the latent, as the official code of DiT and DMP "
+        "does with three of four. (default: all channels)",
+        ge=1,
+    )
     sampler: str = option(
         "samples",
         "default",

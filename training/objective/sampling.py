@@ -86,6 +86,7 @@ def denoise(
     unconditional: Given | None,
     scale: float,
     generators: Sequence[torch.Generator] = (),
+    guided: int | None = None,
 ) -> Tensor:
     """All steps from noise (B, C, H, W) to what the model makes of it, float32.
 
@@ -95,10 +96,20 @@ def denoise(
         unconditional: what stands for no condition; None without guidance.
         scale: w in uncond + w (cond - uncond).
         generators: one for each item, for samplers that add noise.
+        guided: only this many first channels are guided, the others are the condition's alone;
+            None guides all of them. The official code of DiT and DMP guides three of four.
 
-    Source: Ho and Salimans 2022 (guidance).
+    Raises:
+        PatchError: there are fewer channels than are to be guided.
+
+    Source: Ho and Salimans 2022 (guidance); facebookresearch/DiT, models.py, forward_with_cfg.
     """
     channels = noise.shape[1]
+    if guided is not None and guided > channels:
+        raise PatchError(
+            f"expected at most as many guided channels as the model has, {channels}, found "
+            f"{guided}: lower --guided_channels."
+        )
     x = noise * getattr(sampler, "init_noise_sigma", 1.0)
     stochastic = type(sampler).__name__ in _NOISY
     learned = isinstance(sampler, diffusers.DDPMScheduler) and str(
@@ -111,7 +122,8 @@ def denoise(
         prediction = output[:, :channels]
         if unconditional is not None:
             other = predict(scaled, step, unconditional)[:, :channels].float()
-            prediction = other + scale * (prediction - other)
+            mixed = other + scale * (prediction - other)
+            prediction = torch.cat([mixed[:, :guided], prediction[:, guided or channels :]], dim=1)
         if learned:  # the variance is the condition's, as in the official code of DiT
             prediction = torch.cat([prediction, output[:, channels:]], dim=1)
         x = sampler.step(prediction, step, x, **more).prev_sample
@@ -132,6 +144,7 @@ def draw_images(
     scale: float,
     sampler: str = "default",
     generators: Sequence[torch.Generator] = (),
+    guided: int | None = None,
 ) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1], float32 on the CPU, from noise in the model's space.
 
@@ -139,6 +152,7 @@ def draw_images(
         frozen: the base, with whatever is on it.
         noise: (B, C, h, w) on the model's device.
         conditional, unconditional: the conditions of the B samples, see `denoise`.
+        guided: the number of channels that are guided, see `denoise`.
     """
     height, width = noise.shape[-2:]
     dtype = frozen.dtype
@@ -150,7 +164,9 @@ def draw_images(
 
     made = make_sampler(frozen.scheduler, steps, (height // 2) * (width // 2), sampler)
     with torch.no_grad():
-        latents = denoise(predict, made, noise, conditional, unconditional, scale, generators)
+        latents = denoise(
+            predict, made, noise, conditional, unconditional, scale, generators, guided
+        )
     return frozen.decode(latents)
 
 

@@ -82,6 +82,26 @@ def test_guidance_leads_away_from_no_condition() -> None:
     assert not torch.equal(drawn(2.0), drawn(1.0))
 
 
+def test_guidance_of_some_channels_leaves_the_others_to_the_condition() -> None:
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+
+    def drawn(scale: float, guided: int | None) -> Tensor:
+        sides = ({"value": torch.tensor(1.0)}, {"value": torch.tensor(0.5)})
+        noise, sampler = torch.zeros(1, 4, 2, 2), make_sampler(scheduler, 2, 1)
+        return denoise(
+            lambda x, step, given: given["value"].expand_as(x), sampler, noise, *sides, scale,
+            guided=guided,
+        )  # fmt: skip
+
+    guided, conditional, some = drawn(3.0, None), drawn(1.0, None), drawn(3.0, 3)
+    assert torch.equal(some[:, :3], guided[:, :3])
+    assert torch.equal(some[:, 3:], conditional[:, 3:])
+    assert not torch.allclose(guided[:, 3:], conditional[:, 3:])
+    assert torch.equal(drawn(3.0, 4), guided)
+    with pytest.raises(PatchError, match="as the model has, 4, found 5: lower --guided_channels"):
+        drawn(3.0, 5)
+
+
 def test_unknown_samplers_are_errors() -> None:
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     assert len(make_sampler(flow, 3, 64, "euler").timesteps) == 3
