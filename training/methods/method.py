@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ class Method(nn.Module, ABC):
     def changes_nothing(self) -> bool:
         """Whether the model is certainly the base still, as with prompts that are all zero."""
         return False
+
+    def draw(self, names: Sequence[tuple[object, ...]]) -> None:
+        """Draws what the method needs at random in the next forward pass of training.
+
+        Args:
+            names: what the draws of each sample depend on.
+        """
+        return
 
     def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The losses of the method besides the prediction's, by name.

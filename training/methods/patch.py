@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dmp_common.patch.balancing import GateNoise, stratified_timesteps
 from dmp_common.patch.gate import kept_prompts
 from training.base.frozen import FrozenBase
 from training.data.draws import generator
+from training.methods.gate_noise import NoisyGate
 from training.methods.method import Method
 from training.options.config import TrainConfig
 
@@ -35,12 +37,15 @@ class PatchMethod(Method):
             self.patch.scale_for_learning()
         self.config = config
         self.noise = None
-        if config.load_weight and self.patch.variant.gate != "none":
+        gated = self.patch.variant.gate != "none"
+        if gated and (config.load_weight or config.gate_noise):
             self.noise = GateNoise(frozen.base.embedding, self.patch.variant.outputs)
+        if self.noise is not None and config.gate_noise:
+            self.patch.gate = NoisyGate(self.patch, self.noise)
         self.attachment = attach(frozen.model, self.patch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Prompts, gate, and the noise of the load loss."""
+        """Prompts, gate, and the size of the noise of the load loss and of a noisy gate."""
         return dict(self.named_parameters())
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
@@ -59,6 +64,11 @@ class PatchMethod(Method):
         """Whether every prompt is zero; prepended ones count even then."""
         zero = not any(bool(pool.any()) for pool in self.patch.pools.parameters())
         return zero and self.patch.variant.mix == "add"
+
+    def draw(self, names: Sequence[tuple[object, ...]]) -> None:
+        """Draws the noise of the gate, where there is one."""
+        if isinstance(self.patch.gate, NoisyGate):
+            self.patch.gate.draw(names)
 
     def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """Both balancing losses on timesteps over all that the patch has, not on the batch's.
@@ -79,11 +89,13 @@ class PatchMethod(Method):
             classes = self._classes(given, source, len(t))
             e = embed_timesteps(frozen.model, frozen.base, frozen.naming, t, classes)
         losses = {}
-        if config.importance_weight:
-            losses["importance"] = importance_loss(self.patch.gate_weights(e))
-        if self.noise is not None:
-            logits = self.patch.gate_logits(e)
-            losses["load"] = _load(logits, self.noise(e), kept_prompts(variant.outputs), source)
+        gate = self.patch.gate
+        with gate.quiet() if isinstance(gate, NoisyGate) else nullcontext():
+            if config.importance_weight:
+                losses["importance"] = importance_loss(self.patch.gate_weights(e))
+            if config.load_weight and self.noise is not None:
+                logits = self.patch.gate_logits(e)
+                losses["load"] = _load(logits, self.noise(e), kept_prompts(variant.outputs), source)
         return losses
 
     def _classes(

@@ -197,6 +197,12 @@ class ObjectiveOptions(LossOptions):
         "Give the load loss, which balances the prompts, this weight; 0 disables it.",
         ge=0,
     )
+    gate_noise: bool = option(
+        "objective",
+        False,
+        "Add Gaussian noise of a learned size to the gate's output before the softmax, in training "
+        "alone, as the official code does. Neither validation nor the file has it.",
+    )
     balancing_timesteps: int = option(
         "objective", 16, "Evaluate the balancing losses at this many timesteps.", ge=16
     )

@@ -63,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "global_batch_size": 128,
         "importance_weight": 1.0,
         "load_weight": 1.0,
+        "gate_noise": True,
         "ema_decay": 0.0,
         "grids": 1,
         "gate_unit": "prompt",

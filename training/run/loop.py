@@ -43,7 +43,9 @@ def train(run: Run, events: Events) -> None:
             epoch, sums = run.position.epoch, Counter[str]()
             for _ in range(config.gradient_accumulation_steps):
                 batch = next(batches)
-                inputs = encode(batch, run.encoders, config, _names(run, batch, micro), run.device)
+                inputs = encode(
+                    batch, run.encoders, config, _names(run, len(batch), micro), run.device
+                )
                 with accelerator.accumulate(run.wrapped):
                     losses = step_losses(run, inputs, micro)
                     accelerator.backward(losses["loss"])
@@ -70,10 +72,10 @@ def _batches(run: Run) -> Iterator[Batch]:
     )
 
 
-def _names(run: Run, batch: Batch, micro: int) -> list[tuple[object, ...]]:
+def _names(run: Run, count: int, micro: int) -> list[tuple[object, ...]]:
     """What each sample's draws depend on: seed, micro-step, position in the global batch."""
-    first = run.accelerator.process_index * len(batch)
-    return [(run.config.seed, "sample", micro, first + row) for row in range(len(batch))]
+    first = run.accelerator.process_index * count
+    return [(run.config.seed, "sample", micro, first + row) for row in range(count)]
 
 
 def step_losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
@@ -82,6 +84,7 @@ def step_losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
     height, width = inputs.clean.shape[-2:]
     t = run.process.times(draws.u, draws.z, (height, width))
     given, weights = inputs.given, inputs.weights
+    run.method.draw(_names(run, len(inputs.clean), micro))
     with run.accelerator.autocast():
         losses: dict[str, Tensor] = run.wrapped(
             inputs.clean, draws.noise, t, given, weights, micro, inputs.masks, draws.entering

@@ -34,7 +34,7 @@ OPTIONS = {
     "Adafactor": {"optimizer_type": "Adafactor", "lr_warmup_steps": 3},
     "lora": {"method": "lora", "network_dim": 2},
     "full": {"method": "full", "learning_rate": 1e-4},
-    "joint": {"method": "joint", "learning_rate": 1e-4, "load_weight": 0.1},
+    "joint": {"method": "joint", "learning_rate": 1e-4, "load_weight": 0.1, "gate_noise": True},
 }  # fmt: skip
 
 

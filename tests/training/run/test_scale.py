@@ -80,7 +80,7 @@ def test_two_processes_equal_one(launch: Launch, digits_base: Path) -> None:
         "--dataset_name", "digits", "--max_train_steps", "5", "--importance_weight", "0.1",
         "--load_weight", "0.1", "--lr_scheduler", "constant", "--validate_every_n_steps", "5",
         "--max_validation_images", "32", "--validation_bins", "2", "--save_state",
-        "--save_every_n_steps", "3", "--noise_offset", "0.05",
+        "--save_every_n_steps", "3", "--noise_offset", "0.05", "--gate_noise",
     ]  # fmt: skip
     file = "tiny-digits-dmp.safetensors"
     one = Patch.load(launch("one", 1, *shared, "--train_batch_size", "16") / file)
