@@ -208,7 +208,7 @@ class GateStrength(io.ComfyNode):
 
 
 class GateHeatmap(io.ComfyNode):
-    """Draws the gate of a patch for a model, as in Figure 4 of the paper."""
+    """Draws the gate of a patch for a model, as in Figure 4 of the AAAI 2025 text."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

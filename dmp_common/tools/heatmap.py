@@ -3,7 +3,7 @@
 They are drawn with numpy and Pillow, which every host has; a plotting library may be missing there.
 Hosts import this module only when a user asks for a heat map.
 
-Source: Ham et al. 2025, Figure 4.
+Source: Ham et al., AAAI 2025, Figure 4.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def gate_heatmap(
     Raises:
         PatchError: a site or the scale is unknown, or the shapes do not fit each other.
 
-    Source: Ham et al. 2025, Figure 4.
+    Source: Ham et al., AAAI 2025, Figure 4.
     """
     if scale not in get_args(Scale):
         raise PatchError(

@@ -93,21 +93,28 @@ def _run(options: argparse.Namespace) -> None:
     for cell in cells:  # a mistake in the last is found before the first is trained
         if cell.method != "base":
             experiment.config(cell)
-    from training.experiments.paper.figures import copy_heatmaps, require_matplotlib
-    from training.experiments.paper.runner import evaluate_cells, train_cells
+    from training.experiments.paper.figures import (
+        copy_heatmaps,
+        copy_samples,
+        require_matplotlib,
+    )
+    from training.experiments.paper.runner import evaluate_cells, sample_cells, train_cells
 
-    kind = None if table.figure is None else table.figure.kind
-    if kind == "lines":
+    if table.drawn == "lines":
         require_matplotlib()
     train_cells(experiment, cells, dry=options.dry_run)
-    if kind != "heatmaps":
+    if table.drawn == "samples":
+        pictures = sample_cells(experiment, cells, dry=options.dry_run)
+    elif table.drawn != "heatmaps":
         evaluate_cells(experiment, cells, dry=options.dry_run)
     if options.dry_run:
         return
-    if kind == "heatmaps":
+    if table.drawn == "heatmaps":
         print("\n".join(map(str, copy_heatmaps(experiment, table, cells))))
-        return
-    _write(experiment.out, [table] if kind == "lines" else [])
+    elif table.drawn == "samples":
+        print("\n".join(map(str, copy_samples(experiment, table, pictures))))
+    else:
+        _write(experiment.out, [table] if table.drawn == "lines" else [])
 
 
 def _collect(options: argparse.Namespace) -> None:
@@ -115,7 +122,7 @@ def _collect(options: argparse.Namespace) -> None:
     if out is None or not out.is_dir():
         raise ConfigError(f"expected the folder of results, collect OUT, found {out}")
     tables = [read_table(name) for name in table_names()]
-    lines = [t for t in tables if t.figure is not None and t.figure.kind == "lines"]
+    lines = [table for table in tables if table.drawn == "lines"]
     _write(out.resolve(), lines)
 
 

@@ -59,9 +59,9 @@ class _CellEntry(_Strict):
 
 
 class Figure(_Strict):
-    """What is drawn of a table: lines of FID, or the gates of its patches."""
+    """What is drawn of a table: lines of FID, the gates of its patches, or samples side by side."""
 
-    kind: Literal["lines", "heatmaps"]
+    kind: Literal["lines", "heatmaps", "samples"]
     x: str = ""
 
 
@@ -117,6 +117,11 @@ class Table:
     source: str
     cells: tuple[Cell, ...]
     figure: Figure | None
+
+    @property
+    def drawn(self) -> str | None:
+        """The kind of its figure; None for a table without one."""
+        return None if self.figure is None else self.figure.kind
 
 
 def read_setup() -> Setup:

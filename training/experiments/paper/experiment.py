@@ -110,12 +110,15 @@ class Experiment:
         command = [*start, str(SCRIPTS / "train_dmp.py"), "--config_file"]
         return [*command, str(self.config_file(cell)), *(["--resume", "latest"] if resume else [])]
 
-    def evaluate_command(self, cells: list[Cell], out: Path) -> list[str]:
+    def evaluate_command(
+        self, cells: list[Cell], out: Path, changes: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """Evaluates cells of one base.
 
         Args:
             cells: at least one that is trained; the base is evaluated with it.
             out: folder of the evaluation.
+            changes: options that overrule all others.
         """
         first = cells[0]
         given = {name: v for name, v in self._given(first).items() if name in _TOLD}
@@ -124,7 +127,8 @@ class Experiment:
         for cell in cells:
             if cell.method != "base":
                 command += ["--model", f"{cell.label}={cell.method}:{self.checkpoint(cell)}"]
-        return [*command, *_flags({**settings, **self.evaluation}), "--out", str(out)]
+        settings |= {**self.evaluation, **(changes or {})}
+        return [*command, *_flags(settings), "--out", str(out)]
 
 
 def pairs(entries: Iterable[str], option: str) -> dict[str, Any]:

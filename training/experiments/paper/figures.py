@@ -1,9 +1,10 @@
-"""The paper's figures: lines of FID, and the gates of patches by timestep."""
+"""The paper's figures: lines of FID, gates of patches by timestep, samples side by side."""
 
 from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,4 +91,18 @@ def copy_heatmaps(experiment: Experiment, table: Table, cells: list[Cell]) -> li
             )
         copies.append(folder / f"{table.name}-{cell.id.split('/')[1]}.png")
         shutil.copyfile(picture, copies[-1])
+    return copies
+
+
+def copy_samples(experiment: Experiment, table: Table, pictures: Mapping[str, Path]) -> list[Path]:
+    """Puts the samples of all bases together.
+
+    Args:
+        pictures: by the name of the base.
+    """
+    folder = experiment.out / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = [folder / f"{table.name}-{base}.png" for base in pictures]
+    for picture, copy in zip(pictures.values(), copies, strict=True):
+        shutil.copyfile(picture, copy)
     return copies

@@ -24,6 +24,9 @@ _FREE = (
     "cache_text_encoder_outputs_to_disk", "cache_dir", "vae_batch_size", "log_with", "logging_dir",
 )  # fmt: skip
 
+# An evaluation for its picture alone: samples of few rows, and as few held-out images as it takes.
+_FEW = {"samples": 8, "grid": 8, "metrics": "none", "images": 8}
+
 
 def start(command: list[str]) -> int:
     """Runs a command; returns its exit code."""
@@ -88,15 +91,47 @@ def evaluate_cells(experiment: Experiment, cells: list[Cell], dry: bool = False)
         if not missing:
             print(f"{group}: evaluated already")
             continue
-        if all(cell.method == "base" for cell in missing):
-            raise PatchError(
-                f"expected a trained cell besides {missing[0].id}, found none: a base is evaluated "
-                "together with what was trained on it."
-            )
+        _require_trained(missing)
         number = 1
         while (out := experiment.out / "evaluations" / group / f"{number:03d}").exists():
             number += 1
         _do(experiment.evaluate_command(missing, out), dry)
+
+
+def sample_cells(experiment: Experiment, cells: list[Cell], dry: bool = False) -> dict[str, Path]:
+    """Draws some samples of each model from equal noise, base by base.
+
+    Returns:
+        The picture of the samples, by the name of the base.
+
+    Raises:
+        PatchError: an evaluation fails, or no cell of a base is trained.
+    """
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.base].append(cell)
+    pictures = {}
+    for group, members in groups.items():
+        _require_trained(members)
+        out = experiment.out / "samples" / "-".join([group, *_methods(members)])
+        pictures[group] = out / "samples.png"
+        if pictures[group].exists():
+            print(f"{group}: sampled already")
+        else:
+            _do(experiment.evaluate_command(members, out, _FEW), dry)
+    return pictures
+
+
+def _methods(cells: list[Cell]) -> list[str]:
+    return [cell.method for cell in cells if cell.method != "base"]
+
+
+def _require_trained(cells: list[Cell]) -> None:
+    if not _methods(cells):
+        raise PatchError(
+            f"expected a trained cell besides {cells[0].id}, found none: a base is evaluated "
+            "together with what was trained on it."
+        )
 
 
 def _do(command: list[str], dry: bool) -> None:

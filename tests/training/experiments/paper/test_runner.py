@@ -64,6 +64,7 @@ def evaluate(command: list[str]) -> None:
     out = Path(command[command.index("--out") + 1])
     labels = [w.split("=")[0] for n, w in itertools.pairwise(command) if n == "--model"]
     report(out, {"base": 6.0, **{label: 5 + n / 10 for n, label in enumerate(labels)}})
+    (out / "samples.png").write_bytes(b"samples")
 
 
 def report(out: Path, fids: dict[str, float], samples: int = 50000) -> None:
@@ -126,7 +127,8 @@ def test_a_table_from_training_to_results(
         "--model",
         f"ffhq-dit-b-dmp-step30000=dmp:{dmp / 'ffhq-dit-b-dmp-step00030000.safetensors'}",
         "--samples", "50000", "--sample_steps", "250", "--guidance_scale", "1.0",
-        "--sampler", "ddpm", "--seed", "0", "--metrics", "fid", "--reference", "train",
+        "--guided_channels", "3", "--sampler", "ddpm", "--seed", "0", "--metrics", "fid",
+        "--reference", "train",
         "--images", "10000", "--loss_draws", "1", "--inception_weights", "w.pth",
         "--out", str(out / "evaluations" / "ffhq-dit-b" / "001"),
     ]  # fmt: skip
@@ -139,36 +141,38 @@ def test_a_table_from_training_to_results(
     assert cells["table4a/linear"]["ours"] == {"fid": 5.1}  # the same run
     assert cells["table2/ffhq-prompt"]["ours"] is None
     text = (out / "paper.md").read_text(encoding="utf-8")
-    assert "| dmp | 30000 | 5.87 | 5.10 | -0.90 [-1.40, -0.40] | 50000 |" in text
-    assert "| ffhq-prompt | ffhq-dit-b | prompt | 30000 | 6.81 | - | - | - |  |" in text
-    assert "| attention | ffhq-dit-b | dmp | 30000 | *not found* | - | - | - |  |" in text
+    assert cells["table2/ffhq-dmp"]["ours_minus_reported"] == {"fid": pytest.approx(-0.77)}
+    assert cells["table2/ffhq-prompt"]["ours_minus_reported"] is None
+    assert "| dmp | 30000 | 5.87 | 5.10 | -0.77 | -0.90 [-1.40, -0.40] | 50000 |" in text
+    assert "| ffhq-prompt | ffhq-dit-b | prompt | 30000 | 6.81 | - | - | - | - |  |" in text
+    assert "| random | ffhq-dit-b | dmp | 30000 | *not found* | - | - | - | - | the " in text
 
 
 def test_what_is_there_is_not_done_again_and_more_steps_go_on(
     tmp_path: Path, commands: Commands, place: list[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main(["table2", *place, "--only", "ffhq-dmp"]) == 0
-    assert main(["table2", *place, "--only", "ffhq-dmp"]) == 0
+    assert main(["table3", *place, "--only", "dmp-30k"]) == 0
+    assert main(["table3", *place, "--only", "dmp-30k"]) == 0
     assert len(commands.given) == 2
-    folder = out / "runs" / "ffhq-dit-b-dmp"
+    folder = out / "runs" / "ffhq-dit-l-dmp"
     # Every file under the name of its step, and one state to go on from.
-    names = [f"ffhq-dit-b-dmp-step{step:08d}" for step in (10000, 20000, 30000)]
+    names = [f"ffhq-dit-l-dmp-step{step:08d}" for step in (10000, 20000, 30000)]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [f"{n}.safetensors" for n in names] + [f"{n}-gate.png" for n in names]
         + [f"{names[-1]}-state"]
     )  # fmt: skip
-    assert main(["table3", *place, "--only", "ffhq-b-dmp-20k", "--only", "ffhq-b-dmp-50k"]) == 0
+    assert main(["table3", *place, "--only", "dmp-20k", "--only", "dmp-50k"]) == 0
     assert commands.given[2][-2:] == ["--resume", "latest"]
-    config = parse_arguments(["--config_file", str(out / "configs" / "ffhq-dit-b-dmp.toml")])
+    config = parse_arguments(["--config_file", str(out / "configs" / "ffhq-dit-l-dmp.toml")])
     assert config.max_train_steps == 50000
     # Only what is new is evaluated, beside the same base.
     models = [word for word in commands.given[3] if "=" in word]
     assert [word.split("=")[0] for word in models] == [
-        "ffhq-dit-b-dmp-step20000", "ffhq-dit-b-dmp-step50000",
+        "ffhq-dit-l-dmp-step20000", "ffhq-dit-l-dmp-step50000",
     ]  # fmt: skip
-    assert commands.given[3][-1] == str(out / "evaluations" / "ffhq-dit-b" / "002")
-    assert results(out)["table3/ffhq-b-dmp-30k"]["ours"] == {"fid": 5.0}
+    assert commands.given[3][-1] == str(out / "evaluations" / "ffhq-dit-l" / "002")
+    assert results(out)["table3/dmp-30k"]["ours"] == {"fid": 5.0}
 
 
 def test_a_kill_between_state_and_file_loses_the_last_part_only(
@@ -186,9 +190,9 @@ def test_a_kill_between_state_and_file_loses_the_last_part_only(
 def test_other_options_are_refused_in_the_same_folder(
     commands: Commands, place: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["table2", *place, "--only", "ffhq-dmp"]) == 0
+    assert main(["table3", *place, "--only", "dmp-10k"]) == 0
     changed = ["--set", "learning_rate=0.5", "max_data_loader_n_workers=2"]
-    assert main(["table3", *place, "--only", "ffhq-b-dmp-50k", *changed]) == 1
+    assert main(["table3", *place, "--only", "dmp-50k", *changed]) == 1
     error = capsys.readouterr().err
     assert "found learning_rate 0.0001 (now 0.5): give the same options" in error
     assert len(commands.given) == 2
@@ -270,11 +274,11 @@ def tiny_vae(folder: Path) -> Path:
 def test_figures(tmp_path: Path, commands: Commands, place: list[str]) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    assert main(["figure4", *place]) == 0
-    assert (out / "figures" / "figure4.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["table4e", *place]) == 0
+    assert (out / "figures" / "table4e.png").read_bytes().startswith(b"\x89PNG")
     cells = results(out)
-    assert [cells[f"figure4/{n}"]["x"] for n in (0, 1, 6, 12)] == [0, 1, 6, 12]
-    assert cells["figure4/12"]["ours"] == cells["table2/ffhq-dmp"]["ours"]
+    assert [cells[f"table4e/{n}"]["x"] for n in (0, 1, 6, 12)] == [0, 1, 6, 12]
+    assert cells["table4e/12"]["ours"] == cells["table2/ffhq-dmp"]["ours"]
     assert main(["collect", str(out)]) == 0
     assert (out / "figures" / "figure1.png").exists()
 
@@ -293,9 +297,30 @@ def test_lines_begin_at_the_base() -> None:
 
 
 def test_gates_are_put_together(tmp_path: Path, commands: Commands, place: list[str]) -> None:
-    assert main(["figure5", *place, "--only", "ffhq"]) == 0
+    assert main(["figure4", *place, "--only", "ffhq"]) == 0
     assert len(commands.given) == 1  # nothing is evaluated
-    assert (tmp_path / "out/figures/figure5-ffhq.png").read_bytes() == b"30000"
+    assert (tmp_path / "out/figures/figure4-ffhq.png").read_bytes() == b"30000"
+
+
+def test_samples_are_put_side_by_side(
+    tmp_path: Path, commands: Commands, place: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ["--only", "ffhq-base", "--only", "ffhq-prompt", "--only", "ffhq-dmp"]
+    assert main(["figure5", *place, *only, "--evaluate", "samples=10000"]) == 0
+    command = commands.given[-1]
+    assert len(commands.given) == 3  # two runs, and one evaluation of both
+    assert [word.split("=")[0] for word in command if "=" in word] == [
+        "ffhq-dit-b-prompt-step30000", "ffhq-dit-b-dmp-step30000",
+    ]  # fmt: skip
+    assert command[command.index("--samples") + 1] == "8"  # a picture needs no more
+    assert command[command.index("--metrics") + 1] == "none"
+    folder = tmp_path / "out"
+    assert (folder / "figures/figure5-ffhq-dit-b.png").read_bytes() == b"samples"
+    assert not (folder / "evaluations").exists()  # it is no value of a table
+    assert main(["figure5", *place, *only]) == 0
+    assert len(commands.given) == 3
+    assert main(["figure5", *place, "--only", "ffhq-base"]) == 1
+    assert "expected a trained cell besides figure5/ffhq-base" in capsys.readouterr().err
 
 
 def test_of_several_evaluations_the_largest_counts(tmp_path: Path) -> None:
