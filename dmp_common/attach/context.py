@@ -25,7 +25,6 @@ class Context:
         weights: gate weights of the distinct timesteps (T, S, K*N), float32.
         columns: for the name of each site that acts, its index in S.
         sites, pools: the sites and their prompts, by name.
-        grid: rows and columns of the prompts; None where they are prepended.
         tokens: whether sites are sequences of tokens (True) or feature maps (False).
         shared: whether text and image tokens may share a sequence.
         table: scale and shift (T, 2, D) of each site; None for patches that do not modulate.
@@ -42,7 +41,6 @@ class Context:
     columns: Mapping[str, int]
     sites: Mapping[str, Site]
     pools: Mapping[str, PromptPool]
-    grid: tuple[int, int] | None
     tokens: bool
     shared: bool
     strength: float | Tensor
@@ -173,16 +171,16 @@ class Context:
                 "expected a patch that adds to inputs, found one of mix modulate, which changes "
                 "the outputs of modules: call `modulate`."
             )
-        if self.grid is None:
+        spec, pool = self.sites[site], self.pools[site]
+        if pool.grid is None:
             raise PatchError(
                 "this patch prepends its prompts, which only the trainer can do on DiT bases: "
                 "use a patch that adds them."
             )
-        spec, pool = self.sites[site], self.pools[site]
         weights = self.weights[:, self.columns[site]]  # (T, K*N)
         if self.tokens:
             size, start, length = self._place(spec, x)
-            literal = length is None and size == self.grid and len(pool.prompts) == 1
+            literal = length is None and size == pool.grid and len(pool.prompts) == 1
             if literal and x.dtype == torch.float32:  # half precision would round both factors
                 return Field(pool.prompts[0].float(), weights[:, :, None])
         else:
@@ -192,9 +190,9 @@ class Context:
             length = None if x.shape[1] == spec.width else spec.width
         if x.device.type in AUTOCAST:
             with torch.autocast(x.device.type, enabled=False):
-                grid = resize(pool.mix(weights), self.grid, size)  # (T, H, W, D)
+                grid = resize(pool.mix(weights), pool.grid, size)  # (T, H, W, D)
         else:
-            grid = resize(pool.mix(weights), self.grid, size)
+            grid = resize(pool.mix(weights), pool.grid, size)
         values = grid.flatten(1, 2) if self.tokens else grid.permute(0, 3, 1, 2)
         if self.remembered is None or not x.is_contiguous():
             return Field(values.to(x.dtype), None, start, length)

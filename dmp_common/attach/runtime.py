@@ -142,7 +142,6 @@ class Runtime:
             columns,
             patch.sites,
             self._pools,
-            patch.variant.grid,
             patch.base.layout == "tokens",
             patch.base.shared,
             strength,

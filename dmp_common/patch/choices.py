@@ -10,6 +10,7 @@ GateKind = Literal["linear", "attention", "none"]
 Selection = Literal["soft", "hard"]
 GateUnit = Literal["prompt", "grid"]
 GateForm = Literal["softmax", "residual"]
+GridScope = Literal["patch", "site"]
 AcrossDepth = Literal["distinct", "uniform"]
 Mix = Literal["add", "prepend", "modulate"]
 Condition = Literal["t", "t+y"]
@@ -21,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "selection": get_args(Selection),
     "gate_unit": get_args(GateUnit),
     "gate_form": get_args(GateForm),
+    "grid_scope": get_args(GridScope),
     "across_depth": get_args(AcrossDepth),
     "mix": get_args(Mix),
     "condition": get_args(Condition),
@@ -33,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LATER: dict[str, Any] = {
     "gate_unit": "prompt",
     "gate_form": "softmax",
+    "grid_scope": "patch",
     "timesteps": [0, 1000],
     "guidance": None,
 }

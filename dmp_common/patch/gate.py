@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from dmp_common.compat import AUTOCAST, is_compiling
@@ -37,6 +38,12 @@ class Gate(nn.Module):
         self.variant = variant
         depths = variant.depths
         self._depths = [float(depths[name]) for name in variant.sites]
+        # Sites whose grid is coarser than the gate's, by how many times.
+        self._coarse = {
+            column: variant.coarseness(site)
+            for column, site in enumerate(variant.site_specs())
+            if variant.coarseness(site) > 1
+        }
         self._depths_on: dict[torch.device, Tensor] = {}
         count = variant.outputs
         inputs = embedding + (variant.gate_inputs == "e+i")
@@ -91,7 +98,8 @@ class Gate(nn.Module):
 
         Returns:
             w (T, S, K*N), float32; with gate unit "grid" the weights within a grid are equal. Soft
-            weights sum to 1 over the prompts (or over the grids); hard weights are 0 or 1, with
+            weights sum to 1 over the prompts (or over the grids; with grid scope "site" over a
+            site's own prompts, each of them repeated for the cells it covers); hard weights are 0 or 1, with
             the gradient of the softmax; residual weights are 1 + logit; without a gate all are 1.
         """
         if self.variant.gate == "none":
@@ -102,7 +110,7 @@ class Gate(nn.Module):
         scaled = logits if temperature == 1.0 else logits / temperature
         if self.variant.gate_form == "residual":
             return self._spread(1.0 + scaled)
-        soft = scaled.softmax(-1)
+        soft = self._pooled(scaled) if self._coarse else scaled.softmax(-1)
         if self.variant.selection == "soft":
             return self._spread(soft)
         kept = logits.topk(kept_prompts(self.variant.count), dim=-1).indices
@@ -143,6 +151,18 @@ class Gate(nn.Module):
         self.weight.zero_()
         self.weight[:, : e.shape[1]].copy_(fitted[:-1].T)
         self.bias.copy_(fitted[-1])
+
+    def _pooled(self, logits: Tensor) -> Tensor:
+        """Returns the softmax (T, S, N) of each site over its own prompts, repeated over cells."""
+        assert self.variant.grid is not None
+        placed = logits.reshape(*logits.shape[:2], *self.variant.grid)  # (T, S, rows, columns)
+        sites = []
+        for column, site in enumerate(placed.unbind(1)):
+            times = self._coarse.get(column, 1)
+            own = F.avg_pool2d(site, times)  # (T, rows / times, columns / times)
+            soft = own.flatten(1).softmax(-1).reshape(own.shape)
+            sites.append(soft.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1))
+        return torch.stack(sites, 1)
 
     def _spread(self, weights: Tensor) -> Tensor:
         """Returns weights of prompts (T, S, K*N); weights of grids (T, S, K) are repeated."""

@@ -49,8 +49,15 @@ class Patch(nn.Module):
             {"modulation": ModulationPool(variant.grids, widths, init)}
             if self.modulates
             else {
-                _key(name): PromptPool(variant.grids, variant.prompts, width, init)
-                for name, width in widths.items()
+                _key(name): PromptPool(
+                    variant.grids,
+                    variant.prompts_of(site),
+                    site.width,
+                    init,
+                    variant.grid_of(site),
+                    variant.coarseness(site),
+                )
+                for name, site in self.sites.items()
             }
         )
         self.metadata: dict[str, str] = {}
@@ -98,18 +105,18 @@ class Patch(nn.Module):
 
         Source: Ham et al. 2025, eq. 3.
         """
-        grid = self.variant.grid
         if self.modulates:
             shape = [len(x), *[1] * (x.dim() - 1)]
             shape[self.sites[site].axis] = -1
             mixed = self.modulations(self.gate_weights(e) * self.learning_scale)[site]
             scale, shift = (part.reshape(shape).to(x.dtype) for part in mixed.unbind(1))
             return x + strength * (x * scale + shift)
-        if grid is None:
+        pool = self.pool(site)
+        if pool.grid is None:
             raise PatchError("expected a patch that adds its prompts, found one that prepends.")
         w = self.gate_weights(e)[:, list(self.sites).index(site)]  # (B, K*N)
-        field = self.pool(site).mix(w * self.learning_scale)  # (B, N, D): sum_k w_k * p_k
-        field = resize(field, grid, (x.shape[2], x.shape[3]))  # (B, H, W, D)
+        field = pool.mix(w * self.learning_scale)  # (B, N, D): sum_k w_k * p_k
+        field = resize(field, pool.grid, (x.shape[2], x.shape[3]))  # (B, H, W, D)
         return x + strength * field.permute(0, 3, 1, 2).to(x.dtype)  # (B, D, H, W)
 
     def gate_weights(self, e: Tensor, temperature: float = 1.0) -> Tensor:

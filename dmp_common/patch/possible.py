@@ -47,12 +47,36 @@ def check_variant(variant: Variant) -> None:
             f"{variant.gate_form}, found gate {variant.gate}, selection {variant.selection}: leave "
             "the unit and the form out."
         )
+    if variant.grid_scope == "site":
+        _check_site_grids(variant)
     staged = all(getattr(variant, name) == value for name, value in STAGED.items())
     if variant.gate_init == "stages" and not staged:
         raise PatchError(
             "expected a linear residual gate of grids that sees the timestep alone for gate "
             f"init stages, found gate {variant.gate}, unit {variant.gate_unit}, form "
             f"{variant.gate_form}, condition {variant.condition}: use gate init random."
+        )
+
+
+def _check_site_grids(variant: Variant) -> None:
+    """Refuses grids of their own for sites where they are not possible or mean nothing."""
+    form = (variant.mix, variant.grids, variant.gate_unit, variant.gate_form, variant.selection)
+    if form != ("add", 1, "prompt", "softmax", "soft"):
+        raise PatchError(
+            "expected added prompts in one grid, with a soft gate or none, for grid scope site, "
+            f"found mix {variant.mix}, {variant.grids} grids, gate unit {variant.gate_unit}, form "
+            f"{variant.gate_form}, selection {variant.selection}: use grid scope patch."
+        )
+    coarsest = max(map(variant.coarseness, variant.base_spec.sites))
+    if coarsest == 1:
+        raise PatchError(
+            f"expected a base with sites of several sizes for grid scope site, found "
+            f"{variant.base}, whose sites have one: use grid scope patch."
+        )
+    if variant.grid is None or any(side % coarsest for side in variant.grid):
+        raise PatchError(
+            f"expected rows and columns divisible by {coarsest} for grid scope site, found grid "
+            f"{printable(variant.grid)}: the coarsest sites have that many times fewer."
         )
 
 

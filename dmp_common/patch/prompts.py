@@ -19,12 +19,23 @@ class PromptPool(nn.Module):
     Args:
         grids: the number of grids K.
         prompts: the number of prompts N of a grid.
+        grid: rows and columns of the prompts; None where they have no place.
+        coarseness: how many times the gate's grid is finer than this one, in each direction.
         width: the number of channels D.
         init: "zero", or "random" (Xavier uniform, as in the official code).
     """
 
-    def __init__(self, grids: int, prompts: int, width: int, init: Init = "zero") -> None:
+    def __init__(
+        self,
+        grids: int,
+        prompts: int,
+        width: int,
+        init: Init = "zero",
+        grid: tuple[int, int] | None = None,
+        coarseness: int = 1,
+    ) -> None:
         super().__init__()
+        self.grid, self.coarseness = grid, coarseness
         self.prompts = nn.Parameter(torch.zeros(grids, prompts, width))
         if init == "random":
             bound = math.sqrt(6.0 / (prompts + width))  # Xavier's bound for one grid (N, D)
@@ -34,16 +45,24 @@ class PromptPool(nn.Module):
         """Computes the field of weighted prompts, sum_k w[t, k, n] * p[k, n].
 
         Args:
-            weights: gate weights (T, K*N), float32.
+            weights: gate weights (T, K*N), float32; of the gate's grid where that is finer.
 
         Returns:
             The field (T, N, D), float32.
         """
         prompts = self.prompts.float()  # (K, N, D)
+        if self.coarseness > 1:
+            weights = self._own(weights)
         if prompts.shape[0] == 1:
             return weights.unsqueeze(-1) * prompts[0]  # (T, N, 1) * (N, D)
         shaped = weights.reshape(-1, *prompts.shape[:2])  # (T, K, N)
         return torch.einsum("tkn,knd->tnd", shaped, prompts)
+
+    def _own(self, weights: Tensor) -> Tensor:
+        """Takes the weights (T, N) of this grid from those of a finer one, which repeat them."""
+        assert self.grid is not None
+        step, (rows, columns) = self.coarseness, self.grid
+        return weights.reshape(-1, rows * step, columns * step)[:, ::step, ::step].flatten(1)
 
 
 def resize(field: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -21,6 +21,7 @@ from dmp_common.patch.choices import (
     GateInit,
     GateKind,
     GateUnit,
+    GridScope,
     Init,
     Mix,
     Selection,
@@ -59,6 +60,10 @@ class Variant:
             so that a site's field is a mixture of K grids. The paper has no grids.
         gate_form: "softmax" (eq. 3), or "residual": the weight is 1 plus the gate's logit, so that
             it can be zero, negative or large at any noise level. The paper has no such form.
+        grid_scope: "patch" if every site has the same grid, or "site" if the grid is that of the
+            finest sites and coarser ones have as many prompts as cells, as the paper has it for
+            Stable Diffusion. The paper does not say how one linear layer gates grids of several
+            sizes; here a coarser site takes the mean of the logits of the cells that it covers.
         prompt_init, gate_init: how the values were initialised for training. "stages", which is
             ours, starts each grid of a residual gate in its own part of the timesteps.
         timesteps: the patch acts from the first timestep to below the second, and is off elsewhere;
@@ -91,6 +96,7 @@ class Variant:
     gate_init: GateInit = "zero"
     gate_unit: GateUnit = "prompt"
     gate_form: GateForm = "softmax"
+    grid_scope: GridScope = "patch"
     timesteps: tuple[int, int] = EVERYWHERE
     guidance: float | None = None
 
@@ -161,7 +167,8 @@ class Variant:
     @property
     def format_version(self) -> str:
         """The version of the file format that the patch needs: readers of version 1 refuse 2."""
-        return "2" if self.mix == "modulate" or self.guidance is not None else "1"
+        later = self.mix == "modulate" or self.guidance is not None or self.grid_scope == "site"
+        return "2" if later else "1"
 
     @property
     def gate_inputs(self) -> Literal["e", "e+i"]:
@@ -177,13 +184,30 @@ class Variant:
         """Returns the chosen sites as `Site` objects, in order of depth."""
         return self.base_spec.select(self.sites, self.place)
 
+    def coarseness(self, site: Site) -> int:
+        """How many times the grid of a site is coarser than `grid`, in each direction."""
+        if self.grid_scope == "patch":
+            return 1
+        return site.stride // min(other.stride for other in self.base_spec.sites)
+
+    def grid_of(self, site: Site) -> tuple[int, int] | None:
+        """The rows and columns of the prompts of a site; None where prompts have no place."""
+        if self.grid is None:
+            return None
+        rows, columns = self.grid
+        return rows // self.coarseness(site), columns // self.coarseness(site)
+
+    def prompts_of(self, site: Site) -> int:
+        """The number of prompts N of one grid of a site."""
+        return self.prompts // self.coarseness(site) ** 2
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the names and shapes of the tensors of the patch file, in their order.
 
         This allocates nothing, so that a file can be checked before any of its tensors is read.
         """
         shapes: dict[str, tuple[int, ...]] = {
-            f"prompts.{site.name}": (self.grids, self.prompts, site.width)
+            f"prompts.{site.name}": (self.grids, self.prompts_of(site), site.width)
             for site in self.site_specs()
         }
         inputs = self.base_spec.embedding + (self.gate_inputs == "e+i")

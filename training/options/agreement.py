@@ -23,6 +23,11 @@ def disagreements(config: TrainConfig) -> list[str]:
             f"{config.max_timestep}: change one of them.",
         ),
         (
+            config.grid_scope == "site" and (config.prompt_scale, config.method) == ("mean", "dmp"),
+            "--grid_scope site needs --prompt_scale literal, because the mean weight of a prompt "
+            "differs between its block inputs: give both.",
+        ),
+        (
             config.network_weights is not None and config.method not in _PATCHES,
             "--network_weights names a patch to initialise from, and needs --method dmp or prompt, "
             f"found {config.method}: leave one of them out.",

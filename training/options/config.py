@@ -45,7 +45,7 @@ class TrainConfig(
     def variant(self) -> dict[str, Any]:
         """The options of `Patch.create`."""
         names = ("gate", "selection", "across_depth", "mix", "condition", "prompt_init")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options: dict[str, Any] = {name: getattr(self, name) for name in (*names, "grid_scope")}
         options["timesteps"] = (self.min_timestep, self.max_timestep)
         if self.method == "prompt":
             options["gate"] = "none"

@@ -145,6 +145,13 @@ class PatchOptions(Options):
         ge=1,
         le=256,
     )
+    grid_scope: Literal["patch", "site"] = option(
+        "patch",
+        "patch",
+        "Give each block input the same grid, or (site) take --grid for the finest block inputs of "
+        "a UNet and give coarser ones as many prompts as they have cells: with --grid 64 that is "
+        "the input's full size at 512 pixels, as the paper says.",
+    )
     gate: Literal["linear", "attention", "none"] = option(
         "patch",
         "linear",
