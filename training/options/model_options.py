@@ -10,6 +10,11 @@ from typing import Literal
 from training.options.declaring import Options, option
 
 Method = Literal["dmp", "prompt", "lora", "full", "joint"]
+Quantization = Literal[
+    "rtn2", "rtn3", "rtn4", "rtn5", "rtn6", "rtn7", "rtn8",
+    "rtn2-group32", "rtn3-group32", "rtn4-group32", "rtn5-group32", "rtn6-group32",
+    "rtn7-group32", "rtn8-group32",
+]  # fmt: skip
 
 # The bases that the trainer knows, as `--help` and errors list them.
 BASES = (
@@ -94,6 +99,14 @@ class ModelOptions(Options):
         "and sd21.",
         ge=1,
         le=12,
+    )
+    student_quantization: Quantization | None = option(
+        "model",
+        None,
+        "Train against a cheap model beside the exact base: the base with the linear layers of its "
+        "blocks in fewer bits. rtn3 rounds each weight to the nearest of 3 bits with one scale for "
+        "each row, rtn3-group32 with a scale and a minimum for each 32 weights; both are simulated "
+        "in floating point and save no memory.",
     )
     text_conditional: bool = option(
         "model",

@@ -1,0 +1,59 @@
+"""The linear layers of a denoiser that are stored in fewer bits, and copies of a denoiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+from diffusers.models import embeddings
+
+_MIDDLE = "mid_block"  # of a UNet, the only block that is in no list
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Returns the linear layers of the blocks by path: attention, feed-forward and modulation.
+
+    The embeddings of timesteps, classes and text are left out, and so is the last layer.
+
+    Args:
+        model: a denoiser of diffusers.
+    """
+    found = {}
+    for child_name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) or child_name == _MIDDLE:
+            for name, module in _outside_embeddings(child, child_name):
+                if isinstance(module, nn.Linear):
+                    found[name] = module
+    return found
+
+
+def _outside_embeddings(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields a module and those in it with their paths, except for embeddings and their parts."""
+    if type(module).__module__ == embeddings.__name__:
+        return
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _outside_embeddings(child, f"{name}.{child_name}")
+
+
+def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Puts another layer in the place of one."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def copy_sharing(model: nn.Module, own: frozenset[str]) -> nn.Module:
+    """Returns a copy of a model that shares the parameters which stay the same.
+
+    Args:
+        model: any.
+        own: names of the parameters that will differ. The copy has them without values, on the
+            meta device.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        blank = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(blank, requires_grad=False) if name in own else parameter
+    return copy.deepcopy(model, memo)
