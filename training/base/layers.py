@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-import torch
 import torch.nn as nn
 from diffusers.models import embeddings
 
@@ -44,16 +43,7 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
-def copy_sharing(model: nn.Module, own: frozenset[str]) -> nn.Module:
-    """Returns a copy of a model that shares the parameters which stay the same.
-
-    Args:
-        model: any.
-        own: names of the parameters that will differ. The copy has them without values, on the
-            meta device.
-    """
-    memo: dict[int, object] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        blank = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(blank, requires_grad=False) if name in own else parameter
+def copy_sharing(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model with modules of its own that hold the same parameters."""
+    memo: dict[int, object] = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, memo)

@@ -8,9 +8,9 @@ between the passes (to 8 bits, to another device): it keeps a copy or an alias.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -101,18 +101,44 @@ def use_int8(model: nn.Module, time: str) -> None:
     Raises:
         PatchError: torchao is not installed.
     """
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not f"{name}.".startswith(f"{time}.")
+    ]
+    quantize_linear(model, frozenset(chosen), 8, "--int8_base", "--fp8_base")
+
+
+def quantize_linear(
+    model: nn.Module, chosen: Collection[str], bits: Literal[4, 8], option: str, other: str
+) -> None:
+    """Stores linear layers as integers with torchao: 8 bits with a scale for each row, or 4 bits
+    with one for each group of 32 values.
+
+    Args:
+        model: any.
+        chosen: paths of the layers.
+        bits: of the integers. Those of 4 bits take a byte each.
+        option: that asks for it, for the error.
+        other: an option that needs no package.
+
+    Raises:
+        PatchError: torchao is not installed.
+    """
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
     except ImportError as error:
         raise PatchError(
-            "expected the package torchao for --int8_base, found none: pip install torchao, or use "
-            "--fp8_base, which needs no package."
+            f"expected the package torchao for {option}, found none: pip install torchao, or use "
+            f"{other}, which needs no package."
         ) from error
-
-    def is_quantised(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and not f"{name}.".startswith(f"{time}.")
-
-    quantize_(model, Int8WeightOnlyConfig(), is_quantised)
+    if bits == 8:
+        config: Any = Int8WeightOnlyConfig()
+    else:
+        integers: Any = torch  # whose types do not name its integers of 4 bits
+        config = IntxWeightOnlyConfig(weight_dtype=integers.int4, granularity=PerGroup(32))
+    quantize_(model, config, lambda _, name: name in chosen)
 
 
 def whole_checkpoint(module: nn.Module, *given: Any) -> Any:

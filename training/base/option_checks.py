@@ -25,6 +25,7 @@ def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> 
         *_about_conditions(config, family, trained_text),
         *_about_files(config, family),
         *_about_memory(config, family),
+        *_about_student(config),
     ]
     if problems:
         raise PatchError("\n".join(problems))
@@ -103,5 +104,43 @@ def _about_memory(config: TrainConfig, family: Family) -> list[str]:
         problems.append(
             f"expected a transformer with --blocks_to_swap, found base {config.base}, a UNet: use "
             "--fp8_base and --gradient_checkpointing."
+        )
+    return problems
+
+
+def _about_student(config: TrainConfig) -> list[str]:
+    chosen = {
+        "--student_weights": config.student_weights,
+        "--student_quantization": config.student_quantization,
+    }
+    names = [name for name, value in chosen.items() if value is not None]
+    if not names:
+        return []
+    problems, asked = [], " and ".join(names)
+    if len(names) > 1:
+        problems.append(f"expected one cheap model, found {asked}: leave one of them out.")
+    file = config.student_weights
+    if file is not None and not Path(file).expanduser().is_file():
+        problems.append(
+            f"expected a file for --student_weights, found nothing at {file}: check the path."
+        )
+    rounded = (config.student_quantization or "").startswith("rtn")
+    if config.trains_base and not rounded:
+        problems.append(
+            f"expected --method dmp, prompt or lora with {asked}, whose weights are stored in a "
+            f"form that cannot be trained, found --method {config.method}: choose one of these, or "
+            "--student_quantization rtn2 to rtn8."
+        )
+    in_memory = {
+        "--fp8_base": config.fp8_base,
+        "--int8_base": config.int8_base,
+        "--blocks_to_swap": bool(config.blocks_to_swap),
+        "--fsdp": config.fsdp,
+    }
+    others = [name for name, on in in_memory.items() if on]
+    if others:
+        problems.append(
+            f"expected no {' and '.join(others)} with {asked}, because two models are loaded then "
+            "and the exact one must stay exact, found it: leave it out."
         )
     return problems

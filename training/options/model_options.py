@@ -14,6 +14,7 @@ Quantization = Literal[
     "rtn2", "rtn3", "rtn4", "rtn5", "rtn6", "rtn7", "rtn8",
     "rtn2-group32", "rtn3-group32", "rtn4-group32", "rtn5-group32", "rtn6-group32",
     "rtn7-group32", "rtn8-group32",
+    "fp8", "fp8-scaled", "int8", "int4", "nf4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
 ]  # fmt: skip
 
 # The bases that the trainer knows, as `--help` and errors list them.
@@ -100,13 +101,20 @@ class ModelOptions(Options):
         ge=1,
         le=12,
     )
+    student_weights: str | None = option(
+        "model",
+        None,
+        "Train on the cheap model in this file, beside the exact base: the same base in fewer "
+        "bits, a .gguf file (as ComfyUI-GGUF reads them) or a .safetensors file in fp8.",
+    )
     student_quantization: Quantization | None = option(
         "model",
         None,
-        "Train against a cheap model beside the exact base: the base with the linear layers of its "
-        "blocks in fewer bits. rtn3 rounds each weight to the nearest of 3 bits with one scale for "
-        "each row, rtn3-group32 with a scale and a minimum for each 32 weights; both are simulated "
-        "in floating point and save no memory.",
+        "Train on a cheap model that is made from the exact base: the linear layers of its blocks "
+        "in fewer bits. q4_0 and the other types of GGUF need the package gguf, int8 and int4 "
+        "torchao, nf4 bitsandbytes. rtn3 rounds each weight to the nearest of 3 bits with one "
+        "scale for each row, rtn3-group32 with a scale and a minimum for each 32 weights; both "
+        "are simulated in floating point and save no memory.",
     )
     text_conditional: bool = option(
         "model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from training.base.cheap import cheap_base, student_facts
 from training.base.frozen import FrozenBase, load_frozen
 from training.base.layers import linear_layers
 from training.base.rounding import round_groups, round_rows
+from training.base.stored import StoredLinear
 from training.methods.known import METHODS
 from training.options.config import TrainConfig
 
@@ -101,5 +103,121 @@ def test_a_patch_on_the_cheap_model_is_not_on_the_exact_one(folders: Folders) ->
 
 def test_without_a_cheap_form_there_is_no_cheap_model(folders: Folders) -> None:
     config = config_of("dit", folders("dit"))
-    with pytest.raises(PatchError, match="expected --student_quantization"):
+    with pytest.raises(PatchError, match="expected --student_weights or --student_quant"):
         cheap_base(load_frozen(config), config)
+
+
+PACKAGES = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes", "q": "gguf"}
+
+
+def needs_package(quantization: str) -> None:
+    for start, package in PACKAGES.items():
+        if quantization.startswith(start):
+            pytest.importorskip(package)
+
+
+def values(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight that a layer computes with, whichever library stores it."""
+    weight = layer.weight
+    if isinstance(layer, StoredLinear):
+        return layer.values(torch.float32)
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight.float()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao and bitsandbytes, which differ in releases
+@pytest.mark.parametrize(
+    ("quantization", "name", "error", "kind"),
+    [
+        ("q4_0", "sd15", 0.15, "Q4_0"), ("q4_1", "dit", 0.1, "Q4_1"),
+        ("q5_0", "pixart", 0.08, "Q5_0"), ("q5_1", "sd3", 0.05, "Q5_1"),
+        ("q8_0", "flux", 0.01, "Q8_0"), ("fp8-scaled", "sd15", 0.05, "F8_E4M3"),
+        ("fp8-scaled", "flux", 0.05, "F8_E4M3"), ("int8", "sd15", 0.02, "INT8"),
+        ("int8", "flux", 0.02, "INT8"), ("int4", "dit", 0.15, "INT4"),
+        ("int4", "flux", 0.15, "INT4"), ("nf4", "sd15", 0.15, "NF4"), ("nf4", "flux", 0.15, "NF4"),
+    ],
+)  # fmt: skip
+def test_forms_of_other_libraries(
+    quantization: str, name: str, error: float, kind: str, folders: Folders
+) -> None:
+    """Close to the exact weights, recorded, and trained on as on the values that they stand for."""
+    needs_package(quantization)
+    exact, cheap, config = both(name, folders(name), student_quantization=quantization)
+    assert detect_base(cheap.model) is exact.base
+    own, layers = linear_layers(exact.model), linear_layers(cheap.model)
+    assert own.keys() == layers.keys()
+    stored = 0
+    for path, layer in layers.items():
+        found, weight = values(layer), own[path].weight
+        assert float((found - weight).norm() / weight.norm()) < error, path
+        stored += weight.numel() if not torch.equal(found, weight) else 0
+    facts = student_facts(cheap, config)
+    assert facts["quantization"] == quantization
+    assert facts["types"][kind] == stored > 0
+    assert sum(facts["types"].values()) == sum(value.numel() for value in exact.model.parameters())
+    found = gradients(cheap, name)
+    for path, layer in layers.items():
+        own[path].weight = torch.nn.Parameter(values(layer).detach(), requires_grad=False)
+    for key, value in gradients(exact, name).items():
+        assert torch.allclose(found[key], value, rtol=1e-2, atol=1e-3 * float(value.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantization", ["q4_0", "fp8", "fp8-scaled", "int8", "int4", "nf4"])
+def test_a_lora_trains_on_every_form(quantization: str, folders: Folders) -> None:
+    needs_package(quantization)
+    _, cheap, config = both(
+        "dit", folders("dit"), student_quantization=quantization, method="lora", recipe="none"
+    )
+    trained = METHODS["lora"](cheap, config)
+    before = output(cheap, "dit")
+    before.square().mean().backward()
+    for value in trained.trainable().values():
+        assert value.grad is not None
+        value.data -= value.grad
+    assert not torch.equal(before, output(cheap, "dit"))
+    trained.remove()
+
+
+def test_fp8_of_all_layers_leaves_the_exact_model(folders: Folders) -> None:
+    """Its weights move between two precisions in place, so that none may be shared."""
+    exact, cheap, config = both("sd15", folders("sd15"), student_quantization="fp8")
+    before = output(exact, "sd15")
+    assert gradients(cheap, "sd15").keys() == gradients(exact, "sd15").keys()
+    assert torch.equal(before, output(exact, "sd15"))
+    assert {value.dtype for value in exact.model.parameters()} == {torch.float32}
+    types = student_facts(cheap, config)["types"]
+    assert types["F8_E4M3"] > 0.9 * sum(types.values())
+
+
+def test_what_cannot_be_trained_is_said_at_once(folders: Folders) -> None:
+    config = config_of(
+        "dit", folders("dit"), student_quantization="q4_0", student_weights="nowhere.gguf",
+        method="full", int8_base=True,
+    )  # fmt: skip
+    with pytest.raises(PatchError) as caught:
+        load_frozen(config)
+    lines = [line.split(",")[0] for line in str(caught.value).splitlines()]
+    asked = "--student_weights and --student_quantization"
+    assert lines == [
+        "expected --method dmp or prompt with --int8_base",
+        "expected one cheap model",
+        "expected a file for --student_weights",
+        "expected --method dmp",
+        f"expected no --int8_base with {asked}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "package"),
+    [("q4_0", "gguf"), ("int4", "torchao.quantization"), ("nf4", "bitsandbytes")],
+)
+def test_a_missing_package_is_named(
+    quantization: str, package: str, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(PatchError, match=f"pip install {package.split('.')[0]}"):
+        both("dit", folders("dit"), student_quantization=quantization)
