@@ -16,7 +16,8 @@ from dmp_common.bases.parts import Site
 from dmp_common.errors import PatchError
 
 if TYPE_CHECKING:
-    from dmp_common.attach.hooks import Call, CallHooks
+    from dmp_common.attach.call import Call
+    from dmp_common.attach.hooks import CallHooks
 
 
 class AtSite:

@@ -99,8 +99,9 @@ class Gate(nn.Module):
         Returns:
             w (T, S, K*N), float32; with gate unit "grid" the weights within a grid are equal. Soft
             weights sum to 1 over the prompts (or over the grids; with grid scope "site" over a
-            site's own prompts, each of them repeated for the cells it covers); hard weights are 0 or 1, with
-            the gradient of the softmax; residual weights are 1 + logit; without a gate all are 1.
+            site's own prompts, each of them repeated for the cells it covers); hard weights are 0
+            or 1, with the gradient of the softmax; residual weights are 1 + logit; without a gate
+            all are 1.
         """
         if self.variant.gate == "none":
             return e.new_ones(1, 1, 1, dtype=torch.float32).expand(
