@@ -100,6 +100,13 @@ def _metadata(path: str) -> None:
         raise PatchError("names of images that are not there")
 
 
+def _student(path: str) -> None:
+    """A file of --student_weights, before any value is read."""
+    from training.base.student_files import student_shapes
+
+    student_shapes(Path(path))
+
+
 READERS: dict[str, Callable[[str], Any]] = {
     "load": Patch.load,
     "validate": lambda path: _command("validate", path),
@@ -113,6 +120,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "shard": _shard,
     "count": _count,
     "metadata": _metadata,
+    "student": _student,
 }
 
 

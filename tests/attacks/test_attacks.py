@@ -10,6 +10,7 @@ import pytest
 from dmp_common import Patch, PatchError
 from dmp_common.__main__ import main
 from tests.attacks.checkpoints import CHECKPOINTS
+from tests.attacks.ggufs import GGUFS
 from tests.attacks.others import METADATA, MODELS, OPTIONS, SHARDS
 from tests.attacks.patches import IN_VALUES, PATCHES, good, tensor_type
 from tests.attacks.running import MEGABYTES, SECONDS, Server
@@ -50,6 +51,12 @@ def test_checkpoints(attack: Attack, tmp_path: Path, server: Server) -> None:
 @pytest.mark.parametrize("attack", MODELS.values(), ids=MODELS)
 def test_models(attack: Attack, tmp_path: Path, server: Server) -> None:
     require_refused(server, attack(tmp_path), ("times",))
+
+
+@pytest.mark.parametrize("attack", GGUFS.values(), ids=GGUFS)
+def test_ggufs(attack: Attack, tmp_path: Path, server: Server) -> None:
+    pytest.importorskip("gguf")
+    require_refused(server, attack(tmp_path), ("student",))
 
 
 @pytest.mark.parametrize("attack", OPTIONS.values(), ids=OPTIONS)

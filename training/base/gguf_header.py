@@ -21,7 +21,7 @@ from dmp_common.errors import file_error, printable
 from dmp_common.patch.serialize import opened
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
-_MAX_HEADER = 32 * 1024**2  # bytes; those of denoisers have some hundred kilobytes
+_MAX_HEADER = 16 * 1024**2  # bytes; those of denoisers have some hundred kilobytes
 _MOST_TENSORS, _MOST_DIMENSIONS = 100_000, 8
 _ALIGNMENT = 32
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of value types
@@ -190,7 +190,8 @@ def _placed(
         rows = tuple(reversed(dimensions))
         shape = known.get(_SHAPE_KEY + name, rows)
         values = math.prod(rows)
-        if not values or (rows[-1] if rows else 1) % block or math.prod(shape) != values:
+        whole = min(shape, default=1) > 0 and math.prod(shape) == values
+        if not values or (rows[-1] if rows else 1) % block or not whole:
             raise ValueError(
                 f"a tensor {printable(name)} of shape {shape}, stored as {rows} in blocks of "
                 f"{block}"

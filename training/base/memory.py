@@ -55,7 +55,11 @@ def memory_warnings(config: TrainConfig, blocks: int, device: torch.device) -> l
             f"--blocks_to_swap {config.blocks_to_swap} swaps all blocks that can be swapped, which "
             f"are {blocks}."
         )
-    wants = [("--blocks_to_swap", config.blocks_to_swap), ("--fp8_base", config.fp8_base)]
+    wants = [
+        ("--blocks_to_swap", config.blocks_to_swap),
+        ("--fp8_base", config.fp8_base),
+        ("--student_quantization fp8", config.student_quantization == "fp8"),
+    ]
     for name, on in wants:
         if on and not config.gradient_checkpointing:
             found.append(

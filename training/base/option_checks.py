@@ -131,6 +131,11 @@ def _about_student(config: TrainConfig) -> list[str]:
             f"form that cannot be trained, found --method {config.method}: choose one of these, or "
             "--student_quantization rtn2 to rtn8."
         )
+    if config.torch_compile and config.student_quantization == "fp8":
+        problems.append(
+            f"expected no --torch_compile with {asked} fp8, because the weights change while the "
+            "model runs, found it: choose fp8-scaled, or leave it out."
+        )
     in_memory = {
         "--fp8_base": config.fp8_base,
         "--int8_base": config.int8_base,

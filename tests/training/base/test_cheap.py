@@ -195,8 +195,8 @@ def test_fp8_of_all_layers_leaves_the_exact_model(folders: Folders) -> None:
 
 def test_what_cannot_be_trained_is_said_at_once(folders: Folders) -> None:
     config = config_of(
-        "dit", folders("dit"), student_quantization="q4_0", student_weights="nowhere.gguf",
-        method="full", int8_base=True,
+        "dit", folders("dit"), student_quantization="fp8", student_weights="nowhere.gguf",
+        method="full", int8_base=True, torch_compile=True,
     )  # fmt: skip
     with pytest.raises(PatchError) as caught:
         load_frozen(config)
@@ -207,6 +207,7 @@ def test_what_cannot_be_trained_is_said_at_once(folders: Folders) -> None:
         "expected one cheap model",
         "expected a file for --student_weights",
         "expected --method dmp",
+        f"expected no --torch_compile with {asked} fp8",
         f"expected no --int8_base with {asked}",
     ]
 

@@ -219,6 +219,8 @@ def test_warnings_about_memory(folders: Folders) -> None:
     assert [line.split(" ")[0] for line in told] == [
         "--blocks_to_swap", "--blocks_to_swap", "--blocks_to_swap", "--fp8_base",
     ]  # fmt: skip
+    student = config_of("flux", folders("flux"), student_quantization="fp8")
+    assert "--student_quantization fp8 saves little" in memory.memory_warnings(student, 4, CPU)[0]
     quiet = config_of("flux", folders("flux"), blocks_to_swap=3, gradient_checkpointing=True)
     assert memory.memory_warnings(quiet, 4, torch.device("cuda")) == []
 
