@@ -31,6 +31,7 @@ from dmp_common.bases.base import find_module
 from training.base.families.table import family_of
 from training.base.frozen import FrozenBase
 from training.methods.patch import PatchMethod
+from training.objective.aim import noise_aim
 from training.objective.inputs import Inputs
 from training.objective.noise import draw
 from training.objective.noising import process_of
@@ -78,7 +79,8 @@ class TrainerStep:
         """The forward pass; in training the hooks are not needed any more for the backward."""
         patched = isinstance(self.run.method, PatchMethod)
         with attach(self.run.frozen.model, self.patch) if patched else nullcontext():
-            return step_losses(self.run, self.inputs, 0)["loss"]
+            aim = noise_aim(self.inputs, self.run.process)
+            return step_losses(self.run, aim, 0)["loss"]
 
     def __call__(self) -> None:
         """Forward, backward, update, average."""

@@ -67,6 +67,9 @@ class JointMethod(PatchMethod):
         weights = {"params": list(self._weights().values()), "lr": config.learning_rate}
         return [*super().groups(config), weights]
 
+    # The weights are trained as well, so that switching the patch off gives no base.
+    silenced, scale, at = Method.silenced, Method.scale, Method.at
+
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """Writes the folder of `full` with the patch in it."""
         partial = _write_base(self.frozen, path, metadata, dtype)

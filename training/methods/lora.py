@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -49,6 +51,25 @@ class LoraMethod(Method):
         own = dict(self.frozen.model.named_parameters())
         return {name: own[name] for name in self._names}
 
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Switches the LoRA off for as long as the context lasts."""
+        layers = lora_layers(self.frozen.model)
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiplies the second matrix of every layer."""
+        for name, matrix in self.trainable().items():
+            if "lora_B" in name:
+                matrix.mul_(factor)
+
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """Writes a file that `load_lora_weights` of a diffusers pipeline reads."""
         from peft.utils import get_peft_model_state_dict
@@ -78,14 +99,22 @@ class LoraMethod(Method):
 
 def remove_lora(model: nn.Module) -> None:
     """Puts the original layers back in the place of peft's."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.get_base_layer())
+    for name, layer in _named_layers(model):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Returns peft's layers in a model."""
+    return [layer for _, layer in _named_layers(model)]
+
+
+def _named_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
 def _equal_rank(frozen: FrozenBase, config: TrainConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dmp_common import PatchError
 from training.base.frozen import FrozenBase
 from training.options.config import TrainConfig
 
@@ -53,6 +55,44 @@ class Method(nn.Module, ABC):
             names: what the draws of each sample depend on.
         """
         return
+
+    def silenced(self) -> AbstractContextManager[object]:
+        """Returns a context in which the model is exactly the base, for an exact call of it.
+
+        Raises:
+            PatchError: the method trains the weights of the base, which is the base no more.
+        """
+        raise PatchError(
+            f"expected a method that can be switched off, found {type(self).__name__}: give the "
+            "exact call a model of its own."
+        )
+
+    def at(self, strengths: Tensor | None) -> AbstractContextManager[object]:
+        """Returns a context in which each item of a batch is predicted at a strength of its own.
+
+        Args:
+            strengths: (B,); None for 1 everywhere.
+
+        Raises:
+            PatchError: strengths for a method that has one strength for all items.
+        """
+        if strengths is None:
+            return nullcontext()
+        raise PatchError(
+            "expected --method dmp or prompt where each item has a strength of its own, found "
+            f"{type(self).__name__}: give --teacher_guidance_scale one number."
+        )
+
+    def scale(self, factor: float) -> None:
+        """Multiplies what the method adds to the base, so that 1 is then the strength `factor`.
+
+        Raises:
+            PatchError: the method trains the weights of the base themselves.
+        """
+        raise PatchError(
+            "expected --method dmp, prompt or lora where a strength is folded into the trained "
+            f"values, found {type(self).__name__}: leave out --choose_strength."
+        )
 
     def own_losses(self, given: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The losses of the method besides the prediction's, by name.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach, importance_loss, load_loss
+from dmp_common.attach.attachment import Attachment
 from dmp_common.bases.timesteps import embed_timesteps
 from dmp_common.patch.balancing import GateNoise, stratified_timesteps
 from dmp_common.patch.gate import kept_prompts
@@ -63,7 +64,7 @@ class PatchMethod(Method):
     def changes_nothing(self) -> bool:
         """Whether every prompt is zero; prepended ones count even then."""
         zero = not any(bool(pool.any()) for pool in self.patch.pools.parameters())
-        return zero and self.patch.variant.mix == "add"
+        return zero and self.patch.variant.mix != "prepend"
 
     def draw(self, names: Sequence[tuple[object, ...]]) -> None:
         """Draws the noise of the gate, where there is one."""
@@ -111,6 +112,20 @@ class PatchMethod(Method):
             return torch.full((count,), int(kind.null_label or 0))
         return torch.randint(0, kind.num_classes, (count,), generator=source)
 
+    def silenced(self) -> AbstractContextManager[object]:
+        """Switches the patch off for as long as the context lasts."""
+        return _switched_off(self.attachment)
+
+    def at(self, strengths: Tensor | None) -> AbstractContextManager[object]:
+        """See `Method.at`: the patch acts on each item with its strength."""
+        return nullcontext() if strengths is None else _at(self.attachment, strengths)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiplies the prompts."""
+        for prompts in self.patch.pools.parameters():
+            prompts.mul_(factor)
+
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """Writes the patch file."""
         self.patch.save(path, metadata, dtype)
@@ -122,6 +137,24 @@ class PatchMethod(Method):
     def remove(self) -> None:
         """Detaches the patch."""
         self.attachment.remove()
+
+
+@contextmanager
+def _switched_off(attachment: Attachment) -> Iterator[None]:
+    attachment.enabled = False
+    try:
+        yield
+    finally:
+        attachment.enabled = True
+
+
+@contextmanager
+def _at(attachment: Attachment, strengths: Tensor) -> Iterator[None]:
+    attachment.item_strengths = strengths
+    try:
+        yield
+    finally:
+        attachment.item_strengths = None
 
 
 @torch.no_grad()

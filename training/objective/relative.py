@@ -17,6 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from dmp_common.patch.objectives import level_weights
 from training.options.config import TrainConfig
 
 BINS = 20
@@ -40,7 +41,7 @@ class RelativeWeights:
     def __init__(self, losses: Tensor) -> None:
         if losses.ndim != 1 or not (losses.isfinite() & (losses > 0)).all():
             raise ValueError(f"expected positive losses by range of timesteps, found {losses}")
-        self.logs = losses.double().mean().log() - losses.double().log()
+        self.logs = level_weights(losses).log()
 
     def __call__(self, t: Tensor) -> Tensor:
         """(B,) float32 at timesteps t (B,) on the scale 0..1000; linear in the logarithm."""

@@ -1,4 +1,4 @@
-"""The losses of a training step: denoising with the frozen base, and the method's own."""
+"""The losses of a training step: predictions of the frozen base, and the method's own losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Student(nn.Module):
         config: weights of the losses.
 
     Attributes:
-        relative: weights of timesteps for --relative_loss, None without.
+        relative: weights of timesteps that depend on what the base does there; None without.
     """
 
     def __init__(
@@ -50,45 +50,71 @@ class Student(nn.Module):
 
     def forward(
         self,
-        clean: Tensor,
-        noise: Tensor,
+        noisy: Tensor,
         t: Tensor,
         given: Given,
-        weights: Tensor | None,
+        target: Tensor,
         step: int,
+        weights: Tensor | None = None,
         masks: Tensor | None = None,
-        entering: Tensor | None = None,
+        clean: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of one batch.
+        """The losses of one batch; see `Aim` for the arguments.
 
         Args:
-            clean, noise: (B, C, H, W).
-            t: (B,), on the scale 0..1000.
-            given: the conditions of the samples, tensors (B, ...) by name.
-            weights: (B,) of the samples, None if all are 1.
             step: the micro-step, which seeds the draws of the balancing losses.
-            masks: (B, 1, H, W), how much each place counts; None if all count alike.
-            entering: (B, C, H, W), the noise of the model's input where it is perturbed; None
-                where it is `noise`, which the target knows.
 
         Returns:
             "loss", the weighted sum; its parts "denoising", "variational", "importance" and
             "load", where there are such; and "samples" (B,), the loss of each sample.
         """
-        parts = self._denoising(clean, noise, t, given, masks, entering)
+        output = self._output(noisy, t, given)
+        prediction = output[:, : target.shape[1]]
         scale = self._process.weights(t)
         if self.relative is not None:
             scale = scale * self.relative(t)
         if weights is not None:
             scale = scale * weights
-        losses = {"samples": scale * parts["denoising"]}
+        threshold = huber_threshold(self._process, t, self._config)
+        error = prediction_error(prediction, target, self._config, threshold)
+        losses = {"samples": scale * masked_mean(error, masks)}
         losses["denoising"] = losses["samples"].mean()
-        if "variational" in parts:
-            term = parts["variational"]
+        term = None if clean is None else self._variational(clean, noisy, output, t)
+        if term is not None:
+            term = masked_mean(term, masks).float()
             losses["variational"] = (term if weights is None else term * weights).mean()
         if self.method is not None:
             losses |= self.method.own_losses(given, step)
         return {"loss": self._weighted_sum(losses), **losses}
+
+    def squared_error(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        given: Given,
+        target: Tensor,
+        masks: Tensor | None = None,
+    ) -> Tensor:
+        """The squared error (B,) of each sample, unweighted: the measure of held-out images.
+
+        It is the same for every --loss_type, so that runs with different ones can be compared.
+        """
+        prediction = self.prediction(noisy, t, given, target.shape[1])
+        return masked_mean((prediction - target).square(), masks)
+
+    def prediction(self, noisy: Tensor, t: Tensor, given: Given, channels: int) -> Tensor:
+        """The prediction (B, channels, H, W), float32, without a learned variance."""
+        return self._output(noisy, t, given)[:, :channels]
+
+    def _variational(
+        self, clean: Tensor, noisy: Tensor, output: Tensor, t: Tensor
+    ) -> Tensor | None:
+        """The variational term (B, C, H, W), if sigma is learned and its weight is not 0."""
+        channels = clean.shape[1]
+        if output.shape[1] != 2 * channels or not self._config.variational_weight:
+            return None
+        prediction, sigma = output[:, :channels], output[:, channels:]
+        return self._process.variational(clean, noisy, prediction, sigma, t)
 
     def _weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The sum of the losses that are there, each times its weight."""
@@ -103,43 +129,6 @@ class Student(nn.Module):
             if name in losses:
                 total = total + factor * losses[name]
         return total
-
-    def squared_error(
-        self, clean: Tensor, noise: Tensor, t: Tensor, given: Given, masks: Tensor | None = None
-    ) -> Tensor:
-        """The squared error (B,) of each sample, unweighted: the measure of held-out images.
-
-        It is the same for every --loss_type, so that runs with different ones can be compared.
-        """
-        noisy = self._process.noisy(clean, noise, t)
-        prediction = self._output(noisy, t, given)[:, : clean.shape[1]]
-        target = self._process.target(clean, noise, t).float()
-        return masked_mean((prediction - target).square(), masks)
-
-    def _denoising(
-        self,
-        clean: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        given: Given,
-        masks: Tensor | None,
-        entering: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Losses (B,) of each sample before weights of timesteps: "denoising", and "variational"
-        if sigma is learned and its weight is not 0."""
-        process, config = self._process, self._config
-        noisy = process.noisy(clean, noise if entering is None else entering, t)
-        output = self._output(noisy, t, given)
-        prediction = output[:, : clean.shape[1]]
-        target = process.target(clean, noise, t).float()
-        threshold = huber_threshold(process, t, config)
-        error = prediction_error(prediction, target, config, threshold)
-        parts = {"denoising": masked_mean(error, masks)}
-        if output.shape[1] == 2 * clean.shape[1] and config.variational_weight:
-            term = process.variational(clean, noisy, prediction, output[:, clean.shape[1] :], t)
-            if term is not None:
-                parts["variational"] = masked_mean(term, masks).float()
-        return parts
 
     def _output(self, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """The model's output (B, C or 2C, H, W), float32."""

@@ -49,4 +49,50 @@ def disagreements(config: TrainConfig) -> list[str]:
             f"{_WITH_MINIMUM[-1]}, found {config.lr_scheduler}: change one of them.",
         ),
     )
-    return [message for wrong, message in rules if wrong]
+    return [message for wrong, message in (*rules, *_about_teaching(config)) if wrong]
+
+
+def _about_teaching(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
+    """The rules of --objective distill."""
+    distills, scales = config.objective == "distill", config.guidance_range
+    ranged = scales is not None and scales[0] != scales[1]
+    cheaper = config.has_student or scales is not None
+    return (
+        (
+            config.choose_strength and (config.trains_base or config.mix == "prepend"),
+            "--choose_strength needs values that are added to a frozen base, found --method "
+            f"{config.method} and --mix {config.mix}: leave it out.",
+        ),
+        (
+            not distills and cheaper,
+            "--student_quantization, --student_weights and --teacher_guidance_scale need "
+            f"--objective distill, found --objective {config.objective}: give it.",
+        ),
+        (
+            distills and not cheaper,
+            "--objective distill needs a cheap call: give --student_quantization or "
+            "--student_weights, or --teacher_guidance_scale for a call without guidance.",
+        ),
+        (
+            ranged and config.has_student,
+            "--teacher_guidance_scale must be one number for a cheap call with weights of its own, "
+            f"because the strength is then that of the repair, found "
+            f"{config.teacher_guidance_scale}: give one number.",
+        ),
+        (
+            ranged and config.method not in _PATCHES,
+            "--teacher_guidance_scale must be one number for a method without a strength for each "
+            f"image, found {config.teacher_guidance_scale} with --method {config.method}: give one "
+            "number.",
+        ),
+        (
+            scales is not None and config.caption_dropout_rate > 0,
+            "--teacher_guidance_scale trains conditional items alone, found "
+            f"--caption_dropout_rate {config.caption_dropout_rate:g}: leave it out.",
+        ),
+        (
+            config.has_student and (config.fp8_base or config.int8_base),
+            "--fp8_base and --int8_base store the exact model in 8 bits, which a repair is "
+            "measured against: leave them out with --student_quantization and --student_weights.",
+        ),
+    )

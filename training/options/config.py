@@ -14,6 +14,7 @@ from training.options.loss_options import ObjectiveOptions
 from training.options.model_options import ModelOptions, PatchOptions
 from training.options.optimisation_options import OptimisationOptions
 from training.options.run_options import OutputOptions, ScaleOptions
+from training.options.teacher_options import TeacherOptions
 
 SECRETS = ("huggingface_token",)  # never written anywhere
 # Wishes about one call of the command, not about the run.
@@ -25,6 +26,7 @@ class TrainConfig(
     ScaleOptions,
     OptimisationOptions,
     ObjectiveOptions,
+    TeacherOptions,
     DataOptions,
     PatchOptions,
     ModelOptions,
@@ -42,15 +44,19 @@ class TrainConfig(
         return self.method in ("full", "joint")
 
     @property
+    def has_student(self) -> bool:
+        """Whether the cheap call has weights of its own."""
+        return self.student_quantization is not None
+
+    @property
     def variant(self) -> dict[str, Any]:
         """The options of `Patch.create`."""
-        names = ("gate", "selection", "across_depth", "mix", "condition", "prompt_init")
-        options: dict[str, Any] = {name: getattr(self, name) for name in (*names, "grid_scope")}
+        names = ("gate", "selection", "mix", "condition", "prompt_init", "grid_scope")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         options["timesteps"] = (self.min_timestep, self.max_timestep)
         if self.method == "prompt":
             options["gate"] = "none"
-        else:
-            options |= {name: getattr(self, name) for name in ("grids", "gate_unit", "gate_form")}
+        options |= self._gate_options(gated=options["gate"] != "none")
         if self.gate_init is not None:
             options["gate_init"] = self.gate_init
         if self.grid is not None:
@@ -60,7 +66,27 @@ class TrainConfig(
         elif self.dmp_sites is not None:
             named = self.dmp_sites.split(",")
             options["sites"] = named if len(named) > 1 or "." in named[0] else named[0]
+        if self.guidance_range is not None:
+            options["guidance"] = self.guidance_range[1]
         return options
+
+    def _gate_options(self, gated: bool) -> dict[str, Any]:
+        """The options of the grids and their weights.
+
+        A modulating patch has other defaults than one that adds its prompts: it takes from here
+        what somebody chose, or what a recipe sets.
+        """
+        names = ("grids", "gate_unit", "gate_form")
+        if self.mix != "modulate":
+            named = {} if self.method == "prompt" else {n: getattr(self, n) for n in names}
+            return {"across_depth": self.across_depth, **named}
+        fields, chosen = type(self).model_fields, self.model_fields_set
+        return {
+            name: getattr(self, name)
+            for name in ("across_depth", *names)
+            if (gated or name == "grids")
+            and (name in chosen or (gated and getattr(self, name) != fields[name].default))
+        }
 
     def recorded(self) -> dict[str, Any]:
         """The options that describe a run, for files: without secrets and one-off wishes."""

@@ -155,7 +155,8 @@ class PatchOptions(Options):
         "patch",
         None,
         "Put prompts at these block inputs: all, a named set (encoder, decoder, blocks), or "
-        "names with commas between them. By default the base decides.",
+        "names with commas between them; with --mix modulate at these outputs: all, or a named set "
+        "(linear, modulated). By default the base decides.",
     )
     dmp_depth: int | None = option("patch", None, "Patch the first k block inputs only.", ge=1)
     grid: int | None = option(
@@ -186,7 +187,8 @@ class PatchOptions(Options):
     grids: int = option(
         "patch",
         1,
-        "Give each block input this many prompt grids, K; the paper has one.",
+        "Give each block input this many prompt grids, K; the paper has one. With --mix modulate "
+        "it is the number of pairs of a scale and a shift, 4 by default.",
         ge=1,
         le=64,
     )
@@ -206,8 +208,12 @@ class PatchOptions(Options):
         "distinct",
         "Let the gate see the depth of a block (distinct) or not (uniform).",
     )
-    mix: Literal["add", "prepend"] = option(
-        "patch", "add", "Add the prompts to the input, or prepend them as tokens."
+    mix: Literal["add", "prepend", "modulate"] = option(
+        "patch",
+        "add",
+        "Choose what prompts do: add adds them to the input of a block, prepend puts them in front "
+        "of its tokens, modulate scales and shifts the channels of modules' outputs.",
+        common=True,
     )
     condition: Literal["t", "t+y"] = option(
         "patch",

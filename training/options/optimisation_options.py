@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from training.options.declaring import Options, option
 
-Recipe = Literal["none", "paper", "stages", "clean"]
+Recipe = Literal["none", "paper", "stages", "clean", "repair", "guidance"]
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt",
@@ -26,8 +26,10 @@ class OptimisationOptions(Options):
         "Choose a set of options; options that you give yourself win. paper: the recipe of the "
         "paper, with 50,000 steps of 128 images. stages: four coarser grids, each for a part of "
         "the noise levels, trained with --relative_loss. clean: such grids for timesteps below "
-        "500 alone. none: the defaults listed here. By default it is none for digits and "
-        "cifar10-s, which have measured settings of their own, else paper.",
+        "500 alone. repair: --objective distill for a model with rounded weights, by scaling and "
+        "shifting channels. guidance: --objective distill for the second call of guidance. none: "
+        "the defaults listed here. By default it is repair or guidance with --objective distill; "
+        "none for digits and cifar10-s, which have measured settings of their own; else paper.",
         common=True,
     )
     optimizer_type: str = option(

@@ -43,6 +43,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         for tokens in (2, 4, 8)
     },
 }
+# The usual scale of classifier-free guidance, for --recipe guidance; Flux is told its scale.
+GUIDANCE: dict[str, float] = {
+    "digits": 2.0,
+    "cifar10-s": 2.0,
+    **dict.fromkeys(("sd15", "sd21", "sdxl"), 7.5),
+    "pixart": 4.5,
+    **dict.fromkeys(("sd3", "sd35-medium", "sd35-large"), 7.0),
+    **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
+}
 # What --method dmp is on a base where another variant than the paper's was shown to be better.
 VARIANTS: dict[str, dict[str, Any]] = {"digits": _STAGES, "cifar10-s": _CLEAN}
 
@@ -73,16 +82,45 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "stages": _STAGES,
     "clean": _CLEAN,
+    # The weights of a model that was rounded: see docs/RECIPES.md.
+    "repair": {
+        "objective": "distill",
+        "mix": "modulate",
+        "learning_rate": 1e-3,
+        "max_train_steps": 1000,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "ema_decay": 0.0,
+        "validation_draws": 1,
+        "keep_best": True,
+    },
+    # One call a step in the place of two.
+    "guidance": {
+        "objective": "distill",
+        "learning_rate": 1e-3,
+        "max_train_steps": 1000,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "ema_decay": 0.0,
+        "importance_weight": 0.0,
+        "load_weight": 0.0,
+        "validation_draws": 1,
+        "keep_best": True,
+    },
 }
 
 
-def default_recipe(base: str) -> str:
-    """The recipe of a base where the user names none.
+def default_recipe(chosen: Mapping[str, Any]) -> str:
+    """The recipe where the user names none.
 
-    A base for which a variant of ours was measured to be better has its own settings; for all
-    others nothing is known to be better than what the paper did.
+    Distillation has recipes of its own. A base for which a variant of ours was measured to be
+    better has its own settings; for all others nothing is known to be better than what the paper
+    did.
     """
-    return "none" if base in VARIANTS else "paper"
+    if chosen.get("objective") == "distill":
+        guided = bool(chosen.get("teacher_guidance_scale"))
+        return "guidance" if guided and not has_student(chosen) else "repair"
+    return "none" if str(chosen.get("base", "auto")) in VARIANTS else "paper"
 
 
 def suggestions(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,10 +129,16 @@ def suggestions(chosen: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(PRESETS.get(base, {}))
     if any(chosen.get(name) for name in SOURCES):
         found.pop("dataset_name", None)  # other data were asked for
-    if chosen.get("method", "dmp") == "dmp":
+    recipe = str(chosen.get("recipe") or default_recipe(chosen))
+    of_recipe = {**RECIPES.get(recipe, {}), "recipe": recipe}
+    distills = {**of_recipe, **chosen}.get("objective") == "distill"
+    if chosen.get("method", "dmp") == "dmp" and not distills:
         found |= VARIANTS.get(base, {})
-    recipe = str(chosen.get("recipe") or default_recipe(base))
-    found |= {**RECIPES.get(recipe, {}), "recipe": recipe}
+    if recipe == "guidance":
+        of_recipe["teacher_guidance_scale"] = _usual_guidance(base, chosen)
+    if {**of_recipe, **chosen}.get("teacher_guidance_scale"):
+        of_recipe["caption_dropout_rate"] = 0.0  # the cheap call is the conditional one alone
+    found |= of_recipe
     # Who says how many images make a step is not overruled by a recipe that nobody named: with
     # kohya's scripts --train_batch_size says it, and 128 times as much would be a surprise.
     own = chosen.get("gradient_accumulation_steps") or (
@@ -107,6 +151,20 @@ def suggestions(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def has_student(chosen: Mapping[str, Any]) -> bool:
+    """Whether options ask for a cheap call with weights of its own."""
+    return any(chosen.get(name) for name in ("student_quantization", "student_weights"))
+
+
+def _usual_guidance(base: str, chosen: Mapping[str, Any]) -> str | None:
+    """The scales of --recipe guidance: a range where the strength can be the dial of guidance."""
+    usual = GUIDANCE.get(base)
+    if usual is None:
+        return None
+    dial = chosen.get("method", "dmp") in ("dmp", "prompt") and not has_student(chosen)
+    return f"1:{usual:g}" if dial else f"{usual:g}"
+
+
 def recipe_lines(config: TrainConfig) -> list[str]:
     """Which recipe a run follows, why, what it costs, and what the user changed of it."""
     recipe = str(config.recipe or "none")
@@ -115,6 +173,8 @@ def recipe_lines(config: TrainConfig) -> list[str]:
         why = "as you asked"
     elif recipe == "paper":
         why = f"since none was shown to be better on {config.base}; --recipe none: plain defaults"
+    elif recipe in ("repair", "guidance"):
+        why = "the one of --objective distill; --recipe none: plain defaults"
     else:
         why = f"the settings of {config.base} are its own, measured in docs/RESULTS.md"
     lines = [f"recipe: {recipe}, {why}", f"  {_cost(config)}"]

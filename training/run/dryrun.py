@@ -10,7 +10,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from training.base.memory import weight_bytes
-from training.objective.inputs import encode
 from training.options.command_line import as_toml
 from training.run.loop import step_losses
 from training.run.parts import Run
@@ -45,9 +44,9 @@ def _one_step(run: Run) -> tuple[int, float]:
     held = _Held(run.student)
     for batch in islice(batches, 1):
         names = [(config.seed, "dry run", row) for row in range(len(batch))]
-        inputs = encode(batch, run.encoders, config, names, run.device)
+        aim = run.aims.aim(batch, names)
         with held:
-            losses = step_losses(run, inputs, 0)
+            losses = step_losses(run, aim, 0)
         accelerator.backward(losses["loss"])
         run.optimiser.step()
         run.optimiser.zero_grad()

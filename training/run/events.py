@@ -17,8 +17,11 @@ from training.run.outputs import Outputs
 from training.run.parts import Run
 from training.run.previews import Previews
 from training.run.progress import Progress
+from training.run.purpose import measured
+from training.run.repair import judge_repair
 from training.run.resuming import plain_optimiser
 from training.run.state import State, save_state, state_folder
+from training.run.strength import choose_strength
 from training.run.validation import Validation
 from training.run.verdict import Verdict, judge
 
@@ -33,9 +36,12 @@ class TrainingEvents(Events):
         validation: held-out images; None without.
         base_losses: of the base on them (images, bins).
         previews: None without.
+        base_sides: gaps of the cheap call on both sides of guidance (3, images, bins), see
+            `Validation.sides`; None without.
 
     Attributes:
         verdict: on the final file, once it is written and where there is a validation.
+        strength: that was folded into the final file; None where it was not asked for.
     """
 
     def __init__(
@@ -46,11 +52,14 @@ class TrainingEvents(Events):
         validation: Validation | None,
         base_losses: Tensor | None,
         previews: Previews | None,
+        base_sides: Tensor | None = None,
     ) -> None:
+        self.base_sides = base_sides
         self.outputs, self.metadata, self.facts = outputs, metadata, facts
         self.validation, self.base_losses, self.previews = validation, base_losses, previews
         self.shown: list[Image.Image] = []
         self.verdict: Verdict | None = None
+        self.strength: float | None = None
         self._seen: dict[int, Tensor] = {}  # losses by step, of the last and the best
 
     def before(self, run: Run, progress: Progress) -> None:
@@ -101,9 +110,13 @@ class TrainingEvents(Events):
             if best:
                 for name, parameter in run.method.trainable().items():
                     parameter.data.copy_(run.best[name])
+            if config.choose_strength:
+                self._choose_strength(run, step)
             self.verdict = self._judge(run, step)
             if run.accelerator.is_main_process:
-                entries = self.metadata.after(step, run.position.epoch, run.history, self.verdict)
+                entries = self.metadata.after(
+                    step, run.position.epoch, run.history, self.verdict, self.strength
+                )
                 self.outputs.save(None, entries)
                 self._write_summary(run)
         run.accelerator.wait_for_everyone()
@@ -141,21 +154,45 @@ class TrainingEvents(Events):
         """The verdict on the values as they are now."""
         if self.validation is None or self.base_losses is None:
             return None
-        trained = self._seen.get(step)
-        if trained is None:  # the step was done before a kill
-            trained = self.validation.images(run.student.eval())
-        return judge(
-            self.base_losses, trained,
-            best_step=run.history.best_step, last_step=run.total, kept_step=step,
-            falling=run.history.falling,
-            chosen=run.config.keep_best and len(run.history.validation) > 2,
-        )  # fmt: skip
+        trained = self._trained(run, step)
+        facts: dict[str, Any] = {
+            "best_step": run.history.best_step,
+            "last_step": run.total,
+            "kept_step": step,
+            "falling": run.history.falling,
+            "chosen": self.strength is not None
+            or (run.config.keep_best and len(run.history.validation) > 2),
+        }
+        if run.exact is None:
+            return judge(self.base_losses, trained, **facts)
+        sides = None
+        if self.base_sides is not None:
+            after = self.validation.sides(run.student.eval())
+            sides = None if after is None else (self.base_sides, after)
+        return judge_repair(self.base_losses, trained, sides, **facts)
+
+    def _trained(self, run: Run, step: int) -> Tensor:
+        """The losses of the values as they are now, which are those of a step."""
+        assert self.validation is not None
+        if step not in self._seen:  # it was done before a kill
+            self._seen[step] = self.validation.images(run.student.eval())
+        return self._seen[step]
+
+    def _choose_strength(self, run: Run, step: int) -> None:
+        """Folds in the strength that validates best."""
+        validation = self.validation
+        assert validation is not None
+        before, student = self._trained(run, step), run.student.eval()
+        self.strength, self._seen[step] = choose_strength(
+            run.method, before, lambda: validation.images(student)
+        )
 
     def _write_summary(self, run: Run) -> None:
         """NAME.json: the verdict, and what the run was."""
         path = self.outputs.folder / f"{run.config.output_name}.json"
         summary = {
             "result": self.outputs.path().name,
+            "use": {**self.metadata.purpose, **measured(self.verdict, self.strength)},
             "verdict": None if self.verdict is None else self.verdict.to_json(),
             "validation_loss_by_step": {
                 str(step): run.history.mean(step) for step in run.history.validation

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from training.data.batch import Batch
-from training.objective.inputs import Inputs, encode
+from training.objective.aim import Aim
 from training.run.parts import Run
 from training.run.progress import Progress, rate_of
 from training.run.scale import average_gradients
@@ -43,11 +43,9 @@ def train(run: Run, events: Events) -> None:
             epoch, sums = run.position.epoch, Counter[str]()
             for _ in range(config.gradient_accumulation_steps):
                 batch = next(batches)
-                inputs = encode(
-                    batch, run.encoders, config, _names(run, len(batch), micro), run.device
-                )
+                aim = run.aims.aim(batch, _names(run, len(batch), micro))
                 with accelerator.accumulate(run.wrapped):
-                    losses = step_losses(run, inputs, micro)
+                    losses = step_losses(run, aim, micro)
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients:
                         update(run)
@@ -78,23 +76,19 @@ def _names(run: Run, count: int, micro: int) -> list[tuple[object, ...]]:
     return [(run.config.seed, "sample", micro, first + row) for row in range(count)]
 
 
-def step_losses(run: Run, inputs: Inputs, micro: int) -> dict[str, Tensor]:
+def step_losses(run: Run, aim: Aim, micro: int) -> dict[str, Tensor]:
     """The losses of this process's samples, checked."""
-    draws = inputs.draws
-    height, width = inputs.clean.shape[-2:]
-    t = run.process.times(draws.u, draws.z, (height, width))
-    given, weights = inputs.given, inputs.weights
-    run.method.draw(_names(run, len(inputs.clean), micro))
-    with run.accelerator.autocast():
+    run.method.draw(_names(run, len(aim.noisy), micro))
+    with run.accelerator.autocast(), run.method.at(aim.strengths):
         losses: dict[str, Tensor] = run.wrapped(
-            inputs.clean, draws.noise, t, given, weights, micro, inputs.masks, draws.entering
+            aim.noisy, aim.t, aim.given, aim.target, micro, aim.weights, aim.masks, aim.clean
         )
     samples = losses.pop("samples").detach()
     bad = ~(samples.isfinite() & losses["loss"].isfinite())
     # All processes must stop, or the others wait for this one for ever.
     anywhere = run.accelerator.reduce(bad.any().float(), reduction="sum")
     if anywhere > 0:
-        raise _not_finite(run, inputs, t, samples, losses)
+        raise _not_finite(run, aim, samples, losses)
     return losses
 
 
@@ -118,11 +112,9 @@ def update(run: Run) -> None:
     run.optimiser.zero_grad()
 
 
-def _not_finite(
-    run: Run, inputs: Inputs, t: Tensor, samples: Tensor, losses: dict[str, Tensor]
-) -> PatchError:
+def _not_finite(run: Run, aim: Aim, samples: Tensor, losses: dict[str, Tensor]) -> PatchError:
     bad = [row for row, fine in enumerate(samples.isfinite().tolist()) if not fine]
-    named = ", ".join(f"{inputs.keys[row]} (timestep {float(t[row]):.0f})" for row in bad[:4])
+    named = ", ".join(f"{aim.keys[row]} (timestep {float(aim.t[row]):.0f})" for row in bad[:4])
     parts = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
     where = f"sample {named}" if named else "no sample by itself"
     return PatchError(

@@ -15,6 +15,7 @@ from dmp_common import __version__
 from training.base.frozen import FrozenBase
 from training.data.summary import DataSummary
 from training.options.config import TrainConfig
+from training.run.purpose import measured, purpose_of
 from training.run.state import History
 from training.run.verdict import Verdict
 
@@ -71,21 +72,32 @@ class Metadata:
             "ss_dmp_config": json.dumps(without_paths(config.recorded())),
             "ss_dmp_prediction": frozen.prediction,
         }
+        self.purpose = purpose_of(config, frozen)
         self.fixed |= _of_data(config, frozen, data) | own_words(config)
         revision = git_revision(ROOT)
         if revision is not None:
             self.fixed["ss_dmp_git_revision"] = revision
 
     def after(
-        self, step: int, epoch: int, history: History, verdict: Verdict | None = None
+        self,
+        step: int,
+        epoch: int,
+        history: History,
+        verdict: Verdict | None = None,
+        strength: float | None = None,
     ) -> dict[str, str]:
-        """The entries of a file written after a step; the final one has a verdict."""
+        """The entries of a file written after a step; the final one has a verdict.
+
+        Args:
+            strength: that was folded in, where --choose_strength asks for it.
+        """
         now = _now()
         date = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
         told = {} if verdict is None else {"ss_dmp_verdict": json.dumps(verdict.to_json())}
         return {
             **self.fixed,
             **told,
+            "dmp.use": json.dumps({**self.purpose, **measured(verdict, strength)}),
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
             "ss_dmp_validation": json.dumps(_means(history)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,16 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from training.base.encoders import FrozenEncoders
+from training.base.families.family import Given
 from training.base.frozen import FrozenBase
 from training.data.batch import Data, Position
 from training.methods.known import METHODS
 from training.methods.method import Method
+from training.objective.losses import Target
 from training.objective.noising import Process
+from training.objective.objectives import DataObjective, Distillation, Objective
 from training.objective.student import Student
+from training.objective.teacher import KeptTeacher, Teacher
 from training.options.config import TrainConfig
 from training.run.average import Average
 from training.run.optimisers import is_schedule_free, make_optimiser, make_schedule
@@ -34,6 +39,9 @@ class Parts:
         frozen: the base.
         process: how data become noisy.
         encoders: of the base.
+        exact: the base of the exact call, which --objective distill teaches to `frozen`; they may
+            be the same. None for other objectives, and once all exact predictions are on disk.
+        nothing: the unconditional side, tensors (1, ...) by name; None where nothing asks for it.
     """
 
     config: TrainConfig
@@ -41,6 +49,8 @@ class Parts:
     frozen: FrozenBase
     process: Process
     encoders: FrozenEncoders
+    exact: FrozenBase | None = None
+    nothing: Given | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,14 +72,38 @@ class Parts:
         """The base alone, for its losses."""
         return Student(self.frozen, None, self.process, self.config).eval()
 
+    def teacher(self, method: Method | None = None) -> Teacher:
+        """The exact call.
 
-@dataclass
+        Args:
+            method: that is on the base; None before there is one.
+        """
+        assert self.exact is not None
+        shared = method is not None and self.exact.model is self.frozen.model
+        silenced = method.silenced if method is not None and shared else nullcontext
+        return Teacher(self.exact, self.config, self.nothing, silenced)
+
+    def objective(self, method: Method) -> Objective:
+        """What the method learns, which is on the base."""
+        given = self.encoders, self.process, self.config, self.device
+        if self.exact is None:
+            return DataObjective(*given)
+        return Distillation(*given, self.teacher(method))
+
+    def target(self) -> Target | None:
+        """What predictions at held-out images are compared with, before there is a method; None
+        for the noise itself."""
+        return None if self.exact is None else KeptTeacher(self.teacher())
+
+
+@dataclass(kw_only=True)
 class Run(Parts):
     """Everything a run is made of, ready to go.
 
     Args:
         method: what is trained, on the base.
         data: the training split.
+        aims: makes the aims of batches, which are what the method learns.
         wrapped: the student, as the accelerator has it.
         optimiser, schedule, average: how the values move.
         sharded: whether the base is sharded over the processes.
@@ -81,6 +115,7 @@ class Run(Parts):
 
     method: Method
     data: Data
+    aims: Objective
     wrapped: Any
     optimiser: Any
     schedule: Any
@@ -121,6 +156,7 @@ def assemble(parts: Parts, data: Data) -> Run:
         **vars(parts),
         method=method,
         data=data,
+        aims=parts.objective(method),
         wrapped=student
         if sharded
         else accelerator.prepare_model(student, device_placement=not parts.frozen.swapped),

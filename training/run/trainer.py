@@ -18,7 +18,7 @@ from training.base.memory import memory_warnings
 from training.data.batch import Data
 from training.data.build import open_splits
 from training.objective.noising import process_of
-from training.objective.relative import RelativeWeights, relative_config, warn_of_rounding
+from training.objective.teacher import require_conditions, unconditional_side
 from training.options.command_line import as_toml
 from training.options.config import TrainConfig
 from training.options.presets import recipe_lines
@@ -34,6 +34,7 @@ from training.run.publishing import push
 from training.run.resuming import facts_of, resume
 from training.run.scale import accumulation, make_accelerator, tracker_options
 from training.run.state import find_resumed, load_state
+from training.run.teaching import cheap_and_exact, require_gap, timestep_weights
 from training.run.telling import Telling
 from training.run.usage import use_lines
 from training.run.validation import MOST, Validation, automatic_share, automatic_steps
@@ -98,13 +99,18 @@ class Trainer:
         for split in (data, held_out):
             if split is not None:
                 _fill_caches(split, parts, tell)
-        validation = None if held_out is None else Validation(parts, held_out)
-        base_losses = None
+        validation = None if held_out is None else Validation(parts, held_out, parts.target())
+        base_losses = base_sides = None
         if validation is not None:
             with tell.timed(f"validating the base on {len(validation)} images"):
-                base_losses = validation.images(parts.untrained())
-        weighted = config.relative_loss and not config.dry_run
-        relative = _relative_weights(parts, data) if weighted else None
+                base_sides = validation.sides(parts.untrained())
+                if base_sides is None:
+                    base_losses = validation.images(parts.untrained())
+                else:
+                    base_losses = base_sides[0]  # of the conditional prediction
+            if parts.exact is not None:
+                require_gap(base_losses)
+        relative = timestep_weights(parts, data)
         previews = _previews(parts, tell)
         if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
             parts.frozen.release_encoders()
@@ -120,7 +126,9 @@ class Trainer:
             run.history.base = base_losses.mean(0).tolist()
         metadata = Metadata(config, run.frozen, data.summary(), run.per_step, run.total)
         outputs = Outputs(config, run.method, run.frozen)
-        events = TrainingEvents(outputs, metadata, facts, validation, base_losses, previews)
+        events = TrainingEvents(
+            outputs, metadata, facts, validation, base_losses, previews, base_sides
+        )
         return Trainer(run, events)
 
     def train(self) -> None:
@@ -182,11 +190,13 @@ def _open(
         steps = automatic_steps(config, images, per_step)
         config = config.model_copy(update={"validate_every_n_steps": steps})
     elif held_out is None:
-        if any(every) or config.keep_best:
+        if "keep_best" not in config.model_fields_set:  # a recipe's wish
+            config = config.model_copy(update={"keep_best": False})
+        if any(every) or config.keep_best or config.choose_strength:
             raise PatchError(
                 "expected images for validation with --validate_every_n_steps, "
-                "--validate_every_n_epochs or --keep_best, found too few to hold any out: give "
-                "--validation_split, for example 0.1, or leave these out."
+                "--validate_every_n_epochs, --keep_best or --choose_strength, found too few to "
+                "hold any out: give --validation_split, for example 0.1, or leave these out."
             )
         tell.say("no validation: too few images to hold any out, or --validation_split 0")
     return config, data, held_out
@@ -195,14 +205,24 @@ def _open(
 def _loaded(config: TrainConfig, accelerator: Accelerator, tell: Telling) -> Parts:
     """The base on its device, with what surrounds it."""
     with tell.timed("loading the base"):
-        frozen = load_frozen(config, tell.say).to(accelerator.device)
+        loaded = load_frozen(config, tell.say)
+        require_conditions(loaded, config)
+        frozen, exact = cheap_and_exact(loaded, config, tell.say)
+        for base in (frozen, exact):
+            if base is not None:
+                base.to(accelerator.device)
     _warn_of_memory(config, frozen, accelerator, tell)
+    encoders = FrozenEncoders(frozen, config)
     return Parts(
         config=config,
         accelerator=accelerator,
         frozen=frozen,
         process=process_of(frozen.scheduler, config),
-        encoders=FrozenEncoders(frozen, config),
+        encoders=encoders,
+        exact=exact,
+        nothing=None
+        if exact is None
+        else unconditional_side(frozen, encoders, config, accelerator.device),
     )
 
 
@@ -246,15 +266,6 @@ def _resolved(config: TrainConfig, data: Data, accelerator: Accelerator) -> Trai
             )
         changes["max_train_steps"] = -(-batches * config.max_train_epochs // micro_steps)
     return config.model_copy(update=changes)
-
-
-def _relative_weights(parts: Parts, data: Data) -> RelativeWeights:
-    """The weights of --relative_loss, from the base's losses on training images."""
-    measured = Validation(parts, data, relative_config(parts.config))
-    losses = measured.images(parts.untrained()).mean(0)
-    if parts.accelerator.is_main_process:
-        warn_of_rounding(losses, parts.config.mixed_precision)
-    return RelativeWeights(losses)
 
 
 def _previews(parts: Parts, tell: Telling) -> Previews | None:

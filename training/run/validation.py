@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.base.families.family import Given
 from training.data.batch import Data, Position
 from training.objective.inputs import Inputs, encode
-from training.objective.losses import losses_by_bin
+from training.objective.losses import Target, gaps_of_sides, losses_by_bin
 from training.objective.student import Student
 from training.options.config import TrainConfig
 from training.run.parts import Parts
@@ -52,11 +55,19 @@ class Validation:
     Args:
         parts: of the run.
         data: the validation split.
+        target: what predictions are compared with; None for the noise itself.
         config: bins, draws and number of images; None takes the run's.
     """
 
-    def __init__(self, parts: Parts, data: Data, config: TrainConfig | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        data: Data,
+        target: Target | None = None,
+        config: TrainConfig | None = None,
+    ) -> None:
         config = parts.config if config is None else config
+        self.target, self.nothing = target, parts.nothing
         self.config, self.accelerator, self.process = config, parts.accelerator, parts.process
         self.batches: list[Inputs] = []
         seen = 0
@@ -89,14 +100,48 @@ class Validation:
             (images, bins) float64 on the CPU, least noisy first; the order of the images is the
             same for every model.
         """
-        config, device = self.config, self.accelerator.device
-        rows = []
+
+        def measured(inputs: Inputs) -> Tensor:
+            return losses_by_bin(student, self.process, inputs, target=self.target, **self._how)
+
+        return self._of_all(measured)
+
+    def sides(self, student: Student) -> Tensor | None:
+        """Squared gaps of the conditional and unconditional predictions and of their difference.
+
+        Returns:
+            (3, images, bins), see `gaps_of_sides`; None where the exact call is guided, or there is
+            none, or the base has no conditions.
+        """
+        target, nothing = self.target, self.nothing
+        if target is None or nothing is None or self.config.guidance_range is not None:
+            return None
+
+        def measured(inputs: Inputs) -> Tensor:
+            sides = gaps_of_sides(
+                student, self.process, inputs, self._moved(nothing), target, **self._how
+            )
+            return sides.movedim(0, 1).flatten(1)  # (B, 3 bins)
+
+        found = self._of_all(measured)
+        return found.unflatten(1, (-1, self.config.validation_bins)).movedim(1, 0)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "bins": config.validation_bins, "draws": config.validation_draws, "name": "validation"
+        }  # fmt: skip
+
+    def _moved(self, given: Given) -> Given:
+        return {name: value.to(self.accelerator.device) for name, value in given.items()}
+
+    def _of_all(self, measured: Callable[[Inputs], Tensor]) -> Tensor:
+        """Rows (images, ...) of every image of all processes, float64 on the CPU."""
+        device, rows = self.accelerator.device, []
         with self.accelerator.autocast():
             for kept in self.batches:
-                losses = losses_by_bin(
-                    student, self.process, kept.to(device), bins=config.validation_bins,
-                    draws=config.validation_draws, name="validation",
-                )  # fmt: skip
+                losses = measured(kept.to(device))
                 weights = torch.ones(len(losses)) if kept.weights is None else kept.weights
                 rows.append(torch.cat([losses, weights.double()[:, None]], dim=1))
         # Apple's GPUs have no float64.

@@ -47,8 +47,8 @@ class Verdict:
             "images": self.images,
             "loss_of_base": self.base,
             "loss": self.trained,
-            "change": _as_json(self.change),
-            "change_by_noise_level": [_as_json(interval) for interval in self.by_level],
+            "change": as_json(self.change),
+            "change_by_noise_level": [as_json(interval) for interval in self.by_level],
             "best_step": self.best_step,
             "kept_step": self.kept_step,
             "last_step": self.last_step,
@@ -124,13 +124,19 @@ class Verdict:
                 for n, interval in enumerate(self.by_level)
             ),
         ]
-        if self.best_step:
-            lines.append(
-                f"  best at step {self.best_step} of {self.last_step}; the file holds step "
-                f"{self.kept_step}"
-                + (", chosen on these images, which flatters it a little" if self.chosen else "")
-            )
-        return "\n".join(lines + [f"  next: {sentence}" for sentence in self.advice])
+        return "\n".join([*lines, *self._about_steps(), *self._next_lines()])
+
+    def _about_steps(self) -> list[str]:
+        if not self.best_step:
+            return []
+        flattered = ", chosen on these images, which flatters it a little" if self.chosen else ""
+        return [
+            f"  best at step {self.best_step} of {self.last_step}; the file holds step "
+            f"{self.kept_step}{flattered}"
+        ]
+
+    def _next_lines(self) -> list[str]:
+        return [f"  next: {sentence}" for sentence in self.advice]
 
 
 def judge(
@@ -150,9 +156,9 @@ def judge(
         images=len(base),
         base=float(base.mean()),
         trained=float(trained.mean()),
-        change=_relative(base.mean(1), trained.mean(1)),
+        change=relative_change(base.mean(1), trained.mean(1)),
         by_level=tuple(
-            _relative(base[:, level], trained[:, level]) for level in range(base.shape[1])
+            relative_change(base[:, level], trained[:, level]) for level in range(base.shape[1])
         ),
         best_step=best_step,
         last_step=last_step,
@@ -162,17 +168,18 @@ def judge(
     )
 
 
-def _relative(base: Tensor, trained: Tensor) -> Interval:
+def relative_change(base: Tensor, trained: Tensor) -> Interval:
     """The change as a share of the base's mean loss."""
     scale = float(base.mean().clamp(min=torch.finfo(torch.float64).tiny))
     return Interval(*(value / scale for value in paired_interval(base, trained)))
 
 
-def percent(interval: Interval) -> str:
+def percent(interval: Interval, digits: int = 3) -> str:
     """An interval in per cent."""
     mean, low, high = (100 * value for value in interval)
-    return f"{mean:+.3f} % [{low:+.3f}, {high:+.3f}]"
+    return f"{mean:+.{digits}f} % [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def _as_json(interval: Interval) -> Mapping[str, float]:
+def as_json(interval: Interval) -> Mapping[str, float]:
+    """An interval as JSON has it."""
     return {"mean": interval.mean, "low": interval.low, "high": interval.high}

@@ -55,10 +55,11 @@ T = torch.tensor([100, 500, 900])
 
 
 def losses(student: Student, inputs: Inputs) -> Tensor:
-    draws, given = inputs.draws, inputs.given
-    return student(
-        inputs.clean, draws.noise, T, given, None, 0, inputs.masks, draws.entering
-    )["samples"]  # fmt: skip
+    process, draws = student._process, inputs.draws
+    noise = draws.noise if draws.entering is None else draws.entering
+    noisy = process.noisy(inputs.clean, noise, T)
+    target = process.target(inputs.clean, draws.noise, T)
+    return student(noisy, T, inputs.given, target, 0, None, inputs.masks)["samples"]
 
 
 def halves() -> Tensor:
@@ -128,7 +129,8 @@ def test_masks_hide_places_from_a_learned_variance_too() -> None:
     given, t = {"labels": torch.zeros(2, dtype=torch.long)}, torch.tensor([0, 600])
 
     def terms(masks: Tensor | None) -> list[float]:
-        found = student(clean, noise, t, given, None, 0, masks)
+        noisy = student._process.noisy(clean, noise, t)
+        found = student(noisy, t, given, noise, 0, None, masks, clean)
         return [float(found["variational"].detach()), float(found["denoising"].detach())]
 
     whole = terms(None)

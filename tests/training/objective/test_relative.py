@@ -34,9 +34,10 @@ def test_training_takes_the_weights_from_the_base(start):
     student, clean = run.student, torch.zeros(2, 1, 8, 8)
     t, given = torch.tensor([30, 960]), {"labels": torch.tensor([1, 2])}
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    weighted = student(clean, noise, t, given, None, 0)["samples"]
+    noisy = run.process.noisy(clean, noise, t)
+    weighted = student(noisy, t, given, noise, 0)["samples"]
     student.relative = None
-    unweighted = student(clean, noise, t, given, None, 0)["samples"]
+    unweighted = student(noisy, t, given, noise, 0)["samples"]
     torch.testing.assert_close(weighted, unweighted * relative(t))
     assert (relative(t) != 1).all()
     run.method.remove()

@@ -11,6 +11,7 @@ import torch
 
 from dmp_common import Patch, PatchError
 from tests.training.conftest import Go, Start, patch_of
+from training.objective import objectives
 from training.objective.inputs import Inputs
 from training.run import loop
 from training.run.outputs import Outputs
@@ -130,7 +131,7 @@ def test_non_finite_loss_stops_before_anything_is_overwritten(go: Go, tmp_path: 
 
 
 def test_non_finite_loss_names_the_sample(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, keys = loop.encode, []
+    encode, keys = objectives.encode, []
 
     def spoiled(*arguments: object) -> Inputs:
         inputs = encode(*arguments)
@@ -139,7 +140,7 @@ def test_non_finite_loss_names_the_sample(go: Go, monkeypatch: pytest.MonkeyPatc
         keys.append(inputs.keys[2])
         return replace(inputs, clean=clean)
 
-    monkeypatch.setattr(loop, "encode", spoiled)
+    monkeypatch.setattr(objectives, "encode", spoiled)
     with pytest.raises(PatchError, match=r"sample digits/train/\d{4} \(timestep \d+\)") as caught:
         go()
     assert f"sample {keys[0]} (" in str(caught.value)
