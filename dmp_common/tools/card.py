@@ -146,16 +146,20 @@ with dmp.attach(pipe, patch): image = pipe(...).images[0]
 
 def _options(variant: Variant) -> dict[str, str]:
     grid = f"{variant.grid[0]} x {variant.grid[1]}" if variant.grid else f"{variant.prompts}"
+    prompts = grid if variant.grids == 1 else f"{variant.grids} grids of {grid}"
+    if variant.mix == "modulate":
+        prompts = f"{variant.grids} x (a scale and a shift for each channel)"
     gate = f"{variant.gate}, {variant.selection}, {variant.across_depth} across depth"
     if (variant.gate_unit, variant.gate_form) != ("prompt", "softmax"):
         gate += f", a weight for each {variant.gate_unit}, {variant.gate_form}"
     return {
         "base": variant.base,
         "sites": ", ".join(variant.sites),
-        "prompts of a site": grid if variant.grids == 1 else f"{variant.grids} grids of {grid}",
+        "prompts of a site": prompts,
         "gate": gate,
         "acts at timesteps": "{} to {}".format(*variant.timesteps),
         "mix": variant.mix,
+        **({} if variant.guidance is None else {"guidance at strength 1": f"{variant.guidance:g}"}),
         "condition": variant.condition,
         "prediction": variant.prediction,
         "frequency shift": f"{variant.frequency_shift:g}",

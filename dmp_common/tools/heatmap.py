@@ -174,7 +174,8 @@ def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Val
     weight; so their mean is 1. At timesteps where the patch does not act all weights are 0.
 
     Returns:
-        The timesteps (T,) in the order from noise to picture, and the weights (T, S, K*N).
+        The timesteps (T,) in the order from noise to picture, and the weights (T, S, K*N), or
+        (T, S, K) of pairs of a scale and a shift.
 
     Raises:
         PatchError: the shapes do not fit each other, or a weight is not finite.
@@ -191,6 +192,8 @@ def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Val
         weights = patch.gate_weights(e.detach().to(next(patch.parameters()).device))
     if not weights.isfinite().all():
         raise PatchError("expected finite gate weights, found NaN: is the time embedding damaged?")
+    if patch.modulates:
+        weights = weights[:, :, ::2]  # scale and shift of a pair have one weight
     weights = weights.float().cpu() * (patch.variant.outputs if _is_soft(patch) else 1)
     weights = (weights * inside(timesteps, patch.variant.timesteps)[:, None, None])[order]
     return timesteps[order].numpy(), weights.numpy()
@@ -208,14 +211,15 @@ def _draw_row(
 ) -> None:
     """Draws one site: its weights (T, K*N) by timestep and prompt, its maps and its colour bar."""
     site, box = patch.sites[name], layout.weights(row)
-    heading = f"{name}  (depth {patch.base.depths[name]}, {site.width} channels)"
+    heading = f"{name}  (depth {patch.variant.depths[name]}, {site.width} channels)"
     drawing.write(image, heading, (box[0], box[1] - 56), drawing.TEXT + 2)
     drawing.panel(image, box, values.T, scale)
     count, pixel = values.shape[1], drawing.HEIGHT / values.shape[1]
-    every = patch.variant.prompts if 1 < patch.variant.grids < 9 else max(count // 4, 1)
+    few = 1 < patch.variant.grids < 9
+    every = count // patch.variant.grids if few else max(count // 4, 1)
     marks = [((index + 0.5) * pixel, str(index)) for index in range(0, count, every)]
     drawing.ticks_beside(image, box, marks, "left")
-    drawing.write(image, "prompt", (12, (box[1] + box[3]) // 2), upwards=True)
+    drawing.write(image, "pair" if patch.modulates else "prompt", (12, (box[1] + box[3]) // 2), upwards=True)
     centres = (np.arange(len(steps)) + 0.5) * (drawing.WIDTH / len(steps))
     last, first = float(steps[-1]), float(steps[0])
     times = drawing.ticks(last, first + (first - last) / 500, 6)  # Leaves room for a tick at 1000.
@@ -265,6 +269,8 @@ def _subtitle(patch: Patch, placed: bool) -> str:
         kind = f"Residual {variant.gate} gate"
     if variant.timesteps != EVERYWHERE:
         kind += ", off but at timesteps {} to {}".format(*variant.timesteps)
+    if variant.mix == "modulate":
+        return f"{kind}. {variant.grids} pairs of a scale and a shift, each with one weight."
     if variant.grid is None:
         return f"{kind}. {variant.count} prompts in front of the image tokens."
     place = "{} x {} prompts".format(*variant.grid)

@@ -23,10 +23,10 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = read_header(path)
     variant = file.variant
-    default = Variant.create(variant.base).described()
+    default = _usual(variant)
     made_of = variant.described()
     del made_of["base"], made_of["sites"]
-    base, depths = variant.base_spec, variant.base_spec.depths
+    base, depths = variant.base_spec, variant.depths
     parameters: dict[str, int] = {"prompts": 0, "gate": 0}
     stored = dict(parameters)
     for name, shape in variant.shapes().items():
@@ -49,7 +49,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             for s in variant.site_specs()
         ],
         "site_set": _site_set(variant),
-        "sites_of_base": len(base.sites),
+        "sites_of_base": len(depths),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "stored_bytes": stored,
         "metadata": {
@@ -132,10 +132,17 @@ def _site_lines(record: dict[str, Any], list_sites: bool) -> list[str]:
 def _site_set(variant: Variant) -> str | None:
     """Returns the name of the set that consists of the patch's sites, or None."""
     base = variant.base_spec
-    for name, sites in (*base.site_sets.items(), ("all", tuple(base.depths))):
+    sets = base.output_sets if variant.mix == "modulate" else base.site_sets
+    for name, sites in (*sets.items(), ("all", tuple(variant.depths))):
         if sites == variant.sites:
             return name
     return None
+
+
+def _usual(variant: Variant) -> dict[str, Any]:
+    """Returns the entries of a new patch; a patch that modulates is compared with such a one."""
+    options = {"mix": variant.mix} if variant.mix == "modulate" else {}
+    return Variant.create(variant.base, **options).described()
 
 
 def _line(name: str, text: str, changed: bool = False) -> str:
