@@ -43,7 +43,7 @@ def require_not_compiled(model: Any, options: dict[str, Any]) -> None:
     """Checks that a model which needs hooks is not compiled: a compiled graph ignores hooks.
 
     Args:
-        model: ComfyUI's `BaseModel`, of a family without a slot for patches.
+        model: ComfyUI's `BaseModel`.
         options: the `transformer_options` of the call.
 
     Raises:
@@ -51,6 +51,6 @@ def require_not_compiled(model: Any, options: dict[str, Any]) -> None:
     """
     if is_compiled(model, options):
         raise PatchError(
-            f"a patch on a {type(denoiser_of(model)).__name__} needs hooks, which compiled models "
-            "ignore: remove the compile node, or the patch."
+            f"this patch needs hooks on a {type(denoiser_of(model)).__name__}, which compiled "
+            "models ignore: remove the compile node, or the patch."
         )

@@ -1,24 +1,26 @@
 """Attaches a patch to a ComfyUI model, and lets it act in each call of the model.
 
 ComfyUI calls our wrapper around `BaseModel.apply_model`. There the noise level is known, and no
-compiled code has started yet. The wrapper fills the model's slots (`slots.py`) for that one call.
-It belongs to a clone of the host's `ModelPatcher`. The model itself is shared by all clones, so it
-is never changed.
+compiled code has started yet. The wrapper fills the model's slots (`slots.py`) for that one call,
+or puts hooks on the model for it (`hooks.py`) where there is no slot. It belongs to a clone of the
+host's `ModelPatcher`. The model itself is shared by all clones, so it is never changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import comfy.samplers
 import torch
+import torch.nn as nn
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from comfyui_dmp.checks import require_fitting, require_not_compiled
 from comfyui_dmp.compiled import own_graph
+from comfyui_dmp.hooks import adding, modulating
 from comfyui_dmp.model import (
     denoiser_of,
     is_compiled,
@@ -26,23 +28,26 @@ from comfyui_dmp.model import (
     time_embedding,
     timesteps_of,
 )
+from comfyui_dmp.notices import SecondCall, conditional_items
 from comfyui_dmp.slots import (
     Prepare,
     after_options,
     block_keys,
     dit_options,
-    hooked,
     slot_of,
     unet_options,
 )
 from dmp_common import Context, PatchError, Settings
+from dmp_common.attach.modulation import parts_of
 from dmp_common.attach.record import PatchRecord
 
 KEY = "dmp"  # Names our wrappers on a model.
 
 
 def attach(model: Any, record: PatchRecord) -> Any:
-    """Returns a clone of a model with a patch on it. The effects of several patches add up.
+    """Returns a clone of a model with a patch on it.
+
+    The fields of several patches add up; modulating ones act in the order of attaching.
 
     Args:
         model: ComfyUI's `ModelPatcher`, which is not changed.
@@ -66,16 +71,18 @@ class Wrapper:
     def __init__(self, record: PatchRecord) -> None:
         self.record = record
         self._base = record.loaded.patch.base
-        self._slot = slot_of(self._base)
+        self._slot = slot_of(self._base, record.loaded.patch.modulates)
         acting = record.loaded.patch.sites
         self._sites = {
             name: site
             for name, site in acting.items()
             if record.sites is None or name in record.sites
         }
+        self._parts = parts_of(self._sites.values(), "ldm") if self._slot == "outputs" else {}
         self._keys = {
             key: name for key, name in block_keys(self._base).items() if name in self._sites
         }
+        self._second_call = SecondCall(record)
         self._known: tuple[Any, Settings] | None = None
 
     def __call__(
@@ -103,38 +110,62 @@ class Wrapper:
             The model's output.
         """
         options = transformer_options or {}
-        model = executor.class_obj
+        with ExitStack() as stack:
+            acting = self._acting(stack, executor.class_obj, x, t, options, conds)
+            return executor(x, t, c_concat, c_crossattn, control, acting, **conds)
+
+    def _acting(
+        self,
+        stack: ExitStack,
+        model: Any,
+        x: Tensor,
+        t: Tensor,
+        options: dict[str, Any],
+        conds: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Returns the options of a call in which the patch acts; the same ones where it is off.
+
+        Args:
+            stack: holds what is put on the model for this call.
+            model: ComfyUI's `BaseModel`.
+            x, t, options, conds: see `__call__`.
+        """
         settings = self.settings(model, model.model_sampling)
-        timesteps = None
+        timesteps, conditional = None, None
         runtime, patch = self.record.loaded.runtime, self.record.loaded.patch
         if self._slot in ("dit", "after") or runtime.needs_timesteps(settings):
             timesteps = timesteps_of(model.model_sampling, self._base, t)
         strength = runtime.strengths(settings, timesteps)
         if isinstance(strength, float) and strength == 0.0:
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            return options
+        if patch.variant.guidance is not None:
+            conditional = conditional_items(options, len(x))
+        if conditional is not None:
+            self._second_call(options)
+            if not conditional.any():
+                return options
 
-        prepare = self._prepare(model, x, settings, timesteps, conds)
-        with ExitStack() as stack:
-            compiled = is_compiled(model, options)
-            if self._slot == "hooks":
-                require_not_compiled(model, options)
-                labels = patch.variant.condition == "t+y"
-                stack.enter_context(hooked(denoiser_of(model), self._sites, prepare, labels))
-            elif self._slot == "unet":
-                facts: object = settings
-                options = unet_options(options, self._keys, prepare)
-            else:
-                context = prepare(time_embedding(model, self._base, timesteps))
-                facts = settings, context.weights.shape
-                context = _for_compiled(context) if compiled else context
-                if self._slot == "dit":
-                    options = dit_options(options, self._keys, context)
-                else:
-                    refiners = len(denoiser_of(model).get_submodule("noise_refiner"))
-                    options = after_options(options, self._keys, context, refiners)
+        prepare = self._prepare(model, x, settings, timesteps, conds, conditional)
+        compiled = is_compiled(model, options)
+        facts: object = settings, conditional is None
+        if self._slot in ("hooks", "outputs"):
+            require_not_compiled(model, options)
+            stack.enter_context(self._hooks(denoiser_of(model), len(x), prepare))
+        elif self._slot == "unet":
+            options = unet_options(options, self._keys, prepare)
+        else:
+            context = prepare(time_embedding(model, self._base, timesteps))
             if compiled:
-                stack.enter_context(own_graph(denoiser_of(model), (patch.variant, facts)))
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+                context = _for_compiled(context)
+                facts = settings, context.weights.shape, torch.as_tensor(context.strength).shape
+            if self._slot == "dit":
+                options = dit_options(options, self._keys, context)
+            else:
+                refiners = len(denoiser_of(model).get_submodule("noise_refiner"))
+                options = after_options(options, self._keys, context, refiners)
+        if compiled:
+            stack.enter_context(own_graph(denoiser_of(model), (patch.variant, facts)))
+        return options
 
     def settings(self, model: Any, model_sampling: Any) -> Settings:
         """Converts the user's settings to the core's, by the model sampling in use.
@@ -169,6 +200,15 @@ class Wrapper:
     def __deepcopy__(self, memo: dict[int, Any]) -> Wrapper:
         return self
 
+    def _hooks(
+        self, denoiser: nn.Module, items: int, prepare: Prepare
+    ) -> AbstractContextManager[None]:
+        """Returns the hooks of one call, for what ComfyUI has no slot for."""
+        labels = self.record.loaded.patch.variant.condition == "t+y"
+        if self._slot == "outputs":
+            return modulating(denoiser, self._base, self._parts, items, prepare, labels)
+        return adding(denoiser, self._base, self._sites, items, prepare, labels)
+
     def _prepare(
         self,
         model: Any,
@@ -176,6 +216,7 @@ class Wrapper:
         settings: Settings,
         timesteps: Tensor | None,
         conds: dict[str, Any],
+        conditional: Tensor | None,
     ) -> Prepare:
         """Returns the function that makes the context of this call from its time embedding."""
         # The patch is copied to the device here, because compiled code cannot copy it.
@@ -183,7 +224,9 @@ class Wrapper:
         latent = latent_of(model, self._base, x, conds)
 
         def prepare(e: Tensor) -> Context:
-            return runtime.prepare(e, latent, settings, timesteps=timesteps)
+            return runtime.prepare(
+                e, latent, settings, timesteps=timesteps, conditional=conditional
+            )
 
         return prepare
 

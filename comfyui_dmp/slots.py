@@ -1,21 +1,20 @@
-"""Fills the slots by which ComfyUI's models take a patch, of four kinds, for one call of a model.
+"""Fills the slots by which ComfyUI's models take a patch, for one call of a model.
 
 Nothing here outlives the call, so that nothing can leak into another branch of a workflow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common import Base, Context, PatchError, Site
+from dmp_common import Base, Context, PatchError
 from dmp_common.bases.base import find_module
 
-Slot = Literal["unet", "dit", "after", "hooks"]
+Slot = Literal["unet", "dit", "after", "hooks", "outputs"]
 Prepare = Callable[[Tensor], Context]  # from the time embedding (B, E)
 
 # The models that error messages name as supported. A new base is added here and below.
@@ -42,8 +41,11 @@ _REFINER = "noise_refiner"
 _AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block_patch", "emb_patch"
 
 
-def slot_of(base: Base) -> Slot:
-    """Returns the kind of slot that ComfyUI has for the models of a base.
+def slot_of(base: Base, modulates: bool = False) -> Slot:
+    """Returns the kind of slot that ComfyUI has for a patch on the models of a base.
+
+    Args:
+        modulates: whether the patch changes outputs of modules, which no model has a slot for.
 
     Raises:
         PatchError: no kind of slot is known for it.
@@ -55,7 +57,7 @@ def slot_of(base: Base) -> Slot:
             f"{base.name} with {blocks}: use it in diffusers, or add its slot to "
             "comfyui_dmp/slots.py."
         )
-    return _SLOTS[blocks]
+    return "outputs" if modulates else _SLOTS[blocks]
 
 
 def block_keys(base: Base) -> dict[tuple[str, int], str]:
@@ -187,50 +189,6 @@ def _adding(
         )
 
     return replace
-
-
-@contextmanager
-def hooked(
-    denoiser: nn.Module, sites: Mapping[str, Site], prepare: Prepare, labels: bool
-) -> Iterator[None]:
-    """Adds torch hooks for one call, to models without a slot, and always removes them again.
-
-    Args:
-        denoiser: the transformer itself.
-        sites: the sites that act, by name.
-        prepare: makes the call's context.
-        labels: whether the gate sees the class embedding too (condition t+y).
-    """
-    context: Context | None = None
-    embedding: Tensor | None = None
-
-    def embedded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal context, embedding
-        embedding = output if embedding is None else embedding + output
-        if module is last:
-            context, embedding = prepare(embedding), None
-
-    def adding(site: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            if context is None:
-                raise PatchError(
-                    f"expected the model to embed its timestep before its first block, and a "
-                    f"{type(denoiser).__name__} did not: use ComfyUI's own loader, or update."
-                )
-            return context.add(site, args[0]), *args[1:]
-
-        return before
-
-    embedders = [module_at(denoiser, "t_embedder")]
-    embedders += [module_at(denoiser, "y_embedder")] if labels else []
-    last = embedders[-1]
-    with ExitStack() as stack:
-        for module in embedders:
-            stack.callback(module.register_forward_hook(embedded).remove)
-        for name, site in sites.items():
-            block = module_at(denoiser, site.paths["ldm"])
-            stack.callback(block.register_forward_pre_hook(adding(name)).remove)
-        yield
 
 
 def module_at(denoiser: nn.Module, path: str) -> nn.Module:

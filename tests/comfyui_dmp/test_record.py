@@ -15,8 +15,9 @@ import torch.nn as nn
 
 from comfyui_dmp import checks, slots
 from comfyui_dmp.checks import require_fitting
+from comfyui_dmp.hooks import adding
 from comfyui_dmp.model import latent_of, time_embedding
-from comfyui_dmp.slots import block_keys, dit_options, hooked, slot_of, unet_options
+from comfyui_dmp.slots import block_keys, dit_options, slot_of, unet_options
 from dmp_common import Patch, PatchError, get_base
 from dmp_common.attach.compatibility import require_compatible
 from dmp_common.attach.record import LoadedPatch, PatchRecord
@@ -177,7 +178,7 @@ def test_hooks_see_the_embedding_and_are_removed(labels, seen):
         return context_adding(1.0)
 
     x, t, y = torch.zeros(1), torch.tensor([3.0]), torch.tensor([5.0])
-    with hooked(model, sites, prepare, labels):
+    with adding(model, FAMILIES["dit"].base, sites, 1, prepare, labels):
         assert model(x, t, y) == 2.0
         assert model(x, t, y) == 2.0
     assert embeddings == [seen, seen]
@@ -187,12 +188,10 @@ def test_hooks_see_the_embedding_and_are_removed(labels, seen):
 
 
 def test_hooks_are_removed_when_attaching_them_fails():
-    model = Blocks()
+    model, base = Blocks(), FAMILIES["dit"].base
     with (
         pytest.raises(PatchError, match=r"expected a module blocks\.2 in a Blocks"),
-        hooked(
-            model, {s.name: s for s in FAMILIES["dit"].base.sites}, context_adding, labels=False
-        ),
+        adding(model, base, {s.name: s for s in base.sites}, 1, context_adding, labels=False),
     ):
         pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,0 +1,139 @@
+"""Torch hooks for one call of a model: where ComfyUI has no slot for what a patch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from comfyui_dmp.slots import Prepare, module_at
+from dmp_common import Base, Context, PatchError, Site
+from dmp_common.attach.modulation import Part
+
+
+@contextmanager
+def adding(
+    denoiser: nn.Module,
+    base: Base,
+    sites: Mapping[str, Site],
+    items: int,
+    prepare: Prepare,
+    labels: bool,
+) -> Iterator[None]:
+    """Adds a patch's prompts to the inputs of blocks in one call of a model.
+
+    Args:
+        denoiser: the transformer itself.
+        base: its base.
+        sites: the sites that act, by name.
+        items: the number of items in the batch.
+        prepare: makes the call's context.
+        labels: whether the gate sees the class embedding too (condition t+y).
+    """
+    call = _Call(denoiser, base, items, prepare, labels)
+
+    def before(site: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return call.known().add(site, args[0]), *args[1:]
+
+        return add
+
+    try:
+        for name, site in sites.items():
+            block = module_at(denoiser, site.paths["ldm"])
+            call.handles.append(block.register_forward_pre_hook(before(name)))
+        yield
+    finally:
+        call.end()
+
+
+@contextmanager
+def modulating(
+    denoiser: nn.Module,
+    base: Base,
+    parts: Mapping[str, tuple[Part, ...]],
+    items: int,
+    prepare: Prepare,
+    labels: bool,
+) -> Iterator[None]:
+    """Scales and shifts the outputs of modules in one call of a model.
+
+    The weights of the modules do not matter: they may be quantised, or on another device until the
+    module is called.
+
+    Args:
+        denoiser: the UNet or transformer itself.
+        base: its base.
+        parts: for the path of each module, the sites in its output.
+        items: the number of items in the batch.
+        prepare: makes the call's context.
+        labels: whether the gate sees the class embedding too (condition t+y).
+    """
+    call = _Call(denoiser, base, items, prepare, labels)
+
+    def after(own: tuple[Part, ...]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def modulate(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            context = call.known()
+            if len(output) == 1 < items and output.shape[1] % items == 0:
+                # PixArt computes keys and values of all items' captions as one sequence.
+                split = output.view(items, -1, *output.shape[2:])
+                return context.modulate(own, split).view(output.shape)
+            return context.modulate(own, output)
+
+        return modulate
+
+    try:
+        for path, own in parts.items():
+            module = module_at(denoiser, path)
+            call.handles.append(module.register_forward_hook(after(own)))
+        yield
+    finally:
+        call.end()
+
+
+class _Call:
+    """One call of a model: its hooks, and its context as soon as the timestep is embedded."""
+
+    def __init__(
+        self, denoiser: nn.Module, base: Base, items: int, prepare: Prepare, labels: bool
+    ) -> None:
+        self._items = items
+        self.handles: list[RemovableHandle] = []
+        self._model = type(denoiser).__name__
+        self._prepare = prepare
+        self._context: Context | None = None
+        self._sum: Tensor | None = None
+        source = base.times["ldm"]
+        paths = [source.path, *([str(source.labels)] if labels else [])]
+        modules = [module_at(denoiser, path) for path in paths]
+        self._last = modules[-1]
+        self.handles += [module.register_forward_hook(self._embedded) for module in modules]
+
+    def known(self) -> Context:
+        """Returns the context of the call.
+
+        Raises:
+            PatchError: the model has not embedded its timestep yet.
+        """
+        if self._context is None:
+            raise PatchError(
+                f"expected the model to embed its timestep before its first block, and a "
+                f"{self._model} did not: use ComfyUI's own loader, or update."
+            )
+        return self._context
+
+    def end(self) -> None:
+        """Takes the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _embedded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        e = output if self._sum is None else self._sum + output
+        self._sum = e
+        if module is self._last:
+            # Qwen-Image-Edit embeds timestep 0 too, after those of the items.
+            self._context, self._sum = self._prepare(e[: self._items]), None

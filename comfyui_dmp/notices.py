@@ -1,0 +1,57 @@
+"""What is logged about a patch and the model or the call that it is used with."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmp_common.attach.record import PatchRecord
+
+_log = logging.getLogger(__name__)
+_CONDITIONAL = 0  # ComfyUI's number of the positive condition in `cond_or_uncond`
+
+
+def conditional_items(options: dict[str, Any], items: int) -> Tensor | None:
+    """Returns which items of a call are conditional (B,), None where all are.
+
+    Args:
+        options: the `transformer_options` of the call. Their `cond_or_uncond` has a number for each
+            of the equal parts of the batch: 0 for the positive condition.
+        items: the number of items B.
+    """
+    kinds = options.get("cond_or_uncond") or [_CONDITIONAL]
+    if all(kind == _CONDITIONAL for kind in kinds) or items % len(kinds):
+        return None
+    conditional = torch.tensor([kind == _CONDITIONAL for kind in kinds])
+    return conditional.repeat_interleave(items // len(kinds))
+
+
+class SecondCall:
+    """Says once a sampling that a guidance patch needs no second call.
+
+    Args:
+        record: the patch.
+    """
+
+    def __init__(self, record: PatchRecord) -> None:
+        self._name = record.loaded.name
+        self._told: object = None
+
+    def __call__(self, options: dict[str, Any]) -> None:
+        """Logs a warning for the first call of a sampling that has unconditional items.
+
+        Args:
+            options: the `transformer_options` of such a call. Each sampling has its own tensor of
+                noise levels in them.
+        """
+        sampling = options.get("sample_sigmas")
+        if self._told is None or self._told is not sampling:
+            self._told = sampling if sampling is not None else self
+            _log.warning(
+                "DMP: %s takes the place of the second call of guidance, and this sampling makes "
+                "that call too: set CFG to 1 (its strength is the guidance).",
+                self._name,
+            )
