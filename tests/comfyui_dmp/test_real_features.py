@@ -250,7 +250,7 @@ def test_compiled_graphs_are_told_apart(real, run, host, name, broken):
 def test_hooks_and_compiling_exclude_each_other(real, run, host):
     family = real.FAMILIES["pixart"]
     patched = compiled(host.attach(family.comfy(), run.record(family.patch())))
-    with pytest.raises(PatchError, match="PixArtMS needs hooks"):
+    with pytest.raises(PatchError, match="needs hooks on a PixArtMS"):
         run.call(patched, family, torch.tensor([2.0]))
 
 
