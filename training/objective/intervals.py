@@ -63,3 +63,25 @@ def paired_interval(base: Tensor, other: Tensor) -> Interval:
             f"{tuple(base.shape)} and {tuple(other.shape)}"
         )
     return t_interval(other.double() - base.double())
+
+
+def ratio_interval(base: Tensor, other: Tensor) -> Interval:
+    """Interval of mean(other) / mean(base) - 1 over images that both models saw with equal noise.
+
+    It is that of the ratio itself (the delta method): where both losses of an image rise and fall
+    together, as those of a gap and of what is left of it do, it is narrower than that of the
+    difference over the mean of the base.
+
+    Args:
+        base, other: see `paired_interval`.
+
+    Returns:
+        Zeros where the base has no loss.
+    """
+    plain, scale = paired_interval(base, other), float(base.double().mean())
+    if scale <= 0:
+        return Interval(0.0, 0.0, 0.0)
+    ratio = float(other.double().mean()) / scale
+    spread = t_interval((other.double() - ratio * base.double()) / scale)
+    mean = plain.mean / scale
+    return Interval(mean, mean + spread.low - spread.mean, mean + spread.high - spread.mean)

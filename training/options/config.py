@@ -46,7 +46,7 @@ class TrainConfig(
     @property
     def has_student(self) -> bool:
         """Whether the cheap call has weights of its own."""
-        return self.student_quantization is not None
+        return self.student_quantization is not None or self.student_weights is not None
 
     @property
     def variant(self) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from training.objective.intervals import Interval
+from training.objective.intervals import Interval, ratio_interval
 from training.objective.losses import SIDES
-from training.run.verdict import Verdict, as_json, judge, percent, relative_change
+from training.run.verdict import Verdict, as_json, comparison, percent
 
 
 @dataclass(frozen=True)
@@ -77,25 +77,25 @@ class RepairVerdict(Verdict):
 
 
 def judge_repair(
-    base: Tensor, trained: Tensor, sides: tuple[Tensor, Tensor] | None, **facts: Any
+    base: Tensor, trained: Tensor, sides: tuple[Tensor, Tensor] | None, **steps: Any
 ) -> RepairVerdict | None:
     """The verdict on squared gaps (images, bins) before and after training.
 
     Args:
         sides: gaps (3, images, bins) of the sides of guidance before and after; None without.
-        facts: see `judge`.
+        steps: see `judge`.
 
     Returns:
         None for too few images.
     """
-    plain = judge(base, trained, **facts)
-    if plain is None:
+    compared = comparison(base, trained, ratio_interval)
+    if compared is None:
         return None
     shares = {}
     if sides is not None:
         for name, before, after in zip(SIDES, *sides, strict=True):
-            shares[name] = _share(relative_change(before.mean(1), after.mean(1)))
-    return RepairVerdict(**vars(plain), sides=shares)
+            shares[name] = _share(ratio_interval(before.mean(1), after.mean(1)))
+    return RepairVerdict(**compared, **steps, sides=shares)
 
 
 def _share(change: Interval) -> Interval:

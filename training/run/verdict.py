@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,33 +139,34 @@ class Verdict:
         return [f"  next: {sentence}" for sentence in self.advice]
 
 
-def judge(
-    base: Tensor,
-    trained: Tensor,
-    *,
-    best_step: int,
-    last_step: int,
-    kept_step: int,
-    falling: bool = False,
-    chosen: bool = False,
-) -> Verdict | None:
-    """The verdict on losses (images, bins) of base and trained model; None for too few images."""
+def judge(base: Tensor, trained: Tensor, **steps: Any) -> Verdict | None:
+    """The verdict on losses (images, bins) of base and trained model; None for too few images.
+
+    Args:
+        steps: the arguments of `Verdict` about steps, by name.
+    """
+    compared = comparison(base, trained, relative_change)
+    return None if compared is None else Verdict(**compared, **steps)
+
+
+def comparison(
+    base: Tensor, trained: Tensor, relative: Callable[[Tensor, Tensor], Interval]
+) -> dict[str, Any] | None:
+    """What losses (images, bins) of base and trained model say; None for too few images.
+
+    Args:
+        relative: the change of losses (images,) as a share of the base's.
+    """
     if len(base) < _FEWEST:
         return None
-    return Verdict(
-        images=len(base),
-        base=float(base.mean()),
-        trained=float(trained.mean()),
-        change=relative_change(base.mean(1), trained.mean(1)),
-        by_level=tuple(
-            relative_change(base[:, level], trained[:, level]) for level in range(base.shape[1])
-        ),
-        best_step=best_step,
-        last_step=last_step,
-        kept_step=kept_step,
-        falling=falling,
-        chosen=chosen,
-    )
+    levels = range(base.shape[1])
+    return {
+        "images": len(base),
+        "base": float(base.mean()),
+        "trained": float(trained.mean()),
+        "change": relative(base.mean(1), trained.mean(1)),
+        "by_level": tuple(relative(base[:, level], trained[:, level]) for level in levels),
+    }
 
 
 def relative_change(base: Tensor, trained: Tensor) -> Interval:

@@ -73,11 +73,11 @@ def test_noise_changes_training_and_no_validation(start: Start) -> None:
         run, _ = start(gate_noise=noisy, prompt_init="random", max_train_steps=1)
         batch = next(loop._batches(run))
         names = loop._names(run, len(batch), 0)
-        inputs = loop.encode(batch, run.encoders, run.config, names, run.device)
+        aim = run.aims.aim(batch, names)
         losses[noisy] = []
         for training in (True, True, False):
             run.wrapped.train(training)
-            loss = loop.step_losses(run, inputs, 0)["denoising"]
+            loss = loop.step_losses(run, aim, 0)["denoising"]
             losses[noisy].append(float(loss.detach()))
         run.method.remove()
     plain, found = losses[False], losses[True]
