@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from benchmarks.models import placed
 from dmp_common import Patch, PatchError, attach
 from tests.tiny import FAMILIES
 from tests.training.conftest import Folders, Train
@@ -39,9 +40,8 @@ def gradients(frozen: FrozenBase, name: str, checkpointing: bool = False) -> dic
     device = next(model.parameters()).device
     patch.to(device)
     inputs = FAMILIES[name].inputs(torch.tensor([3.0, 500.0]), (8, 8), frozen.dtype, 0)
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     with attach(model, patch):
-        model(**moved).sample.float().square().mean().backward()
+        model(**placed(inputs, device, frozen.dtype)).sample.float().square().mean().backward()
     return {key: value.grad for key, value in patch.named_parameters()}
 
 
