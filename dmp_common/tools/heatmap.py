@@ -219,7 +219,9 @@ def _draw_row(
     every = count // patch.variant.grids if few else max(count // 4, 1)
     marks = [((index + 0.5) * pixel, str(index)) for index in range(0, count, every)]
     drawing.ticks_beside(image, box, marks, "left")
-    drawing.write(image, "pair" if patch.modulates else "prompt", (12, (box[1] + box[3]) // 2), upwards=True)
+    drawing.write(
+        image, "pair" if patch.modulates else "prompt", (12, (box[1] + box[3]) // 2), upwards=True
+    )
     centres = (np.arange(len(steps)) + 0.5) * (drawing.WIDTH / len(steps))
     last, first = float(steps[-1]), float(steps[0])
     times = drawing.ticks(last, first + (first - last) / 500, 6)  # Leaves room for a tick at 1000.

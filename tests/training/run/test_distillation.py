@@ -104,7 +104,7 @@ def test_guidance_has_an_interval(start: Start) -> None:
 
 
 def test_verdict_tells_both_sides_and_their_difference(go: Go) -> None:
-    run, events = go(**ROUNDED, mix="modulate", learning_rate=1e-2, max_train_steps=20)
+    _, events = go(**ROUNDED, mix="modulate", learning_rate=1e-2, max_train_steps=20)
     verdict = events.verdict
     assert list(verdict.sides) == list(SIDES)
     assert verdict.sides["conditional"] == pytest.approx(verdict.share)

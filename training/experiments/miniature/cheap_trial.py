@@ -1,0 +1,201 @@
+"""One repair of a cheap call, and what it is worth beside the full model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training.base.cheap import cheap_base
+from training.base.families.family import Given
+from training.base.frozen import FrozenBase, load_frozen
+from training.base.rounding import correct_biases
+from training.data.draws import generator
+from training.evaluation.models import load_compared
+from training.experiments.miniature.cifar import SplitName
+from training.experiments.miniature.pretraining import as_float
+from training.experiments.miniature.remedies import REMEDIES
+from training.experiments.miniature.subjects import Subject, cifar10, digits
+from training.experiments.miniature.trial import train_trial
+from training.objective.frechet import frechet_distance
+from training.objective.labelled import labelled_samples
+from training.objective.noising import process_of
+from training.options.config import TrainConfig
+
+__all__ = ["Cheap", "Found", "SplitName"]
+
+PICTURES, STEPS, SAMPLER = 1000, 20, "unipc"
+BINS = 10
+_SAMPLE_SEED, _GAP_SEED, _CORRECTED = 1234, 11, 512
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a call is worth beside the full model.
+
+    Args:
+        pictures: mean squared distance of each picture to the full model's (PICTURES,).
+        gaps: squared distance of the predictions on held-out images, before and after (2, BINS).
+        frechet: Frechet distance to the split, of the full model and of this call (2,).
+        before: `pictures` of the cheap call as it is (PICTURES,).
+        frechet_before: Frechet distance of the cheap call as it is (1,).
+    """
+
+    pictures: Tensor
+    gaps: Tensor
+    frechet: Tensor
+    before: Tensor
+    frechet_before: Tensor
+
+    @property
+    def share(self) -> float:
+        """The share of the gap of the predictions that is repaired."""
+        return float(1 - self.gaps[1].sum() / self.gaps[0].sum())
+
+    @property
+    def repaired(self) -> Tensor:
+        """The share of the picture distance that is gone, scalar: 1 - mean after / mean before."""
+        return 1 - self.pictures.mean() / self.before.mean()
+
+
+@dataclass(frozen=True)
+class Cheap:
+    """A base, and cheap calls of it.
+
+    Args:
+        subject: name of the base.
+        data: folder that `make_cifar` filled; not for digits.
+        out: folder of results.
+        steps: of each training.
+    """
+
+    subject: str
+    data: Path | None
+    out: Path
+    steps: int
+
+    def open(self) -> Subject:
+        """The subject that the study is about."""
+        if self.subject == "digits":
+            return digits()
+        if self.data is None:
+            raise ValueError(f"expected --data for {self.subject}: the folder of make_cifar")
+        return cifar10(self.subject, self.data)
+
+    def found(self, call: str, remedy: str, rate: float, seed: int, split: SplitName) -> Found:
+        """Trains a remedy, unless that was done before, and judges it on a split."""
+        folder = self.out / self.subject / call / remedy.replace(" ", "-") / f"{rate:g}" / str(seed)
+        path = folder / f"{split}.safetensors"
+        if path.is_file():
+            return Found(**load_file(path))
+        subject = self.open()
+        exact, cheap = self._models(subject, call)
+        context: AbstractContextManager[object] = nullcontext()
+        if remedy == "bias correction":
+            correct_biases(cheap, exact, _batches(subject, exact))
+        elif remedy != "none":
+            options = REMEDIES[remedy].all_options(call, rate, seed, self.steps)
+            context = load_compared(train_trial(subject, options, folder)).on(cheap)
+        bare = cheap_base(exact, TrainConfig(base=self.subject, student_quantization=call))
+        with context as used:
+            judged = used if isinstance(used, FrozenBase) else cheap
+            found = _judged(subject, exact, bare, judged, split, self._reference(call, split))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in vars(found).items()}, path)
+        return found
+
+    def _models(self, subject: Subject, call: str) -> tuple[FrozenBase, FrozenBase]:
+        config = TrainConfig(
+            base=subject.base,
+            pretrained_model_name_or_path=str(subject.weights),
+            student_quantization=call,
+        )
+        exact = load_frozen(config)
+        return exact, cheap_base(exact, config)
+
+    def _reference(self, call: str, split: SplitName) -> Path:
+        """The file of pictures of the full model and the cheap call, which all remedies share."""
+        return self.out / self.subject / call / f"{split}-pictures.safetensors"
+
+
+def _judged(
+    subject: Subject,
+    exact: FrozenBase,
+    bare: FrozenBase,
+    judged: FrozenBase,
+    split: SplitName,
+    reference: Path,
+) -> Found:
+    """Pictures and predictions of the exact call, the cheap one, and the repaired one."""
+    held_out = subject.split(split)
+    images = as_float(held_out.images)
+    if reference.is_file():
+        drawn = load_file(reference)
+    else:
+        drawn = {"full": _pictures(subject, exact, split), "cheap": _pictures(subject, bare, split)}
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        save_file(drawn, reference)
+    own = _pictures(subject, judged, split)
+    real = subject.features(images)
+    distances = {
+        name: frechet_distance(subject.features(pictures), real)
+        for name, pictures in {**drawn, "own": own}.items()
+    }
+    gaps = torch.stack(_gaps(subject, exact, (bare, judged), split))
+    return Found(
+        pictures=_distance(own, drawn["full"]),
+        gaps=gaps,
+        frechet=torch.tensor([distances["full"], distances["own"]], dtype=torch.float64),
+        before=_distance(drawn["cheap"], drawn["full"]),
+        frechet_before=torch.tensor([distances["cheap"]], dtype=torch.float64),
+    )
+
+
+def _pictures(subject: Subject, frozen: FrozenBase, split: SplitName) -> Tensor:
+    labels = subject.labels(split)[:PICTURES]
+    return labelled_samples(
+        frozen, labels, seed=_SAMPLE_SEED, steps=STEPS, sampler=SAMPLER
+    ).contiguous()  # fmt: skip
+
+
+def _distance(pictures: Tensor, others: Tensor) -> Tensor:
+    """The mean squared distance of each picture to another one."""
+    return (pictures - others).double().square().flatten(1).mean(1)
+
+
+def _gaps(
+    subject: Subject, exact: FrozenBase, calls: tuple[FrozenBase, ...], split: SplitName
+) -> list[Tensor]:
+    """For each call the squared distance of its predictions to the exact ones (BINS,)."""
+    held_out = subject.split(split)
+    images, labels = as_float(held_out.images)[:_CORRECTED], held_out.labels[:_CORRECTED]
+    process = process_of(exact.scheduler, TrainConfig(base=exact.base.name))
+    sums = [torch.zeros(BINS, dtype=torch.float64) for _ in calls]
+    for number in range(BINS):
+        source = generator(_GAP_SEED, "gap", number)
+        noise = torch.randn(images.shape, generator=source)
+        t = process.bin(number, BINS, torch.rand(len(images), generator=source))
+        noisy, given = process.noisy(images, noise, t), {"labels": labels}
+        with torch.no_grad():
+            target = exact.family.predict(exact.model, noisy, t, given)
+            for call, total in zip(calls, sums, strict=True):
+                error = call.family.predict(call.model, noisy, t, given) - target
+                total[number] = float(error.double().square().mean())
+    return sums
+
+
+def _batches(subject: Subject, exact: FrozenBase) -> Iterator[tuple[Tensor, Tensor, Given]]:
+    """Noised training images for bias correction, of all noise levels."""
+    data = subject.split("train")
+    images, labels = as_float(data.images)[:_CORRECTED], data.labels[:_CORRECTED]
+    process = process_of(exact.scheduler, TrainConfig(base=exact.base.name))
+    source = generator(_GAP_SEED, "correction")
+    noise = torch.randn(images.shape, generator=source)
+    u, z = torch.rand(len(images), generator=source), torch.zeros(len(images))
+    t = process.times(u, z, tuple(images.shape[-2:]))
+    yield process.noisy(images, noise, t), t, {"labels": labels}
