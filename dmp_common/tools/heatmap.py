@@ -55,12 +55,13 @@ def choose_sites(patch: Patch, choice: str | Sequence[str] | None = None) -> lis
         PatchError: a name is none of these, or there is no name at all.
     """
     own = list(patch.sites)
+    sets = patch.base.output_sets if patch.modulates else patch.base.site_sets
     words = {
         "first": own[:1],
         "middle": [own[len(own) // 2]],
         "last": own[-1:],
         "all": own,
-        **{name: [site for site in own if site in s] for name, s in patch.base.site_sets.items()},
+        **{name: [site for site in own if site in set(s)] for name, s in sets.items()},
         **{name: [name] for name in own},
     }
     asked = choice.split(",") if isinstance(choice, str) else choice

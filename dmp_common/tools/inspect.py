@@ -10,6 +10,7 @@ from dmp_common.errors import printable, printable_path
 from dmp_common.patch.file import file_hash, read_header
 from dmp_common.patch.header import ITEM_BYTES
 from dmp_common.patch.variant import Variant
+from dmp_common.tools.use import ENTRY, described_use, use_of
 
 _COLUMN = 13  # where values begin
 _LONGEST = 100  # characters of a metadata value in the text; the record has the whole value
@@ -52,10 +53,12 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         "sites_of_base": len(depths),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "stored_bytes": stored,
+        "use": use_of(file.metadata),
+        "described_use": described_use(file.metadata, variant),
         "metadata": {
             name: text
             for name, text in sorted(file.metadata.items())
-            if name not in ("format", "dmp.config", "dmp.format_version")
+            if name not in ("format", "dmp.config", "dmp.format_version", ENTRY)
         },
     }
 
@@ -76,6 +79,7 @@ def as_text(record: dict[str, Any], list_sites: bool = False) -> str:
             f"version {record['format_version']}, {' and '.join(record['dtypes'])}, "
             f"{record['bytes'] / 1e6:,.2f} MB",
         ),
+        *(_line(name, text) for name, text in record["described_use"]),
         *_parameter_lines(record),
         *_site_lines(record, list_sites),
         "",

@@ -54,10 +54,15 @@ def _type_of(parameter: Any) -> tuple[str, int]:
         name = getattr(getattr(parameter, kind, None), "name", None)
         if isinstance(name, str):
             return name, math.prod(getattr(parameter, shape))
+    name = getattr(getattr(parameter, "gguf_cls", None), "__name__", None)  # of Forge
+    if name is not None:
+        return str(name), math.prod(parameter.shape)
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes
     if state is not None:
         return str(state.quant_type).upper(), math.prod(state.shape)
-    if hasattr(parameter, "__tensor_flatten__"):  # of torchao
-        stored = getattr(parameter, "target_dtype", None) or parameter.qdata.dtype
+    if hasattr(parameter, "__tensor_flatten__"):  # of torchao; ComfyUI's have an underscore
+        stored = getattr(parameter, "target_dtype", None)
+        if stored is None:
+            stored = getattr(parameter, "qdata", getattr(parameter, "_qdata", parameter)).dtype
         return dtype_name(stored), parameter.numel()
     return dtype_name(parameter.dtype), parameter.numel()
