@@ -28,7 +28,7 @@ from comfyui_dmp.model import (
     time_embedding,
     timesteps_of,
 )
-from comfyui_dmp.notices import SecondCall, conditional_items
+from comfyui_dmp.notices import SecondCall, conditional_items, say_unlike
 from comfyui_dmp.slots import (
     Prepare,
     after_options,
@@ -59,6 +59,7 @@ def attach(model: Any, record: PatchRecord) -> Any:
     """
     wrapper = Wrapper(record)
     wrapper.settings(model.model, model.get_model_object("model_sampling"))  # Fails if unfit.
+    say_unlike(denoiser_of(model.model), record)
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     clone.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, wrapper.release)

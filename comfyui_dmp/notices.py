@@ -6,9 +6,12 @@ import logging
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from dmp_common.attach.record import PatchRecord
+from dmp_common.tools.use import cheap_types, unlike_cheap
+from dmp_common.tools.weighttypes import weight_types
 
 _log = logging.getLogger(__name__)
 _CONDITIONAL = 0  # ComfyUI's number of the positive condition in `cond_or_uncond`
@@ -27,6 +30,20 @@ def conditional_items(options: dict[str, Any], items: int) -> Tensor | None:
         return None
     conditional = torch.tensor([kind == _CONDITIONAL for kind in kinds])
     return conditional.repeat_interleave(items // len(kinds))
+
+
+def say_unlike(denoiser: nn.Module, record: PatchRecord) -> None:
+    """Logs a warning for a repair patch on a model that it was not made for.
+
+    Args:
+        denoiser: the UNet or transformer of the model.
+        record: the patch.
+    """
+    metadata = record.loaded.patch.metadata
+    if cheap_types(metadata):
+        why = unlike_cheap(metadata, weight_types(denoiser))
+        if why is not None:
+            _log.warning("DMP: %s: %s.", record.loaded.name, why)
 
 
 class SecondCall:

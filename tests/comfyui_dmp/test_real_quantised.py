@@ -1,0 +1,152 @@
+"""Patches on quantised models, as ComfyUI and ComfyUI-GGUF hold them, against diffusers.
+
+COMFYUI_GGUF_PATH=...  ComfyUI-GGUF's folder (github.com/city96/ComfyUI-GGUF), besides COMFYUI_PATH.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dmp_common import Base, attach
+from dmp_common.tools.weighttypes import weight_types
+
+pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
+
+FEW = torch.float8_e4m3fn
+
+
+@pytest.fixture(scope="module")
+def pack(comfyui_path: Path) -> ModuleType:
+    """ComfyUI-GGUF, as ComfyUI loads it."""
+    root = Path(os.environ.get("COMFYUI_GGUF_PATH", ""))
+    if not (root / "ops.py").is_file():
+        pytest.skip("needs ComfyUI-GGUF's source: set COMFYUI_GGUF_PATH to its folder")
+    pytest.importorskip("gguf")
+    spec = importlib.util.spec_from_file_location("comfyui_gguf", root / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["comfyui_gguf"] = module
+    spec.loader.exec_module(module)
+    for part in ("ops", "dequant", "nodes"):
+        setattr(module, part, sys.modules[f"comfyui_gguf.{part}"])
+    return module
+
+
+def stored(pack: ModuleType, value: Tensor) -> Tensor:
+    """A tensor in Q4_0, as ComfyUI-GGUF's loader makes it."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.Q4_0
+    few = torch.from_numpy(gguf.quants.quantize(value.contiguous().numpy(), kind))
+    return pack.ops.GGMLTensor(few, tensor_type=kind, tensor_shape=value.shape)
+
+
+def rounded(pack: ModuleType, base: Base, model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
+    """Weights whose linear layers went through Q4_0, and their names, as diffusers has them.
+
+    The pack multiplies what it stores in half precision.
+    """
+    state = dict(model.state_dict())
+    names = {f"{site.paths['diffusers']}.weight" for site in base.select("linear", "output")}
+    names = {name for name in names if state[name].shape[1] % 32 == 0}  # whole blocks
+    for name in names:
+        state[name] = pack.dequant.dequantize_tensor(stored(pack, state[name]), torch.float32)
+    return state, names
+
+
+def gguf_model(pack: ModuleType, family: Any, exact: dict[str, Tensor], names: set[str]) -> Any:
+    """ComfyUI's model with ComfyUI-GGUF's layers, whose weights are stored in Q4_0."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, family.config)(dict(family.unet))
+    config.custom_operations = pack.ops.GGMLOps()
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=torch.device("cpu"))
+    few = set(family.convert({name: exact[name] for name in names}))
+    weights = {
+        name: stored(pack, value) if name in few else value
+        for name, value in family.convert(exact).items()
+    }
+    model.diffusion_model.load_state_dict(weights, strict=False)
+    model.diffusion_model.requires_grad_(False).eval()
+    cpu = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return pack.nodes.GGUFModelPatcher.clone(patcher)
+
+
+def in_diffusers(family: Any, patcher: Any, state: dict[str, Tensor], patches: list[Any]):
+    """The plain and the patched denoised latents of the diffusers twin with these weights."""
+    twin = family.diffusers()
+    twin.load_state_dict(state)
+    sampling, base = patcher.model.model_sampling, family.base
+    sigmas = torch.tensor([float(sampling.percent_to_sigma(p)) for p in (0.2, 0.6)])
+    x, text, pooled = family.inputs(2)
+    x = x * sigmas.reshape(-1, *[1] * (x.dim() - 1)).clamp(max=15)
+    timesteps = base.times["ldm"].timesteps(sampling.timestep(sigmas).float())
+    arguments = family.call(sampling.calculate_input(sigmas, x), timesteps, text, pooled)
+    outs = []
+    with torch.inference_mode():
+        for chosen in ([], patches):
+            attachments = [attach(twin, patch) for patch in chosen]
+            out = family.unpack(family.run(twin, arguments), tuple(x.shape[2:]))
+            outs.append(sampling.calculate_denoised(sigmas, out, x))
+            for attachment in attachments:
+                attachment.remove()
+    return sigmas, *outs
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "qwen-image", "z-image"])
+def test_gguf_models_as_in_diffusers(real, run, host, pack, name):
+    """Two patches, one that modulates and one that adds: the layers stay as they are stored."""
+    family = real.FAMILIES.get(name) or pytest.skip("this release of diffusers does not know it")
+    exact = dict(family.diffusers().state_dict())
+    state, names = rounded(pack, family.base, family.diffusers())
+    patcher = gguf_model(pack, family, exact, names)
+    types = weight_types(patcher.model.diffusion_model)
+    assert types["Q4_0"] >= sum(state[name].numel() for name in names)
+    assert set(types) == {"Q4_0", "F32"}
+    patches = [family.patch(1, 0.2, mix="modulate"), family.patch(2, 0.2)]
+    sigmas, plain, expected = in_diffusers(family, patcher, state, patches)
+    assert (run.call(patcher, family, sigmas) - plain).norm() < 1e-4 * plain.norm()
+    patched = patcher
+    for patch in patches:
+        patched = host.attach(patched, run.record(patch))
+    found = run.call(patched, family, sigmas)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (expected - plain).norm() > 0.01 * plain.norm()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_fp8_models_as_in_diffusers(real, run, host, name):
+    family = real.FAMILIES[name]
+    patcher = family.comfy(dtype=FEW)
+    found = {k: v.float() for k, v in patcher.model.diffusion_model.state_dict().items()}
+    state = {k: v.to(FEW).float() for k, v in family.diffusers().state_dict().items()}
+    assert all(torch.equal(found[k], v) for k, v in family.convert(state).items() if k in found)
+    patches = [family.patch(1, 0.2, mix="modulate")]
+    sigmas, _, expected = in_diffusers(family, patcher, state, patches)
+    out = run.call(host.attach(patcher, run.record(patches[0])), family, sigmas)
+    assert (out - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_repair_patch_says_on_which_model_it_is(real, run, host, caplog):
+    family = real.FAMILIES["sd15"]
+    patch = family.patch(mix="modulate")
+    patch.metadata["dmp.use"] = json.dumps({"cheap": {"types": {"F8_E4M3": 99, "F16": 1}}})
+    with caplog.at_level(logging.WARNING):
+        host.attach(family.comfy(dtype=FEW), run.record(patch))
+        assert caplog.records == []
+        host.attach(family.comfy(), run.record(patch))
+    assert "weights in F8_E4M3 (99%), and this one has them in F32 (100%)" in caplog.text
