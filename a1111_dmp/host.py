@@ -140,6 +140,7 @@ class Sampling:
         inner = self.inner or partial(type(p).sample, p)
         if self.session.running:  # Another extension has wrapped our wrapper and called it again.
             return inner(*args, **kwargs)
+        self.session.scale = float(getattr(p, "cfg_scale", None) or 1.0)
         with self.session:
             _running.append(self.session)
             try:
@@ -152,9 +153,16 @@ class Sampling:
 
 
 def follow(params: Any = None) -> None:
-    """Attaches to another model where needed. The host calls this before each call of its model."""
+    """Attaches to another model where needed. The host calls this before each step of a sampler.
+
+    Args:
+        params: the host's `CFGDenoiserParams`.
+    """
     for session in _running:
         session.follow()
+        x, text = getattr(params, "x", None), getattr(params, "text_cond", None)
+        if hasattr(x, "shape") and hasattr(text, "shape"):  # SDXL's is a dictionary with a shape
+            session.conditions.step(x.shape[0], text.shape[0])
 
 
 def close_all() -> None:

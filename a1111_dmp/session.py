@@ -12,9 +12,13 @@ from pathlib import Path
 from types import TracebackType
 
 import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
 
+from a1111_dmp.conditions import Conditions
 from dmp_common import Attachment, Base, PatchError, attach
 from dmp_common.attach.record import PatchRecord
+from dmp_common.tools.use import cheap_types, unlike_cheap
+from dmp_common.tools.weighttypes import weight_types
 
 NAME = "DMP"  # Every message begins with it, because hosts mix the messages of all extensions.
 
@@ -53,6 +57,8 @@ class Session:
 
     Attributes:
         running: whether the generation samples now.
+        scale: the generation's guidance scale (CFG Scale).
+        conditions: which items of the model's calls are conditional.
         unused: why the last sampling applied no patch; empty if it did.
     """
 
@@ -64,10 +70,13 @@ class Session:
     ) -> None:
         self.running = False
         self.unused = ""
+        self.scale = 1.0
+        self.conditions = Conditions()
         self._model, self._stopped, self._tell = model, stopped, tell
         self._sources: dict[str, tuple[PatchRecord, ...]] = {}
         self._errors: dict[str, PatchError] = {}
         self._attachments: list[Attachment] = []
+        self._handle: RemovableHandle | None = None
         self._made: list[Attachment] = []
         self._seat: tuple[object, ...] | None = None
         self._own = ""
@@ -113,12 +122,18 @@ class Session:
             return
         try:
             for record in records:
-                self._attachments.append(attached(model, record))
+                attachment = attached(model, record)
+                attachment.conditional = self.conditions
+                self._attachments.append(attachment)
         except PatchError as error:
             self._errors[""] = error
             raise PatchError(f"{NAME}: {error}") from error
         finally:
             self._made += self._attachments
+        self._handle = model.denoiser.register_forward_pre_hook(
+            self.conditions.begin, with_kwargs=True
+        )
+        self._say_unfit(model, records)
 
     def __enter__(self) -> Session:
         self._raise(self._errors)
@@ -168,6 +183,27 @@ class Session:
         for attachment in self._attachments:
             attachment.remove()
         self._attachments.clear()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _say_unfit(self, model: Model, records: Sequence[PatchRecord]) -> None:
+        """Says once where a patch is used with a model or a scale that it was not made for."""
+        for record in records:
+            patch, name = record.loaded.patch, record.loaded.name
+            notes = []
+            if cheap_types(patch.metadata):
+                notes.append(unlike_cheap(patch.metadata, weight_types(model.denoiser)))
+            if patch.variant.guidance is not None and self.scale > 1.0:
+                notes.append(
+                    "the patch takes the place of the second call of guidance, and this generation "
+                    "makes that call too: set CFG Scale to 1 (its strength is the guidance)"
+                )
+            for note in filter(None, notes):
+                text = f"{NAME}: {name}: {note}."
+                if text not in self._told:
+                    self._told.add(text)
+                    self._tell(text)
 
     def _say_why_not(self, model: Model) -> None:
         if model.replaced is not None:

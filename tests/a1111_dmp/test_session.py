@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from torch import Tensor
 
+from a1111_dmp.conditions import Conditions
 from a1111_dmp.session import Model, Session
 from dmp_common import Base, Patch, PatchError, Schedule, attach
 from dmp_common.attach.record import LoadedPatch, PatchRecord
@@ -341,3 +343,89 @@ def test_a_host_without_a_word_for_predictions_is_believed(host):
     with host.session(record()):
         run(host.unet)
     assert SimpleNamespace(**vars(host)).told == []
+
+
+def guiding(**variant: Any) -> Patch:
+    return TINY.patch(1, 0.2, **{"guidance": 4.0, **variant})
+
+
+def parts_of_a_step(count: int, size: int) -> Tensor:
+    """How a host hands the items of a step to the model: the conditional ones first."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 4, size, size, generator=generator)
+
+
+def test_modulating_patches_are_those_of_diffusers(host):
+    patch = TINY.patch(1, 0.2, mix="modulate")
+    plain = run(host.unet)
+    with host.session(record(patch, strength=0.8)):
+        found = run(host.unet)
+    with attach(host.diffusers, patch, strength=0.8):
+        expected = run(host.diffusers)
+    assert float((expected - plain).norm() / plain.norm()) > 0.01
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+    assert run(host.unet).equal(plain)
+
+
+@pytest.mark.parametrize("mix", ["add", "modulate"])
+@pytest.mark.parametrize("calls", [(6,), (2, 2, 2), (4, 2), (3, 3)], ids=str)
+def test_guidance_patches_act_on_the_conditional_items_of_a_step(host, mix, calls):
+    """A step of four conditional items (AND in the prompt) and two unconditional ones."""
+    times, text = torch.full((6,), 400.0), torch.ones(6, 3, 12)
+    x = parts_of_a_step(6, 8)
+
+    def step() -> Tensor:
+        outs, place = [], 0
+        for items in calls:
+            own = slice(place, place + items)
+            outs.append(host.unet(x[own], times[own], text[own]))
+            place += items
+        return torch.cat(outs)
+
+    with torch.inference_mode():
+        plain = step()
+        patch = guiding(mix=mix)
+        with attach(host.unet, patch):
+            whole = step()
+        with host.session(record(patch)) as session:
+            for _ in range(2):
+                session.conditions.step(6, 4)
+                found = step()
+    torch.testing.assert_close(found[:4], whole[:4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[4:], plain[4:], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(whole[4:], plain[4:])
+    assert hooks(host.unet) == 0
+
+
+def test_forge_says_what_the_parts_of_a_call_are():
+    conditions = Conditions()
+    conditions.step(2, 2)
+    x = torch.zeros(4, 4, 8, 8)
+    for kinds, expected in (([1, 0], [0, 0, 1, 1]), ([0], [1, 1, 1, 1]), ([1], [0, 0, 0, 0])):
+        conditions.begin(nn.Identity(), (x,), {"transformer_options": {"cond_or_uncond": kinds}})
+        assert conditions(4).tolist() == [bool(value) for value in expected]
+    assert conditions(3) is None
+    other = Conditions()
+    other.begin(nn.Identity(), (), {"x": x})
+    assert other(4) is None
+
+
+def test_a_guidance_patch_says_use_cfg_1(host):
+    session = host.session(record(guiding()))
+    with session:
+        run(host.unet)
+    assert host.told == []
+    session.scale = 7.0
+    with session:
+        run(host.unet)
+        session.follow()
+    assert len(host.told) == 1
+    assert "set CFG Scale to 1" in host.told[0]
+
+
+def test_a_repair_patch_says_on_which_model_it_is(host):
+    patch = TINY.patch(1, mix="modulate")
+    patch.metadata["dmp.use"] = '{"cheap": {"types": {"NF4": 95, "F16": 5}}}'
+    with host.session(record(patch)):
+        run(host.unet)
+    assert "weights in NF4 (95%), F16 (5%), and this one has them in F32 (100%)" in host.told[0]
