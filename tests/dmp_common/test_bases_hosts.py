@@ -20,9 +20,10 @@ from dmp_common import detect_base, get_base, known_bases
 from dmp_common.attach.modulation import parts_of
 from dmp_common.bases.base import find_module
 from dmp_common.bases.detect import naming_of
-from tests.dmp_common.originalnames import original_shapes
+from tests.dmp_common.originalnames import original_shapes, unet_original_name
 from tests.dmp_common.realbases import MODELS, meta, seen
 from tests.dmp_common.test_bases_names import official_pixart
+from tests.randomness import randomise
 
 
 def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] | None) -> None:
@@ -298,3 +299,39 @@ def test_webui(name, monkeypatch):
         return model(real["sample"], meta(2), context=context, y=y)
 
     check_host(model, name, call)
+
+
+@pytest.mark.host
+@pytest.mark.filterwarnings("ignore")  # the host's own
+def test_webui_modulates_as_diffusers(monkeypatch):
+    """A1111's (or Forge's) own UNet in small, with the weights of a diffusers one."""
+    import diffusers
+
+    kind, config = _webui_class(_webui(), "sd15", monkeypatch)
+    config |= {"model_channels": 32, "channel_mult": [1, 2, 2, 2], "context_dim": 16}
+    widths = (32, 64, 64, 64)
+    model = kind.from_config(config) if hasattr(kind, "from_config") else kind(**config)
+    torch.manual_seed(0)
+    twin = diffusers.UNet2DConditionModel(
+        sample_size=16, block_out_channels=widths, cross_attention_dim=16, attention_head_dim=8
+    )
+    base = dmp.register_base(
+        dmp.bases.unet("narrow-ldm", widths=widths, context=16, attention=(True, True, True, False))
+    )
+    names = {key: unet_original_name(key, 4) for key in twin.state_dict()}
+    model.load_state_dict({names[key]: value for key, value in twin.state_dict().items()})
+    for one in (model, twin):
+        one.eval().requires_grad_(False)
+    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 16)
+    t = torch.tensor([700.0, 100.0])
+    calls = (lambda: model(x, t, context=text), lambda: twin(x, t, text, return_dict=False)[0])
+    patch = randomise(dmp.Patch.create(base, mix="modulate", sites="outputs"), 1, 0.2).eval()
+    with torch.inference_mode():
+        plain = [call() for call in calls]
+        with dmp.attach(model, patch), dmp.attach(twin, patch):
+            changed = [call() for call in calls]
+        after = calls[0]()
+    for ours, theirs in (plain, changed):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    assert (changed[0] - plain[0]).norm() > 0.1 * plain[0].norm()
+    assert torch.equal(after, plain[0])
