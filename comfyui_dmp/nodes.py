@@ -20,6 +20,7 @@ from dmp_common.tools.inspect import as_text, inspect_file
 
 CATEGORY = "DMP"
 DmpPatch = io.Custom("DMP_PATCH")
+_LISTED = 80  # sites of a patch that its description lists
 _LABEL = "Only for patches whose gate sees the class (condition t+y)."
 
 
@@ -285,7 +286,7 @@ class PatchInfo(io.ComfyNode):
     @classmethod
     def execute(cls, dmp_patch: PatchRecord) -> io.NodeOutput:
         record = {**inspect_file(dmp_patch.loaded.path), "file": dmp_patch.loaded.name}
-        text = as_text(record, list_sites=True)
+        text = as_text(record, list_sites=len(record["sites"]) <= _LISTED)
         return io.NodeOutput(text, ui={"text": (text,)})
 
 

@@ -31,6 +31,7 @@ NODES: dict[str, tuple[dict[str, str], list[str], list[tuple[str, str]]]] = {
         ["ckpt_name"],
         [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE")],
     ),
+    "UnetLoaderGGUF": ({}, ["unet_name"], [("MODEL", "MODEL")]),  # of ComfyUI-GGUF
     "CLIPTextEncode": ({"clip": "CLIP"}, ["text"], [("CONDITIONING", "CONDITIONING")]),
     "EmptyLatentImage": ({}, ["width", "height", "batch_size"], [("LATENT", "LATENT")]),
     "EmptySD3LatentImage": ({}, ["width", "height", "batch_size"], [("LATENT", "LATENT")]),
@@ -178,6 +179,7 @@ class Workflow:
 
 
 SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
+SD35 = "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors"
 GARDEN = "a cat in a garden, morning light"
 CHOOSE = "Choose your checkpoint and a patch for it from `models/dmp`."
 
@@ -254,7 +256,7 @@ def sdxl() -> Workflow:
 def sd35() -> Workflow:
     flow = Workflow("## A diffusion transformer\n\nSD 3.5; the same nodes serve SD 3, Flux and "
                     f"PixArt.\n\n{CHOOSE}")  # fmt: skip
-    flow.checkpoint("sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors")
+    flow.checkpoint(SD35)
     flow.latent(1024, "EmptySD3LatentImage")
     flow.prompts(GARDEN)
     inputs = {"patch_name": "sd35-patch.safetensors", "strength": 1.0}
@@ -273,6 +275,36 @@ def stacked() -> Workflow:
     return flow
 
 
+def repair() -> Workflow:
+    flow = Workflow("## A quantised model, repaired\n\nThe same seed through the full model, the "
+                    "model in Q4_0, and that one with a repair patch, which was trained to bring "
+                    "it back to the full model. The quantised weights stay as they are. Put the "
+                    "repair patch on the file that it was made for: **DMP Patch Info** says which. "
+                    "Needs ComfyUI-GGUF.\n\nChoose your files.")  # fmt: skip
+    flow.checkpoint(SD35)
+    flow.latent(1024, "EmptySD3LatentImage")
+    flow.prompts(GARDEN)
+    few = flow.add("UnetLoaderGGUF", 1, unet_name="sd3.5_medium-Q4_0.gguf")
+    inputs = {"patch_name": "sd35-repair-q4_0.safetensors", "strength": 1.0}
+    repaired = flow.add("DMP_LoadApply", 2, model=few, **inputs)
+    sampling = {"steps": 28, "cfg": 4.5, "scheduler": "sgm_uniform"}
+    flow.picture(flow.model, "full", **sampling)
+    flow.picture(few, "q4", **sampling)
+    flow.picture(repaired, "repaired", column=5, **sampling)
+    return flow
+
+
+def one_call() -> Workflow:
+    flow = _sd15("## Half the time: no second call\n\nAbove, the plain model with guidance: two "
+                 "calls of the model a step. Below, a guidance patch at CFG 1: one call. Its "
+                 "strength takes the place of CFG; 0 is no guidance.")  # fmt: skip
+    inputs = {"patch_name": "sd15-guidance.safetensors", "strength": 1.0}
+    guided = flow.add("DMP_LoadApply", 2, model=flow.model, **inputs)
+    flow.picture(flow.model, "two-calls")
+    flow.picture(guided, "one-call", cfg=1.0)
+    return flow
+
+
 WORKFLOWS: dict[str, Callable[[], Workflow]] = {
     "dmp-basic-sd15": basic,
     "dmp-compare": compare,
@@ -281,6 +313,8 @@ WORKFLOWS: dict[str, Callable[[], Workflow]] = {
     "dmp-sdxl": sdxl,
     "dmp-sd35": sd35,
     "dmp-stacked": stacked,
+    "dmp-repair-quantised": repair,
+    "dmp-one-call": one_call,
 }
 
 

@@ -5,6 +5,7 @@ COMFYUI_PATH=...   ComfyUI's folder. The tests start a server from it, and make 
 COMFYUI_TEST_CHECKPOINTS=...  where these are kept, the temporary folder unless set.
 COMFYUI_ARGS=...   of the server, "--cpu" unless set.
 COMFYUI_EXTRAMODELS_PATH=...  ComfyUI_ExtraModels' folder, for the paper's DiT.
+COMFYUI_GGUF_PATH=...  ComfyUI-GGUF's folder, for models in GGUF.
 COMFYUI_URL=...    a running server instead; with COMFYUI_MODELS, its models folder, and
                    COMFYUI_CHECKPOINT, the name of an SD 1.5 checkpoint it has.
 """

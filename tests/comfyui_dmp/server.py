@@ -28,6 +28,10 @@ from dmp_common import Patch
 from tests.randomness import randomise
 
 ROOT = Path(__file__).resolve().parents[2]
+OTHER_PACKS = {
+    "COMFYUI_EXTRAMODELS_PATH": "ComfyUI_ExtraModels",
+    "COMFYUI_GGUF_PATH": "ComfyUI-GGUF",
+}
 A, ZERO = "test-a.safetensors", "test-zero.safetensors"  # patches `conftest.py` makes
 WAIT = 1800.0  # seconds for one workflow; a CPU is slow
 
@@ -168,9 +172,9 @@ def started(comfyui: Path, folder: Path, checkpoint: Path) -> Iterator[Server]:
         path.mkdir(parents=True, exist_ok=True)
     (nodes / "dmp").symlink_to(ROOT)
     (nodes / "dmp_test_pack").symlink_to(Path(__file__).parent / "pack")
-    extra = os.environ.get("COMFYUI_EXTRAMODELS_PATH")
-    if extra:
-        (nodes / "ComfyUI_ExtraModels").symlink_to(extra)
+    for variable, pack in OTHER_PACKS.items():
+        if other := os.environ.get(variable):
+            (nodes / pack).symlink_to(other)
     linked(checkpoint, models / "checkpoints")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

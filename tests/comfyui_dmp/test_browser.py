@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from dmp_common import Patch, bases, register_base
 from tests.comfyui_dmp.server import ROOT, Server, linked, made, message_of, same, save_random
+from tests.randomness import randomise
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -55,7 +57,39 @@ def filled(server: Server) -> Server:
         save_random(folder / f"{name}.safetensors", Patch.create("sd15"), seed)
     save_random(folder / "sdxl-patch.safetensors", Patch.create("sdxl"), 3)
     save_random(folder / "sd35-patch.safetensors", Patch.create(small), 4)
+    save_random(folder / "sd15-guidance.safetensors", Patch.create("sd15", guidance=7.0), 5)
+    if os.environ.get("COMFYUI_GGUF_PATH"):
+        few = server.models / "unet" / "sd3.5_medium-Q4_0.gguf"
+        types = write_few(made("sd3-whole"), few)
+        use = {"objective": "distill", "cheap": {"types": types, "file": {"name": few.name}}}
+        repairing = randomise(Patch.create(small, mix="modulate"), 6, 0.05)
+        repairing.save(folder / "sd35-repair-q4_0.safetensors", {"dmp.use": json.dumps(use)})
     return server
+
+
+def write_few(checkpoint: Path, path: Path) -> dict[str, int]:
+    """Writes the transformer of an SD3 checkpoint as GGUF, its blocks' layers in Q4_0.
+
+    Returns:
+        For each type how many values have it.
+    """
+    import gguf
+
+    writer, prefix = gguf.GGUFWriter(None, "sd3"), "model.diffusion_model."
+    types: dict[str, int] = {}
+    for name, tensor in load_file(checkpoint).items():
+        if name.startswith(prefix):
+            few = "joint_blocks" in name and tensor.dim() == 2
+            kind = gguf.GGMLQuantizationType.Q4_0 if few else gguf.GGMLQuantizationType.F32
+            data = gguf.quants.quantize(tensor.float().numpy(), kind)
+            writer.add_tensor(name.removeprefix(prefix), data, raw_dtype=kind)
+            types[kind.name] = types.get(kind.name, 0) + tensor.numel()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return types
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +142,8 @@ def run(page: Any, server: Server) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflows_run_in_the_browser(page, filled, name):
+    if name == "dmp-repair-quantised" and not os.environ.get("COMFYUI_GGUF_PATH"):
+        pytest.skip("needs ComfyUI-GGUF: set COMFYUI_GGUF_PATH to its folder")
     prompt = opened(page, name)
     api = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
     small = ("width", "height", "steps")
