@@ -1,10 +1,12 @@
 """A full-size Stable Diffusion 1.5 with random weights, trained from a folder of photographs.
 
-    python -m benchmarks.full_size_training folder
+    python -m benchmarks.full_size_training folder [--student q4_0]
 
 Makes the base (4.3 GB) and the photographs with captions in the folder, trains a patch with the
-command that users call, gives it to diffusers' own pipeline, and prints times and peak memory. Only
-the weights are random, and the tokenizer, which knows the words of these captions alone.
+command that users call, gives it to diffusers' own pipeline, and prints times and peak memory. With
+`--student` the patch repairs the base in a type of GGUF (`--objective distill`), from a file as
+ComfyUI-GGUF's tools write it. Only the weights are random, and the tokenizer, which knows the words
+of these captions alone.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -81,14 +84,41 @@ def make_pictures(folder: Path) -> None:
             (folder / f"{name}{number}.txt").write_text(caption, encoding="utf-8")
 
 
-def use(base: Path, patch: Path, size: int) -> None:
+def make_student(base: Path, kind: str) -> Path:
+    """The UNet of a base in a type of GGUF, in the original naming."""
+    from tests.training.tinyfiles import denoiser_tensors
+    from tests.training.tinyggufs import write_gguf
+
+    path = base.parent / f"sd15-{kind.upper()}.gguf"
+    if not path.exists():
+        write_gguf(path, denoiser_tensors(base, "sd15"), kind.upper())
+    return path
+
+
+def denoiser_of(base: Path, student: Path | None) -> Any:
+    """The UNet of a base, or its cheap form in a file."""
+    import diffusers
+
+    unet: Any = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    if student is None:
+        return unet
+    from dmp_common import get_base
+    from training.base.families.table import family_of
+    from training.base.frozen import FrozenBase
+    from training.base.student_weights import load_student
+
+    spec = get_base("sd15")
+    return load_student(FrozenBase(unet, None, spec, "diffusers", family_of(spec)), student)
+
+
+def use(base: Path, patch: Path, size: int, student: Path | None) -> None:
     """Two pictures of the pipeline from equal noise, without and with the patch."""
     import diffusers
     import transformers
 
     import dmp_common as dmp
 
-    unet = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    unet = denoiser_of(base, student)
     pipe = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL.from_pretrained(base, subfolder="vae"),
         text_encoder=transformers.CLIPTextModel.from_pretrained(base, subfolder="text_encoder"),
@@ -124,6 +154,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--student", help="train on the base in this type of GGUF, such as q4_0")
     options, more = parser.parse_known_args()  # the others are the trainer's
     base, pictures, out = (options.folder / name for name in ("base", "pictures", "out"))
     make_base(base)
@@ -134,6 +165,10 @@ def main() -> None:
         "--resolution", str(options.size), "--train_batch_size", "1", "--cpu",
         "--max_train_steps", str(options.steps), "--output_dir", str(out), *more,
     ]  # fmt: skip
+    student = None
+    if options.student is not None:
+        student = make_student(base, options.student)
+        command += ["--objective", "distill", "--student_weights", str(student)]
     start = time.perf_counter()
     subprocess.run(command, check=True)
     print(f"trainer: {time.perf_counter() - start:.0f} s in all, {options.steps} steps")
@@ -145,7 +180,7 @@ def main() -> None:
         print(f"trainer: peak memory {peak * unit / 2**30:.2f} GiB")
     patch = out / "sd15-dmp.safetensors"
     if patch.exists():
-        use(base, patch, options.size)
+        use(base, patch, options.size, student)
 
 
 if __name__ == "__main__":

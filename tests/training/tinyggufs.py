@@ -1,4 +1,4 @@
-"""GGUF files as ComfyUI-GGUF's converter and llama.cpp's quantiser make them, in small."""
+"""GGUF files as ComfyUI-GGUF's converter and its quantiser make them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 _GROUP = 256  # values of a row after ComfyUI-GGUF has reshaped a tensor
+# What its quantiser leaves as it is in Stable Diffusion 1.5 and XL.
+_PRECISE = ("time_embed", "label_emb.", "add_embedding.", "conv_in.", "conv_out.",
+            "input_blocks.0.0.", ".out.2.")  # fmt: skip
 
 
 def write_gguf(path: Path, tensors: Mapping[str, Tensor], kind: str = "Q4_0") -> Path:
     """Writes tensors: those of two dimensions or more in a type of GGUF, where rows allow it.
 
     As ComfyUI-GGUF does for Stable Diffusion 1.5 and XL, what does not divide into rows of 256 is
-    reshaped so, and its shape is written beside it.
+    reshaped so, and its shape is written beside it. Embeddings, the first and the last layer stay
+    in float32.
     """
     writer = gguf.GGUFWriter(None, "sd1")
     writer.add_string("general.name", "tiny")
@@ -29,7 +33,9 @@ def write_gguf(path: Path, tensors: Mapping[str, Tensor], kind: str = "Q4_0") ->
             shape = tuple(int(size) for size in values.shape)
             writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
             values = values.reshape(-1, _GROUP)
-        if tensor.dim() < 2 or values.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0]:
+        precise = any(part in f".{name}" for part in _PRECISE)
+        whole = values.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
+        if tensor.dim() < 2 or precise or not whole:
             wanted = gguf.GGMLQuantizationType.F32
         by_hand = wanted.name.endswith("_K")
         data = (

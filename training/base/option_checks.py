@@ -136,16 +136,11 @@ def _about_student(config: TrainConfig) -> list[str]:
             f"expected no --torch_compile with {asked} fp8, because the weights change while the "
             "model runs, found it: choose fp8-scaled, or leave it out."
         )
-    in_memory = {
-        "--fp8_base": config.fp8_base,
-        "--int8_base": config.int8_base,
-        "--blocks_to_swap": bool(config.blocks_to_swap),
-        "--fsdp": config.fsdp,
-    }
-    others = [name for name, on in in_memory.items() if on]
+    placed = {"--blocks_to_swap": bool(config.blocks_to_swap), "--fsdp": config.fsdp}
+    others = [name for name, on in placed.items() if on]
     if others:
         problems.append(
-            f"expected no {' and '.join(others)} with {asked}, because two models are loaded then "
-            "and the exact one must stay exact, found it: leave it out."
+            f"expected no {' and '.join(others)} with {asked}, because two models share weights "
+            "then, found it: leave it out."
         )
     return problems

@@ -196,19 +196,20 @@ def test_fp8_of_all_layers_leaves_the_exact_model(folders: Folders) -> None:
 def test_what_cannot_be_trained_is_said_at_once(folders: Folders) -> None:
     config = config_of(
         "dit", folders("dit"), student_quantization="fp8", student_weights="nowhere.gguf",
-        method="full", int8_base=True, torch_compile=True,
+        method="full", blocks_to_swap=1, torch_compile=True,
     )  # fmt: skip
     with pytest.raises(PatchError) as caught:
         load_frozen(config)
     lines = [line.split(",")[0] for line in str(caught.value).splitlines()]
     asked = "--student_weights and --student_quantization"
     assert lines == [
-        "expected --method dmp or prompt with --int8_base",
+        "expected --method dmp or prompt with --blocks_to_swap",
+        "expected no --torch_compile with --blocks_to_swap",
         "expected one cheap model",
         "expected a file for --student_weights",
         "expected --method dmp",
         f"expected no --torch_compile with {asked} fp8",
-        f"expected no --int8_base with {asked}",
+        f"expected no --blocks_to_swap with {asked}",
     ]
 
 

@@ -27,6 +27,8 @@ CPU = torch.device("cpu")
 
 def config_of(name: str, folder: Path, **options: object) -> TrainConfig:
     given = {"base": FAMILIES[name].base.name, "pretrained_model_name_or_path": str(folder)}
+    if any(name.startswith("student_") for name in options):
+        given["objective"] = "distill"
     return resolve({**given, **options})
 
 
