@@ -25,6 +25,13 @@ _NAMES = {
         if hasattr(torch, name)  # since torch 2.1
     },
 }
+# Attributes of parameters that keep bytes: the type, and the shape of the values.
+_GGUF = (
+    ("quant_type", "quant_shape"),  # diffusers
+    ("tensor_type", "tensor_shape"),  # ComfyUI-GGUF
+    ("gguf_cls", "real_shape"),  # Forge
+    ("gguf_cls", "gguf_real_shape"),  # older Forge
+)
 
 
 def weight_types(model: nn.Module) -> dict[str, int]:
@@ -49,20 +56,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _type_of(parameter: Any) -> tuple[str, int]:
     """Returns the type of a parameter's values and their number."""
-    # diffusers and ComfyUI-GGUF keep bytes, with a type of the package gguf and the true shape.
-    for kind, shape in (("quant_type", "quant_shape"), ("tensor_type", "tensor_shape")):
-        name = getattr(getattr(parameter, kind, None), "name", None)
-        if isinstance(name, str):
+    # diffusers, ComfyUI-GGUF and Forge keep bytes, with a type of the package gguf and the true
+    # shape.
+    for kind, shape in _GGUF:
+        found = getattr(parameter, kind, None)
+        name = getattr(found, "name", None) or getattr(found, "__name__", None)
+        if isinstance(name, str) and hasattr(parameter, shape):
             return name, math.prod(getattr(parameter, shape))
-    name = getattr(getattr(parameter, "gguf_cls", None), "__name__", None)  # of Forge
-    if name is not None:
-        return str(name), math.prod(parameter.shape)
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes
     if state is not None:
         return str(state.quant_type).upper(), math.prod(state.shape)
-    if hasattr(parameter, "__tensor_flatten__"):  # of torchao; ComfyUI's have an underscore
-        stored = getattr(parameter, "target_dtype", None)
-        if stored is None:
-            stored = getattr(parameter, "qdata", getattr(parameter, "_qdata", parameter)).dtype
-        return dtype_name(stored), parameter.numel()
-    return dtype_name(parameter.dtype), parameter.numel()
+    stored = getattr(parameter, "storage_dtype", None)  # of ComfyUI, which shows another `dtype`
+    if stored is None:  # of torchao, and ComfyUI before it had a storage type
+        kept = getattr(parameter, "qdata", getattr(parameter, "_qdata", None))
+        stored = getattr(parameter, "target_dtype", None) or getattr(kept, "dtype", None)
+    return dtype_name(stored or parameter.dtype), parameter.numel()
