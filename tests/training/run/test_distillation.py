@@ -9,6 +9,7 @@ import torch
 
 from dmp_common import Patch
 from tests.training.conftest import Go, Start, patch_of
+from training.objective import relative
 from training.objective.losses import SIDES
 from training.objective.teacher import without
 from training.options.command_line import resolve
@@ -21,6 +22,7 @@ GUIDED = {
     "objective": "distill", "recipe": "none", "teacher_guidance_scale": "3",
     "caption_dropout_rate": 0.0,
 }  # fmt: skip
+TASKS = {"rounded": ROUNDED, "guided": GUIDED}
 METHODS = {
     "dmp": {},
     "modulate": {"mix": "modulate"},
@@ -29,22 +31,23 @@ METHODS = {
     "full": {"method": "full", "learning_rate": 1e-3},
     "joint": {"method": "joint", "learning_rate": 1e-3},
 }
+GUIDED_METHODS = ("dmp", "lora", "full")
 
 
-@pytest.mark.parametrize("task", [ROUNDED, GUIDED], ids=["rounded", "guided"])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_every_method_repairs_some_of_the_gap(go: Go, task: dict, method: dict) -> None:
-    chosen = {"learning_rate": 1e-2, "max_train_steps": 30, "ema_decay": 0.0, **task, **method}
-    run, events = go(**chosen)
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [*(("rounded", name) for name in METHODS), *(("guided", name) for name in GUIDED_METHODS)],
+)
+def test_every_method_repairs_some_of_the_gap(go: Go, task: str, method: str) -> None:
+    few = {"max_train_steps": 12, "ema_decay": 0.0, "validate_every_n_steps": 12}
+    run, events = go(**{"learning_rate": 1e-2, **few, **TASKS[task], **METHODS[method]})
     verdict = events.verdict
     assert isinstance(verdict, RepairVerdict)
-    assert verdict.share.low > 0.02, verdict.text()
-    assert "of the gap to the exact call is repaired" in verdict.sentence
+    assert verdict.share.mean > 0.02, verdict.text()
     # What the exact model is stays as it was, whatever was trained.
-    assert run.exact is not None
-    assert all(not p.requires_grad or p.grad is None for p in run.exact.model.parameters()) or (
-        run.exact.model is run.frozen.model
-    )
+    exact = run.exact.model
+    assert (exact is run.frozen.model) == (task == "guided" and method not in ("full", "joint"))
+    assert all(p.grad is None for p in exact.parameters())
 
 
 def test_the_target_is_the_exact_prediction_without_the_patch(start: Start) -> None:
@@ -120,19 +123,23 @@ def test_verdict_tells_both_sides_and_their_difference(go: Go) -> None:
     assert "share repaired" in verdict.text()
 
 
-@pytest.mark.parametrize("weighting", ["gap", "relative"])
-def test_weights_of_timesteps_are_measured_before_training(start: Start, weighting: str) -> None:
-    run, events = start(**ROUNDED, teacher_weighting=weighting)
-    run.method.remove()
-    relative = run.student.relative
-    logs = relative.logs.unflatten(0, (2, -1)).mean(1)  # two ranges, as the validation has
-    measured = events.base_losses.mean(0).log() if weighting == "gap" else None
-    if measured is not None:  # other images, so about
-        torch.testing.assert_close(
-            (logs[0] - logs[1]), (measured[1] - measured[0]), rtol=0.5, atol=0.5
-        )
-    else:
-        assert (logs[0] < logs[1]) == (run.history.base[0] > 0)  # the noisy end loses less
+def test_weights_of_timesteps_are_measured_before_training(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relative, "IMAGES", 32)
+
+    def weights(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        run, events = start(**options)
+        run.method.remove()
+        return run.student.relative.logs, events.base_losses
+
+    gap, losses = weights(**ROUNDED, teacher_weighting="gap")
+    lower, upper = gap.unflatten(0, (2, -1)).mean(1)  # in the two ranges of the validation
+    measured = losses.mean(0).log()
+    torch.testing.assert_close(lower - upper, measured[1] - measured[0], rtol=0.5, atol=0.5)
+    of_exact, _ = weights(**ROUNDED, teacher_weighting="relative")
+    of_base, _ = weights(relative_loss=True)
+    assert torch.equal(of_exact, of_base)
 
 
 @pytest.mark.parametrize("method", ["dmp", "lora"])
