@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from training.base.families.family import Given
@@ -36,6 +38,17 @@ class Aim:
     masks: Tensor | None = None
     clean: Tensor | None = None
     strengths: Tensor | None = None
+
+    def to(self, device: torch.device) -> Aim:
+        """The same aim on a device."""
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        given = {name: value.to(device) for name, value in self.given.items()}
+        changes: dict[str, Any] = {**moved, "given": given}
+        return replace(self, **changes)
 
 
 def noise_aim(inputs: Inputs, process: Process) -> Aim:

@@ -88,7 +88,9 @@ def encode(
     if masks is not None:
         masks = interpolate(masks, clean.shape[-2:], mode="area")
     draws = shaped(draws, clean, config)
-    return Inputs(clean, draws, _given(batch, encoders, config), batch.weights, batch.keys, masks)
+    return Inputs(
+        clean, draws, conditions(batch, encoders, config), batch.weights, batch.keys, masks
+    )
 
 
 def _pixels(batch: Batch) -> Tensor:
@@ -118,7 +120,12 @@ def _masks(batch: Batch, config: TrainConfig) -> Tensor | None:
     return batch.masks
 
 
-def _given(batch: Batch, encoders: FrozenEncoders, config: TrainConfig) -> dict[str, Tensor]:
+def conditions(batch: Batch, encoders: FrozenEncoders, config: TrainConfig) -> dict[str, Tensor]:
+    """What the model is told of a batch besides the timestep, tensors (B, ...) by name.
+
+    Raises:
+        PatchError: a base that takes captions, and images without.
+    """
     frozen, device = encoders.frozen, batch.sizes.device
     given: dict[str, Tensor] = {"sizes": batch.sizes}
     if frozen.conditioning == "caption":

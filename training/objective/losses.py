@@ -103,12 +103,10 @@ def gaps_of_sides(
     Returns:
         (3, B, bins) float64 on the CPU, in the order of `SIDES`.
     """
-    sides = (inputs.given, without(inputs.given, nothing))
     gaps = torch.zeros(len(SIDES), len(inputs.keys), bins, dtype=torch.float64)
     for asked in _questions(process, inputs, bins, draws, name):
         errors = []
-        for side, given in zip(SIDES, sides, strict=False):
-            question = asked.name if side == SIDES[0] else (asked.name, side)
+        for question, given in _sides(asked, inputs.given, nothing):
             wanted = target(question, asked.noisy, asked.t, given)
             with torch.no_grad():
                 found = student.prediction(asked.noisy, asked.t, given, wanted.shape[1])
@@ -117,6 +115,35 @@ def gaps_of_sides(
             squares = masked_mean(error.square(), inputs.masks)
             gaps[number, :, asked.bin] += squares.double().cpu()
     return gaps / draws
+
+
+def ask_all(
+    process: Process,
+    inputs: Inputs,
+    target: Target,
+    nothing: Given | None,
+    *,
+    bins: int,
+    draws: int,
+    name: object,
+) -> None:
+    """Asks for every target that `losses_by_bin` or, with `nothing`, `gaps_of_sides` will need.
+
+    Args:
+        process, inputs, target, nothing, bins, draws, name: see there.
+    """
+    for asked in _questions(process, inputs, bins, draws, name):
+        for question, given in _sides(asked, inputs.given, nothing):
+            target(question, asked.noisy, asked.t, given)
+
+
+def _sides(
+    asked: Question, given: Given, nothing: Given | None
+) -> Iterator[tuple[Hashable, Given]]:
+    """The sides of guidance of a question, each with a name of its own."""
+    yield asked.name, given
+    if nothing is not None:
+        yield (asked.name, SIDES[1]), without(given, nothing)
 
 
 def _questions(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from dmp_common.patch.objectives import strength_of_guidance
 from training.base.encoders import FrozenEncoders
 from training.data.batch import Batch
 from training.objective.aim import Aim, noise_aim
@@ -54,6 +53,7 @@ class Distillation(DataObjective):
     Args:
         encoders, process, config, device: see `DataObjective`.
         teacher: the exact call.
+        dtype: in which the noisy data will be kept, which is also what the teacher must see.
     """
 
     def __init__(
@@ -63,25 +63,23 @@ class Distillation(DataObjective):
         config: TrainConfig,
         device: torch.device,
         teacher: Teacher,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(encoders, process, config, device)
-        self.teacher = teacher
+        self.teacher, self.dtype = teacher, dtype
 
     def aim(self, batch: Batch, names: Names) -> Aim:
         """See `DataObjective.aim`. Where the scale of guidance is drawn, each sample's strength is
         the one that stands for its scale."""
         aim, scales = super().aim(batch, names), self.teacher.scales(names)
-        target = self.teacher(aim.noisy, aim.t, aim.given, scales)
-        return replace(aim, target=target, clean=None, strengths=self._strengths(scales))
-
-    def _strengths(self, scales: Tensor | None) -> Tensor | None:
-        greatest = self.teacher.greatest
-        low, high = self.teacher.range or (0.0, 0.0)
-        if scales is None or greatest is None or low == high:
-            return None
-        strengths = strength_of_guidance(scales, greatest)
-        assert isinstance(strengths, Tensor)
-        return strengths.to(self.device)
+        noisy = aim.noisy.to(self.dtype).to(aim.noisy.dtype)
+        target = self.teacher(noisy, aim.t, aim.given, scales)
+        strengths = self.teacher.strengths(scales, self.device)
+        return replace(aim, noisy=noisy, target=target, clean=None, strengths=strengths)
 
 
-Objective = DataObjective | Distillation
+class Objective(Protocol):
+    """Makes the aims of a run's batches."""
+
+    def aim(self, batch: Batch, names: Names) -> Aim:
+        """See `DataObjective.aim`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from dmp_common.bases.schedule import inside
-from dmp_common.patch.objectives import guided
+from dmp_common.patch.objectives import guided, strength_of_guidance
 from training.base.encoders import FrozenEncoders
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
@@ -51,10 +51,13 @@ class Teacher:
         drawn = [low + (high - low) * uniform(*name, "guidance") for name in names]
         return torch.tensor(drawn, dtype=torch.float32)
 
-    @property
-    def greatest(self) -> float | None:
-        """The scale that strength 1 stands for; None without guidance."""
-        return None if self.range is None else self.range[1]
+    def strengths(self, scales: Tensor | None, device: torch.device) -> Tensor | None:
+        """The strengths (B,) that stand for scales of guidance; None where all are 1."""
+        if scales is None or self.range is None or self.range[0] == self.range[1]:
+            return None
+        strengths = strength_of_guidance(scales, self.range[1])
+        assert isinstance(strengths, Tensor)
+        return strengths.to(device)
 
     @torch.no_grad()
     def __call__(
@@ -134,7 +137,7 @@ class KeptTeacher:
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
+        self._teacher: Teacher | None = teacher
         self._kept: dict[Hashable, Tensor] = {}
 
     def __call__(self, name: Hashable, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
@@ -144,5 +147,10 @@ class KeptTeacher:
             name: of the batch, its timesteps and noise.
         """
         if name not in self._kept:
+            assert self._teacher is not None
             self._kept[name] = self._teacher(noisy, t, given).cpu()
         return self._kept[name].to(noisy.device)
+
+    def release(self) -> None:
+        """Lets go of the exact model, once everything was asked."""
+        self._teacher = None

@@ -64,6 +64,17 @@ def _about_teaching(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
             f"{config.method} and --mix {config.mix}: leave it out.",
         ),
         (
+            not distills and (config.cache_teacher or config.states != "data"),
+            "--cache_teacher and --states need --objective distill, found --objective "
+            f"{config.objective}: give it.",
+        ),
+        (
+            config.needs_no_pictures
+            and (config.relative_loss or config.teacher_weighting == "relative"),
+            "--relative_loss and --teacher_weighting relative need pictures, found captions or "
+            "classes alone: use --teacher_weighting gap.",
+        ),
+        (
             not distills and cheaper,
             "--student_quantization, --student_weights and --teacher_guidance_scale need "
             f"--objective distill, found --objective {config.objective}: give it.",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from training.options.data_options import DataOptions
+from training.options.data_options import DataOptions, named_sources
 from training.options.loss_options import ObjectiveOptions
 from training.options.model_options import ModelOptions, PatchOptions
 from training.options.optimisation_options import OptimisationOptions
@@ -47,6 +47,12 @@ class TrainConfig(
     def has_student(self) -> bool:
         """Whether the cheap call has weights of its own."""
         return self.student_quantization is not None or self.student_weights is not None
+
+    @property
+    def needs_no_pictures(self) -> bool:
+        """Whether the run draws its own pictures, from captions or classes alone."""
+        trajectories = self.objective == "distill" and self.states != "data"
+        return trajectories and (self.state_captions is not None or not named_sources(self))
 
     @property
     def variant(self) -> dict[str, Any]:

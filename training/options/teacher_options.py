@@ -44,6 +44,58 @@ class TeacherOptions(Options):
         "trains the patch at the strength (w - 1) / (W - 1): the strength of the patch is then a "
         "dial of guidance. --min_timestep and --max_timestep make it an interval of guidance.",
     )
+    states: States = option(
+        "objective",
+        "data",
+        "Choose the noisy data at which --objective distill compares both calls. data: noised "
+        "training data. teacher: what the exact call passes through while it draws pictures, from "
+        "captions or classes alone. student: the same of the cheap call as it is.",
+    )
+    state_captions: str | None = option(
+        "objective",
+        None,
+        "Read the captions (or class ids) of --states teacher and student from this text file, one "
+        "on each line; no pictures are needed then. By default they are those of the training "
+        "data, or without any all classes of the base.",
+    )
+    trajectories: int = option(
+        "objective", 1000, "Draw this many pictures for --states teacher and student.", ge=1
+    )
+    state_sampler: Literal["default", "ddim", "unipc", "dpm++"] = option(
+        "objective",
+        "default",
+        "Draw them with this sampler: ddim, or Euler for flow models, by default.",
+    )
+    state_steps: int = option(
+        "objective",
+        20,
+        "Draw them in this many steps at least, and at most twice as many, so that the patch sees "
+        "the timesteps in between.",
+        ge=1,
+        le=500,
+    )
+    state_guidance_scale: float = option(
+        "objective",
+        1.0,
+        "Draw them with this scale of guidance, as the patch will be used with; what is learned "
+        "stays the prediction without it.",
+        ge=0,
+        le=100,
+    )
+    cache_teacher: bool = option(
+        "objective",
+        False,
+        "Compute the exact predictions of --objective distill first and keep them in files, so "
+        "that only the cheap model is in memory while training. --states teacher and student "
+        "always do so.",
+    )
+    teacher_draws: int = option(
+        "objective",
+        10,
+        "Compute this many exact predictions of each image for --cache_teacher, each at its own "
+        "timestep and noise.",
+        ge=1,
+    )
     negative_prompt: str = option(
         "objective",
         "",
@@ -83,6 +135,11 @@ class TeacherOptions(Options):
                 f"the base without guidance; give 1:{high}"
             )
         return value
+
+    @property
+    def stores_predictions(self) -> bool:
+        """Whether the exact predictions are on disk before the training begins."""
+        return self.objective == "distill" and (self.cache_teacher or self.states != "data")
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:

@@ -145,6 +145,8 @@ def _variant(config: TrainConfig) -> None:
 
 def _data(config: TrainConfig) -> None:
     """A source of data, and places on this disk that exist."""
+    if config.needs_no_pictures:
+        return
     given = named_sources(config)
     if not given and config.base == "auto" and config.pretrained_model_name_or_path is None:
         return  # who names neither a base nor data is shown whole commands already

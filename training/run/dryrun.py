@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.base.memory import weight_bytes
 from training.options.command_line import as_toml
+from training.run.filling import Filling
 from training.run.loop import step_losses
 from training.run.parts import Run
 from training.run.scale import peak_memory
@@ -20,10 +21,10 @@ def dry_run(run: Run) -> None:
     """Prints configuration, data, sizes and memory, and does one step; nothing is saved."""
     config, accelerator = run.config, run.accelerator
     start = time.perf_counter()
-    held, loss = _one_step(run)
+    held, loss, on_disk = _one_step(run)
     seconds = time.perf_counter() - start
     if accelerator.is_main_process:
-        print("\n".join([as_toml(config), *_about(run), *_memory(run, held)]))
+        print("\n".join([as_toml(config), *_about(run), *on_disk, *_memory(run, held)]))
         print(
             f"one step: {seconds:.2f} s (the first is slower), loss {loss:.4f}, peak "
             f"{_gib(peak_memory(run.device))} of this process"
@@ -32,8 +33,12 @@ def dry_run(run: Run) -> None:
     run.method.remove()
 
 
-def _one_step(run: Run) -> tuple[int, float]:
-    """Does one optimiser step; returns bytes kept for backward, and the loss."""
+def _one_step(run: Run) -> tuple[int, float, list[str]]:
+    """Does one optimiser step.
+
+    Returns:
+        Bytes kept for backward, the loss, and what there is to say of exact predictions on disk.
+    """
     config, accelerator = run.config, run.accelerator
     batches = run.data.batches(
         global_batch=run.at_once,
@@ -41,16 +46,22 @@ def _one_step(run: Run) -> tuple[int, float]:
         world=accelerator.num_processes,
     )
     run.wrapped.train()
-    held = _Held(run.student)
+    held, on_disk = _Held(run.student), list[str]()
     for batch in islice(batches, 1):
         names = [(config.seed, "dry run", row) for row in range(len(batch))]
-        aim = run.aims.aim(batch, names)
+        if config.stores_predictions:
+            filling = Filling(run, run.data)
+            aims = list(filling.aims(batch, names))
+            aim, size = aims[0], filling.estimate(aims)
+            on_disk = [f"exact predictions on disk: about {_gib(size)} in {filling.folder}"]
+        else:
+            aim = run.aims.aim(batch, names)
         with held:
             losses = step_losses(run, aim, 0)
         accelerator.backward(losses["loss"])
         run.optimiser.step()
         run.optimiser.zero_grad()
-    return held.bytes, float(losses["denoising"].detach())
+    return held.bytes, float(losses["denoising"].detach()), on_disk
 
 
 class _Held(torch.autograd.graph.saved_tensors_hooks):
@@ -93,6 +104,9 @@ def _memory(run: Run, held: int) -> list[str]:
     """The estimate: weights, trained values with their copies, and what a step keeps."""
     frozen = run.frozen
     parts = [frozen.model, frozen.vae, *frozen.encoders.values()]
+    exact = run.exact
+    if exact is not None and exact.model is not frozen.model and not run.config.stores_predictions:
+        parts.append(exact.model)  # weights that both share are counted twice
     modules = [part for part in parts if isinstance(part, nn.Module)]
     weights = weight_bytes(modules, frozen.swapped_blocks if frozen.swapped else ())
     copies = 4 if run.average.ema is None else 5  # values, gradients, two moments, average

@@ -163,7 +163,7 @@ class TrainingEvents(Events):
             "chosen": self.strength is not None
             or (run.config.keep_best and len(run.history.validation) > 2),
         }
-        if run.exact is None:
+        if run.config.objective != "distill":
             return judge(self.base_losses, trained, **facts)
         sides = None
         if self.base_sides is not None:

@@ -17,9 +17,9 @@ from training.base.frozen import FrozenBase
 from training.data.batch import Data, Position
 from training.methods.known import METHODS
 from training.methods.method import Method
-from training.objective.losses import Target
 from training.objective.noising import Process
 from training.objective.objectives import DataObjective, Distillation, Objective
+from training.objective.stored import StoredObjective
 from training.objective.student import Student
 from training.objective.teacher import KeptTeacher, Teacher
 from training.options.config import TrainConfig
@@ -86,11 +86,13 @@ class Parts:
     def objective(self, method: Method) -> Objective:
         """What the method learns, which is on the base."""
         given = self.encoders, self.process, self.config, self.device
+        if self.config.stores_predictions and not self.config.dry_run:
+            return StoredObjective(self.device)
         if self.exact is None:
             return DataObjective(*given)
         return Distillation(*given, self.teacher(method))
 
-    def target(self) -> Target | None:
+    def target(self) -> KeptTeacher | None:
         """What predictions at held-out images are compared with, before there is a method; None
         for the noise itself."""
         return None if self.exact is None else KeptTeacher(self.teacher())

@@ -39,7 +39,7 @@ def purpose_of(config: TrainConfig, frozen: FrozenBase) -> dict[str, Any]:
     if config.has_student:
         cheap |= student_facts(frozen, config)
     return told | {
-        "exact": exact, "cheap": cheap, "states": "data", "weights": config.teacher_weighting
+        "exact": exact, "cheap": cheap, "states": config.states, "weights": config.teacher_weighting
     }  # fmt: skip
 
 

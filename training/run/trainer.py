@@ -17,6 +17,7 @@ from training.base.frozen import FrozenBase, base_kind, load_frozen
 from training.base.memory import memory_warnings
 from training.data.batch import Data
 from training.data.build import open_splits
+from training.data.sources.caption_lines import CaptionData, open_captions
 from training.objective.noising import process_of
 from training.objective.teacher import require_conditions, unconditional_side
 from training.options.command_line import as_toml
@@ -24,6 +25,7 @@ from training.options.config import TrainConfig
 from training.options.presets import recipe_lines
 from training.run.dryrun import dry_run
 from training.run.events import TrainingEvents
+from training.run.filling import draw_pictures
 from training.run.folder import RunFolder
 from training.run.loop import train
 from training.run.metadata import Metadata
@@ -34,7 +36,7 @@ from training.run.publishing import push
 from training.run.resuming import facts_of, resume
 from training.run.scale import accumulation, make_accelerator, tracker_options
 from training.run.state import find_resumed, load_state
-from training.run.teaching import cheap_and_exact, require_gap, timestep_weights
+from training.run.teaching import prepare, require_gap
 from training.run.telling import Telling
 from training.run.usage import use_lines
 from training.run.validation import MOST, Validation, automatic_share, automatic_steps
@@ -99,7 +101,12 @@ class Trainer:
         for split in (data, held_out):
             if split is not None:
                 _fill_caches(split, parts, tell)
+        if isinstance(held_out, CaptionData):
+            with tell.timed("drawing held-out pictures"):
+                draw_pictures(parts, held_out)
         validation = None if held_out is None else Validation(parts, held_out, parts.target())
+        prepared = prepare(parts, data, validation, tell)
+        parts, data = prepared.parts, prepared.data
         base_losses = base_sides = None
         if validation is not None:
             with tell.timed(f"validating the base on {len(validation)} images"):
@@ -108,16 +115,15 @@ class Trainer:
                     base_losses = validation.images(parts.untrained())
                 else:
                     base_losses = base_sides[0]  # of the conditional prediction
-            if parts.exact is not None:
+            if config.objective == "distill":
                 require_gap(base_losses)
-        relative = timestep_weights(parts, data)
         previews = _previews(parts, tell)
         if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
             parts.frozen.release_encoders()
 
         weights = fingerprint(parts.frozen.model)  # before anything is trained in it
         run = assemble(parts, data)
-        run.student.relative = relative
+        run.student.relative = prepared.relative
         require_room(config, run.method.saved_parameters(), run.total)
         facts = facts_of(run, weights)
         if state is not None and resumed is not None:
@@ -179,7 +185,12 @@ def _open(
     if config.dry_run:  # looks at the data, does not encode all of it
         chosen = config.model_copy(update=dict.fromkeys((*IMAGE_CACHES, *TEXT_CACHES), False))
     kind = base_kind(config)
-    data, held_out = open_splits(chosen, kind, seed=config.seed, share=automatic_share)
+    data: Data
+    held_out: Data | None
+    if config.needs_no_pictures:
+        data, held_out = open_captions(chosen, config.state_captions, kind, config.seed)
+    else:
+        data, held_out = open_splits(chosen, kind, seed=config.seed, share=automatic_share)
     world = accelerator.num_processes
     tell.say(data.summary().text(config.train_batch_size * world, world))
     config = _resolved(config, data, accelerator)
@@ -205,24 +216,20 @@ def _open(
 def _loaded(config: TrainConfig, accelerator: Accelerator, tell: Telling) -> Parts:
     """The base on its device, with what surrounds it."""
     with tell.timed("loading the base"):
-        loaded = load_frozen(config, tell.say)
-        require_conditions(loaded, config)
-        frozen, exact = cheap_and_exact(loaded, config, tell.say)
-        for base in (frozen, exact):
-            if base is not None:
-                base.to(accelerator.device)
+        frozen = load_frozen(config, tell.say).to(accelerator.device)
+        require_conditions(frozen, config)
     _warn_of_memory(config, frozen, accelerator, tell)
-    encoders = FrozenEncoders(frozen, config)
+    encoders, distills = FrozenEncoders(frozen, config), config.objective == "distill"
     return Parts(
         config=config,
         accelerator=accelerator,
         frozen=frozen,
         process=process_of(frozen.scheduler, config),
         encoders=encoders,
-        exact=exact,
-        nothing=None
-        if exact is None
-        else unconditional_side(frozen, encoders, config, accelerator.device),
+        exact=frozen if distills else None,
+        nothing=unconditional_side(frozen, encoders, config, accelerator.device)
+        if distills
+        else None,
     )
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from training.base.families.family import Given
 from training.data.batch import Data, Position
 from training.objective.inputs import Inputs, encode
-from training.objective.losses import Target, gaps_of_sides, losses_by_bin
+from training.objective.losses import Target, ask_all, gaps_of_sides, losses_by_bin
 from training.objective.student import Student
+from training.objective.teacher import KeptTeacher
 from training.options.config import TrainConfig
 from training.run.parts import Parts
 
@@ -125,6 +126,20 @@ class Validation:
 
         found = self._of_all(measured)
         return found.unflatten(1, (-1, self.config.validation_bins)).movedim(1, 0)
+
+    def ask(self) -> None:
+        """Asks the exact call for all its predictions, after which it is not needed any more."""
+        target = self.target
+        if not isinstance(target, KeptTeacher):
+            return
+        nothing = None if self.config.guidance_range is not None else self.nothing
+        for kept in self.batches:
+            inputs = kept.to(self.accelerator.device)
+            ask_all(
+                self.process, inputs, target,
+                None if nothing is None else self._moved(nothing), **self._how,
+            )  # fmt: skip
+        target.release()
 
     @property
     def _how(self) -> dict[str, Any]:
