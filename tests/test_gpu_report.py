@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import numbers
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu import report as report_module
+from benchmarks.gpu.__main__ import chosen, main, parsed
 from benchmarks.gpu.report import Part, Report
+from benchmarks.gpu.stages import stages_of
+from benchmarks.gpu.subjects import Setup
 
 
 def report_of(folder: Path, *parts: str, minutes: float = 60.0) -> tuple[int, dict, str]:
@@ -74,3 +78,44 @@ def test_no_part_starts_without_time(tmp_path):
 def test_an_interrupt_ends_the_run():
     with pytest.raises(KeyboardInterrupt), Part("a"):
         raise KeyboardInterrupt
+
+
+def test_smoke_runs_a_few_stages_of_each_part(tmp_path):
+    options = parsed(["--smoke", "--part", "1", "--out", str(tmp_path)])
+    assert (options.device, options.minutes) == ("cpu", 7.0)
+    stages = stages_of(Setup("cpu", True, lambda: 1.0))
+    assert len({stage.name for stage in stages}) == len(stages)
+    first = [stage.name for stage in stages if chosen(stage, options)]
+    assert {"numbers dit", "beside LoRA sd15", "quantised q4_0 sd15", "graph dit"} <= set(first)
+    assert len(first) < 15
+    assert not any("compiled" in name or name == "tests" for name in first)
+
+
+def test_no_stage_starts_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report_module, "machine_of", lambda device: "a card")
+    asked = ["--device", "cuda", "--out", str(tmp_path), "--minutes", "0.04", "--only", "compiled"]
+    assert main(asked) == 0
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert data["parts"] == []
+    assert set(data["left_out"]) == {"compiled dit-xl/2", "compiled sd15"}
+
+
+def test_every_file_with_tests_for_a_gpu_is_run():
+    root = Path(__file__).parent
+    marked = {
+        path.relative_to(root.parent).as_posix()
+        for path in root.rglob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8") and path != Path(__file__)
+    }
+    assert marked == set(numbers.TESTS)
+
+
+def test_patches_are_measured_beside_lora_on_exact_and_quantised_weights(tmp_path):
+    code, data, text = report_of(tmp_path, "beside LoRA dit", "quantised fp8")
+    assert code == 0, text
+    for part in data["parts"]:
+        values = {f["what"]: f["value"] for f in part["figures"]}
+        assert values["remove() gives the base bit for bit"] is True
+        assert all(values[f"forward, {n} / plain"] > 0.0 for n in ("add", "modulate", "LoRA"))
+    assert data["parts"][1]["figures"][0]["value"] > 1e-4  # the weights are rounded

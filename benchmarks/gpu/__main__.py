@@ -1,10 +1,15 @@
 """Measures on a GPU what the tests on a CPU cannot see: `python -m benchmarks.gpu --out FOLDER`.
 
-Runs the parts below in order of their value, prints figures as they come, and writes report.md and
-report.json into the folder after each part. A part that fails is reported with the end of its
-traceback, and the next one starts. No new part starts when the minutes are used up.
+Two parts, each of at most seven minutes on one card: `--part 1` is what a patch computes and costs
+(numbers of every family, the tests marked gpu, forward passes and training steps of full-size
+models of random weights, compiled and quantised, beside LoRA); `--part 2` is what it is worth (a
+small model is trained on CIFAR-10, and patches and LoRAs on it). Without `--part` both run.
 
-With `--device cpu --tiny` it runs anywhere on tiny models, to try the command itself.
+Runs the stages below in order of their value, prints figures as they come, and writes report.md and
+report.json into the folder after each stage. A stage that fails is reported with the end of its
+traceback, and the next one starts. No stage starts for which too little time is left.
+
+With `--smoke` it runs on a CPU in seconds, on tiny models, to try the command itself.
 """
 
 from __future__ import annotations
@@ -13,85 +18,35 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
 
-from benchmarks.gpu import memory, numbers, speed
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.stages import Stage, stages_of
 from benchmarks.gpu.subjects import Setup
-from tests.tiny import FAMILIES
 
-Measure = Callable[[Setup, Any, str, int, int], None]
-MEASURED: list[tuple[str, Measure, tuple[str, int, int]]] = [
-    # name, function, (base, side of the latent, batch)
-    ("forward", speed.forward_pass, ("sd15", 64, 2)),
-    ("forward", speed.forward_pass, ("dit-xl/2", 32, 8)),
-    ("blocks compiled first", speed.attached_to_blocks, ("flux", 128, 1)),
-    ("training", speed.training_step, ("sd15", 64, 4)),
-    ("training", speed.training_step, ("dit-xl/2", 32, 16)),
-    ("compiled", speed.compiled_model, ("dit-xl/2", 32, 8)),
-    ("forward", speed.forward_pass, ("flux", 128, 1)),
-    ("forward", speed.forward_pass, ("sdxl", 128, 2)),
-    ("forward", speed.forward_pass, ("sd3", 128, 2)),
-    ("offload", memory.group_offload, ("sd15", 64, 2)),
-    ("offload", memory.group_offload, ("sd3", 128, 1)),
-    ("casting", memory.layerwise_casting, ("sd15", 64, 2)),
-    ("casting", memory.layerwise_casting, ("sd3", 128, 1)),
-    ("blocks compiled", speed.compiled_blocks, ("flux", 64, 1)),
-    ("forward, one at a time", speed.forward_pass, ("dit-xl/2", 32, 1)),
-    ("forward, one at a time", speed.forward_pass, ("sd15", 64, 1)),
-    ("compiled", speed.compiled_model, ("sd15", 64, 2)),
-]
-
-
-def parts_of(setup: Setup) -> list[tuple[str, Callable[[Any], Any]]]:
-    """All parts by name, the most valuable first."""
-    parts: list[tuple[str, Callable[[Any], Any]]] = []
-    for name in FAMILIES:
-        parts.append((f"numbers {name}", partial(_named, numbers.numbers, setup, name)))
-    parts.append(("tests", partial(numbers.gpu_tests, setup)))
-    for kind, function, which in MEASURED:
-        parts.append((f"{kind} {which[0]}", partial(_measured, function, setup, which)))
-    for name in FAMILIES:
-        parts.append((f"graph {name}", partial(_named, numbers.cuda_graph, setup, name)))
-    return parts
-
-
-def _named(function: Callable[..., None], setup: Setup, name: str, part: Any) -> None:
-    function(setup, part, name)
-
-
-def _measured(function: Measure, setup: Setup, which: tuple[str, int, int], part: Any) -> None:
-    function(setup, part, *which)
+MINUTES = 7.0  # of one part
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the report; 1 where a part failed or a figure is not as promised."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the report")
-    parser.add_argument("--minutes", type=float, default=60.0, help="start no part after these")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command")
-    parser.add_argument("--only", nargs="*", help="parts whose name begins so, e.g. forward")
-    options = parser.parse_args(arguments)
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none: use --device cpu --tiny to try this.")
+    """Makes the report; 1 where a stage failed or a figure is not as promised."""
+    options = parsed(arguments)
+    tiny = options.tiny or options.smoke
     end = time.monotonic() + 60.0 * options.minutes
-    setup = Setup(options.device, options.tiny, lambda: end - time.monotonic())
+    setup = Setup(options.device, tiny, lambda: end - time.monotonic(), options.data)
     report = Report(options.out, options.device)
     print(report.about, flush=True)
-    for name, part in parts_of(setup):
-        if options.only and not name.startswith(tuple(options.only)):
+    for stage in stages_of(setup):
+        if not chosen(stage, options):
             continue
-        if setup.left() <= 0 or report.lost:
-            report.left_out.append(name)
+        # A tiny model says nothing about how long a stage takes on a card.
+        if setup.left() <= (0.0 if tiny else stage.seconds) or report.lost:
+            report.left_out.append(stage.name)
             continue
-        report.run(name, part)
+        report.run(stage.name, stage.run, None if tiny else stage.seconds)
         clean_up(setup, report)
     report.write()
     print(f"the report is in {options.out}")
@@ -99,8 +54,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bad)
 
 
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the report")
+    parser.add_argument("--part", type=int, choices=[1, 2], help="this part alone")
+    parser.add_argument(
+        "--minutes", type=float,
+        help="start no stage after these (default: 7 with --part, else 60)",
+    )  # fmt: skip
+    parser.add_argument("--device", default=None, help="(default: cuda; cpu with --smoke)")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 for part 2: a zip or class folders")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few stages on tiny models, on the CPU"
+    )
+    parser.add_argument("--only", nargs="*", help="stages whose name begins so, e.g. forward")
+    options = parser.parse_args(arguments)
+    if options.device is None:
+        options.device = "cpu" if options.smoke else "cuda"
+    if options.minutes is None:
+        options.minutes = 60.0 if options.part is None else MINUTES
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none: use --smoke to try this on a CPU.")
+    return options
+
+
+def chosen(stage: Stage, options: argparse.Namespace) -> bool:
+    """Whether a stage was asked for."""
+    if options.part not in (None, stage.part):
+        return False
+    if options.only:
+        return stage.name.startswith(tuple(options.only))
+    return stage.smoke or not options.smoke
+
+
 def clean_up(setup: Setup, report: Report) -> None:
-    """Frees what a part left; notices when an error has made the GPU useless to this process."""
+    """Frees what a stage left; notices when an error has made the GPU useless to this process."""
     torch._dynamo.reset()
     gc.collect()
     if not setup.on_gpu:

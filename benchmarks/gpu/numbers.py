@@ -22,13 +22,20 @@ from dmp_common import attach
 from tests.tiny import FAMILIES, Tiny
 
 ROOT = Path(__file__).resolve().parents[2]
+# Where the tests marked gpu are: to collect all tests takes longer than they do.
+TESTS = (
+    "tests/dmp_common/test_attach_copies.py",
+    "tests/dmp_common/test_devices.py",
+    "tests/training/base/test_memory.py",
+    "tests/training/run/test_devices.py",
+)
 HALVES = (torch.bfloat16, torch.float16)
 TIMESTEPS = (10.0, 900.0)
 
 
 def gpu_tests(setup: Setup, part: Part) -> None:
     """Runs the tests that need a GPU; without one they skip themselves."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "tests/dmp_common"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rfE", *TESTS]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     limit = max(30.0, min(240.0, setup.left()))

@@ -63,6 +63,7 @@ class Part:
     figures: list[Figure] = field(default_factory=list)
     seconds: float = 0.0
     failure: str | None = None
+    budget: float | None = None
     start: float = field(default=0.0, repr=False)
 
     def add(self, what: str, value: Value, note: str = "", most: float | None = None) -> None:
@@ -127,9 +128,13 @@ class Report:
             "python": platform.python_version(),
         }
 
-    def run(self, name: str, part: Callable[[Part], Any]) -> None:
-        """Runs a part and writes the report."""
-        with Part(name) as running:
+    def run(self, name: str, part: Callable[[Part], Any], budget: float | None = None) -> None:
+        """Runs a part and writes the report.
+
+        Args:
+            budget: seconds that it should take; None where nothing is expected.
+        """
+        with Part(name, budget=budget) as running:
             self.parts.append(running)
             part(running)
         self.write()
@@ -164,5 +169,10 @@ class Report:
         for part in self.parts:
             if part.failure:
                 lines += ["", f"## {part.name} failed", "", "```", part.failure, "```"]
-        lines += ["", "Seconds: " + ", ".join(f"{p.name} {p.seconds:.0f}" for p in self.parts)]
+        lines += ["", "Seconds: " + ", ".join(_seconds(part) for part in self.parts)]
         return "\n".join(lines) + "\n"
+
+
+def _seconds(part: Part) -> str:
+    over = part.budget is not None and part.seconds > part.budget
+    return f"{part.name} {part.seconds:.0f}" + (f" (of {part.budget:.0f})" if over else "")

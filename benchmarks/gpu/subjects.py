@@ -26,11 +26,13 @@ class Setup:
         device: that is measured.
         tiny: whether tiny models stand in for the full-size ones, to try the command.
         left: seconds that are left.
+        data: CIFAR-10, a zip or class folders; None where it is not at hand.
     """
 
     device: str
     tiny: bool
     left: Callable[[], float]
+    data: Path | None = None
 
     @property
     def on_gpu(self) -> bool:
