@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from dmp_common import Patch, PatchError
 from dmp_common.patch.serialize import serialize, write_atomically
@@ -63,6 +64,12 @@ class LoraMethod(Method):
             for layer in layers:
                 layer.enable_adapters(True)
 
+    def at(self, strengths: Tensor | None) -> AbstractContextManager[object]:
+        """See `Method.at`: a LoRA has one strength for all items."""
+        if strengths is None or not bool((strengths == strengths[0]).all()):
+            return super().at(strengths)
+        return _at(lora_layers(self.frozen.model), float(strengths[0]))
+
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiplies the second matrix of every layer."""
@@ -104,6 +111,19 @@ def remove_lora(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+@contextmanager
+def _at(layers: list[Any], strength: float) -> Iterator[None]:
+    """Multiplies the scaling of peft's layers for as long as the context lasts."""
+    kept = [dict(layer.scaling) for layer in layers]
+    for layer, scaling in zip(layers, kept, strict=True):
+        layer.scaling.update({name: strength * value for name, value in scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
 
 
 def lora_layers(model: nn.Module) -> list[Any]:

@@ -134,7 +134,7 @@ def _scales(sampler: SchedulerMixin) -> bool:
     return hasattr(sampler, "scale_model_input")
 
 
-def draw_images(
+def draw_latents(
     frozen: FrozenBase,
     noise: Tensor,
     conditional: Given,
@@ -146,7 +146,7 @@ def draw_images(
     generators: Sequence[torch.Generator] = (),
     guided: int | None = None,
 ) -> Tensor:
-    """Pictures (B, C, H, W) in [-1, 1], float32 on the CPU, from noise in the model's space.
+    """Samples (B, C, h, w) in the model's space, float32 on its device, from noise there.
 
     Args:
         frozen: the base, with whatever is on it.
@@ -164,10 +164,18 @@ def draw_images(
 
     made = make_sampler(frozen.scheduler, steps, (height // 2) * (width // 2), sampler)
     with torch.no_grad():
-        latents = denoise(
-            predict, made, noise, conditional, unconditional, scale, generators, guided
-        )
-    return frozen.decode(latents)
+        return denoise(predict, made, noise, conditional, unconditional, scale, generators, guided)
+
+
+def draw_images(
+    frozen: FrozenBase,
+    noise: Tensor,
+    conditional: Given,
+    unconditional: Given | None,
+    **how: Any,
+) -> Tensor:
+    """Pictures (B, C, H, W) in [-1, 1], float32 on the CPU; arguments as of `draw_latents`."""
+    return frozen.decode(draw_latents(frozen, noise, conditional, unconditional, **how))
 
 
 def noises(names: Sequence[object], shape: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:

@@ -75,6 +75,21 @@ def _about_teaching(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
             "classes alone: use --teacher_weighting gap.",
         ),
         (
+            config.objective == "own" and config.trains_base,
+            "--objective own needs values that are added to a frozen base, found --method "
+            f"{config.method}: use dmp, prompt or lora.",
+        ),
+        (
+            config.objective == "two-sided" and config.method not in _PATCHES,
+            "--objective two-sided needs a strength for each image, found --method "
+            f"{config.method}: use dmp or prompt.",
+        ),
+        (
+            config.uses_own_samples and config.mix == "prepend" and config.method in _PATCHES,
+            "--objective own and two-sided need a patch that has a strength, found --mix prepend: "
+            "use another.",
+        ),
+        (
             not distills and cheaper,
             "--student_quantization, --student_weights and --teacher_guidance_scale need "
             f"--objective distill, found --objective {config.objective}: give it.",

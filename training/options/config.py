@@ -55,6 +55,11 @@ class TrainConfig(
         return trajectories and (self.state_captions is not None or not named_sources(self))
 
     @property
+    def uses_own_samples(self) -> bool:
+        """Whether samples of the base are trained on."""
+        return self.objective in ("own", "two-sided")
+
+    @property
     def variant(self) -> dict[str, Any]:
         """The options of `Patch.create`."""
         names = ("gate", "selection", "mix", "condition", "prompt_init", "grid_scope")

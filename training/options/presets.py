@@ -139,6 +139,8 @@ def suggestions(chosen: Mapping[str, Any]) -> dict[str, Any]:
     if {**of_recipe, **chosen}.get("teacher_guidance_scale"):
         of_recipe["caption_dropout_rate"] = 0.0  # the cheap call is the conditional one alone
     found |= of_recipe
+    if chosen.get("objective") in ("own", "two-sided"):
+        found["keep_best"] = False  # away from the base's samples the held-out loss rises
     # Who says how many images make a step is not overruled by a recipe that nobody named: with
     # kohya's scripts --train_batch_size says it, and 128 times as much would be a surprise.
     own = chosen.get("gradient_accumulation_steps") or (

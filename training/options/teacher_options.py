@@ -12,7 +12,7 @@ from pydantic import field_validator
 
 from training.options.declaring import Options, option
 
-ObjectiveName = Literal["data", "distill"]
+ObjectiveName = Literal["data", "distill", "own", "two-sided"]
 States = Literal["data", "teacher", "student"]
 TeacherWeighting = Literal["plain", "gap", "relative"]
 
@@ -26,7 +26,10 @@ class TeacherOptions(Options):
         "Choose what is learned. data: predict the noise of the training data, as the paper does. "
         "distill: predict what the exact call of the base predicts (full weights, and guidance "
         "with --teacher_guidance_scale) by a cheap call (weights of --student_weights or "
-        "--student_quantization, one evaluation).",
+        "--student_quantization, one evaluation). own (experimental): learn the noise of the "
+        "base's own samples, with the opposite sign, so that the patch leads away from them. "
+        "two-sided (experimental): data at strength 1 and own samples at strength -1. On the "
+        "digits neither was better than epsilon scaling, which needs no training.",
         common=True,
     )
     teacher_weighting: TeacherWeighting = option(
@@ -96,6 +99,21 @@ class TeacherOptions(Options):
         "timestep and noise.",
         ge=1,
     )
+    own_samples: int = option(
+        "objective",
+        2000,
+        "Draw this many samples of the base before training, for --objective own and two-sided. "
+        "They are kept in the folder own-samples of --cache_dir, or of --output_dir, and used "
+        "again.",
+        ge=1,
+    )
+    own_sampler: str = option(
+        "objective",
+        "unipc",
+        "Draw them with this sampler, one of those of --sampler of the evaluation. Flow models "
+        "take their own by default.",
+    )
+    own_steps: int = option("objective", 20, "Draw them in this many steps.", ge=1, le=1000)
     negative_prompt: str = option(
         "objective",
         "",

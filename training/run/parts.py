@@ -19,6 +19,7 @@ from training.methods.known import METHODS
 from training.methods.method import Method
 from training.objective.noising import Process
 from training.objective.objectives import DataObjective, Distillation, Objective
+from training.objective.own import OwnObjective, OwnSamples, TwoSided
 from training.objective.stored import StoredObjective
 from training.objective.student import Student
 from training.objective.teacher import KeptTeacher, Teacher
@@ -42,6 +43,8 @@ class Parts:
         exact: the base of the exact call, which --objective distill teaches to `frozen`; they may
             be the same. None for other objectives, and once all exact predictions are on disk.
         nothing: the unconditional side, tensors (1, ...) by name; None where nothing asks for it.
+        own: samples of the base, for the objectives that need them; None elsewhere and before
+            they are drawn.
     """
 
     config: TrainConfig
@@ -51,6 +54,7 @@ class Parts:
     encoders: FrozenEncoders
     exact: FrozenBase | None = None
     nothing: Given | None = None
+    own: OwnSamples | None = None
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +92,10 @@ class Parts:
         given = self.encoders, self.process, self.config, self.device
         if self.config.stores_predictions and not self.config.dry_run:
             return StoredObjective(self.device)
+        if self.config.objective == "own":
+            return OwnObjective(*given, self.own)
+        if self.config.objective == "two-sided":
+            return TwoSided(*given, self.own)
         if self.exact is None:
             return DataObjective(*given)
         return Distillation(*given, self.teacher(method))

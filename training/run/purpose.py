@@ -19,10 +19,15 @@ def purpose_of(config: TrainConfig, frozen: FrozenBase) -> dict[str, Any]:
         frozen: the base of the cheap call, which the method is on.
 
     Returns:
-        "objective"; and where it is distill "exact" and "cheap", which say what both calls are,
-        "states", where their predictions were compared, and "weights", of the timesteps.
+        "objective"; with own samples how many and how they were drawn; and where it is distill
+        "exact" and "cheap", which say what both calls are, "states", where their predictions were
+        compared, and "weights", of the timesteps.
     """
     told: dict[str, Any] = {"objective": config.objective}
+    if config.uses_own_samples:
+        told["own_samples"] = {
+            "count": config.own_samples, "sampler": config.own_sampler, "steps": config.own_steps
+        }  # fmt: skip
     if config.objective != "distill":
         return told
     exact: dict[str, Any] = {"evaluations": 1}

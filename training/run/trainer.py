@@ -30,6 +30,7 @@ from training.run.folder import RunFolder
 from training.run.loop import train
 from training.run.metadata import Metadata
 from training.run.outputs import Outputs, require_room
+from training.run.own_samples import draw_own_samples
 from training.run.parts import Parts, Run, assemble
 from training.run.previews import Previews
 from training.run.publishing import push
@@ -118,6 +119,9 @@ class Trainer:
             if config.objective == "distill":
                 require_gap(base_losses)
         previews = _previews(parts, tell)
+        if config.uses_own_samples and not config.dry_run:
+            with tell.timed(f"drawing {config.own_samples} samples of the base"):
+                parts.own = draw_own_samples(parts, data, tell)
         if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
             parts.frozen.release_encoders()
 

@@ -33,6 +33,7 @@ OPTIONS = {
     "SGDNesterov": {"optimizer_type": "SGDNesterov", "ema_decay": 0.0},
     "Adafactor": {"optimizer_type": "Adafactor", "lr_warmup_steps": 3},
     "lora": {"method": "lora", "network_dim": 2},
+    "two-sided": {"objective": "two-sided", "own_samples": 32, "own_steps": 2},
     "full": {"method": "full", "learning_rate": 1e-4},
     "joint": {"method": "joint", "learning_rate": 1e-4, "load_weight": 0.1, "gate_noise": True},
 }  # fmt: skip

@@ -77,7 +77,7 @@ def tune(cheap: Cheap, call: str, names: Iterable[str], processes: int) -> dict[
     ]
     found = all_done(cheap, jobs, processes)
     print(tuning({(job.remedy, job.rate): one.share for job, one in found.items()}))
-    best = {}
+    best: dict[str, tuple[float, float]] = {}
     for job, one in found.items():
         if job.remedy not in best or one.share > best[job.remedy][0]:
             best[job.remedy] = one.share, job.rate

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,7 +102,7 @@ class Cheap:
         elif remedy != "none":
             options = REMEDIES[remedy].all_options(call, rate, seed, self.steps)
             context = load_compared(train_trial(subject, options, folder)).on(cheap)
-        bare = cheap_base(exact, TrainConfig(base=self.subject, student_quantization=call))
+        bare = self._models(subject, call)[1]
         with context as used:
             judged = used if isinstance(used, FrozenBase) else cheap
             found = _judged(subject, exact, bare, judged, split, self._reference(call, split))
@@ -110,11 +111,8 @@ class Cheap:
         return found
 
     def _models(self, subject: Subject, call: str) -> tuple[FrozenBase, FrozenBase]:
-        config = TrainConfig(
-            base=subject.base,
-            pretrained_model_name_or_path=str(subject.weights),
-            student_quantization=call,
-        )
+        options: dict[str, Any] = {"base": subject.base, "student_quantization": call}
+        config = TrainConfig(pretrained_model_name_or_path=str(subject.weights), **options)
         exact = load_frozen(config)
         return exact, cheap_base(exact, config)
 
