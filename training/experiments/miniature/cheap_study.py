@@ -2,9 +2,9 @@ r"""Compare what repairs a cheap call: patches, LoRA and bias correction, on pic
 
     python -m training.experiments.miniature.cheap_study digits tune confirm --out DIR
     python -m training.experiments.miniature.cheap_study cifar10-s tune confirm \
-        --data DIR --out DIR --only modulate lora --calls rtn3
+        --data DIR --out DIR --only repair lora --calls rtn3
 
-`tune` tries three learning rates for each remedy on validation, with seed 0, on the first of the
+`tune` tries two learning rates for each remedy on validation, with seed 0, on the first of the
 chosen cheap calls; `confirm` trains the best one with three other seeds and judges it on the test
 split. What is done is kept in `--out`, and a study that was stopped goes on from there.
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=("tune", "confirm"))
     parser.add_argument("--data", type=Path, help="folder that make_cifar filled")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=REMEDIES, default=list(REMEDIES))
     parser.add_argument("--calls", nargs="+", default=list(CALLS.values()))

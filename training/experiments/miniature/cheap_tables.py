@@ -18,7 +18,7 @@ def tuning(shares: Mapping[tuple[str, float], float]) -> str:
         rows.setdefault(name, []).append(f"{rate:g}: {share:.3f}")
     lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return "\n".join(
-        ["| remedy | rate: share of the gap repaired | | |", "|---|---|---|---|", *lines]
+        ["| remedy | rate: share of the gap repaired | |", "|---|---|---|---|", *lines]
     )
 
 

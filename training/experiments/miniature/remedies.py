@@ -12,9 +12,11 @@ CALLS: dict[str, str] = {
     "3 bits per row": "rtn3",
     "4 bits per row": "rtn4",
 }
-# All that is trained has this in common: 200 steps of 64 images, as long as it takes to see it.
+# All that is trained has this in common. Timesteps are weighted by 1 / the gap: plainly weighted,
+# the noisiest ones, where the gap is largest, hide the others, on which pictures depend.
 _SHARED: dict[str, Any] = {
     "objective": "distill",
+    "teacher_weighting": "gap",
     "train_batch_size": 64,
     "lr_scheduler": "cosine",
     "ema_decay": 0.0,
@@ -23,7 +25,6 @@ _SHARED: dict[str, Any] = {
     "load_weight": 0.0,
 }
 _OUTPUTS = ",".join(f"block.{n}.{layer}" for n in range(6) for layer in ("to_out", "ff.out"))
-_MODULATE: dict[str, Any] = {"method": "dmp", "mix": "modulate"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Remedy:
     """
 
     options: Mapping[str, Any]
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...]
 
     def all_options(self, call: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
         """The trainer's options for a cheap call, a rate and a seed."""
@@ -48,19 +49,19 @@ class Remedy:
 
 # Sizes are those of bases of six blocks of width 64: digits and cifar10-s.
 REMEDIES: dict[str, Remedy] = {
-    # Ours: four pairs of a scale and a shift for each channel of the linear layers, each pair for
-    # a part of the timesteps (27,648 values and the gate's 260).
-    "modulate": Remedy(_MODULATE),
-    # The modulation layers too, two pairs (23,040 and 130).
-    "modulated": Remedy({**_MODULATE, "dmp_sites": "modulated", "grids": 2}),
-    # The same without a gate, one pair (6,912); and gated at its size, four pairs at the outputs of
-    # attention and feed-forward (6,144 and 260).
-    "ungated": Remedy({**_MODULATE, "gate": "none"}),
-    "modulate-few": Remedy({**_MODULATE, "dmp_sites": _OUTPUTS}),
-    # LoRA of both sizes: 6,144 and 27,648 values.
-    "lora": Remedy({"method": "lora", "network_dim": 2}, (1e-2, 3e-2, 1e-1)),
-    "lora-large": Remedy({"method": "lora", "network_dim": 9}, (3e-3, 1e-2, 3e-2)),
+    # --recipe repair: four pairs of a scale and a shift for each channel of the linear layers and
+    # the modulation layers, each pair for a part of the timesteps (46,080 values, gate 260).
+    "repair": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated"}, (5e-3, 1e-2)),
+    # A LoRA of that size (46,080).
+    "lora": Remedy({"method": "lora", "network_dim": 15}, (1e-2, 3e-2)),
+    # With a gate and without, at one size: four pairs at the outputs of attention and feed-forward
+    # (6,144, gate 260), or one at every linear layer (6,912).
+    "gated-small": Remedy(
+        {"method": "dmp", "mix": "modulate", "dmp_sites": _OUTPUTS}, (1e-2, 3e-2)
+    ),
+    "ungated-small": Remedy({"method": "prompt", "mix": "modulate"}, (1e-2, 3e-2)),
+    "lora-small": Remedy({"method": "lora", "network_dim": 2}, (1e-2, 3e-2)),
     # The paper's prompts at block inputs, with its gate and without (7,200 and 6,144).
-    "prompts": Remedy({"method": "dmp"}),
-    "prompts-ungated": Remedy({"method": "prompt"}),
+    "prompts": Remedy({"method": "dmp"}, (1e-2, 3e-2)),
+    "prompts-ungated": Remedy({"method": "prompt"}, (3e-3, 1e-2)),
 }
