@@ -231,6 +231,16 @@ def _stored(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def give_back(model: nn.Module) -> None:
+    """Gives the memory of a model's weights back: their shapes stay, and so do its buffers, and
+    weights that another model holds too."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
 class _Alias(nn.Module):
     """Gives a tensor under another name: autograd keeps that and not the parameter."""
 

@@ -34,7 +34,7 @@ def load_student(frozen: FrozenBase, path: Path) -> nn.Module:
     base.
 
     Args:
-        frozen: the exact base. Nothing of its weights is used.
+        frozen: the exact base. Nothing of its weights is used; they may be on the meta device.
         path: a file in GGUF or in 8-bit floating point, in the naming of diffusers or the original.
 
     Raises:
@@ -128,7 +128,7 @@ def _with_weights(
         weight, bias = tensors[f"{path}.weight"], tensors.get(f"{path}.bias")
         if bias is not None:
             bias = _plain(bias, before[f"{path}.bias"])
-        device = layer.weight.device
+        device = _home(layer.weight)
         replaced |= {f"{path}.weight", f"{path}.bias"}
         if _is_stored(weight):
             stored: Any = weight
@@ -150,13 +150,19 @@ def _with_weights(
     return model
 
 
+def _home(like: Tensor) -> torch.device:
+    """Where the values that take a tensor's place belong: the CPU, where its own were given back
+    already."""
+    return torch.device("cpu") if like.is_meta else like.device
+
+
 def _plain(tensor: Any, like: Tensor, scale: Tensor | None = None) -> Tensor:
     """The values of a tensor in the precision, the shape and the place of another."""
     if _is_stored(tensor):
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
         tensor = dequantize_gguf_tensor(tensor)
-    values: Tensor = tensor.to(like.device, like.dtype)
+    values: Tensor = tensor.to(_home(like), like.dtype)
     if scale is not None:
-        values = values * scale.to(like.device, like.dtype)
+        values = values * scale.to(values.device, like.dtype)
     return values.reshape(like.shape)

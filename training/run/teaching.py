@@ -13,6 +13,7 @@ from torch import Tensor
 from dmp_common import PatchError
 from training.base.cheap import cheap_base
 from training.base.families.family import Given
+from training.base.memory import give_back
 from training.data.batch import Data
 from training.objective.relative import BINS, RelativeWeights, relative_config, warn_of_rounding
 from training.objective.stored import StoredData
@@ -98,7 +99,7 @@ def _released(parts: Parts) -> Parts:
     """The parts without the exact model, whose memory is given back unless it is the cheap one."""
     exact = parts.exact
     if exact is not None and (exact.model is not parts.frozen.model or parts.config.has_student):
-        exact.model.to("meta")
+        give_back(exact.model)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

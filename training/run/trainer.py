@@ -13,11 +13,10 @@ from accelerate import Accelerator
 
 from dmp_common import Patch, PatchError
 from training.base.encoders import FrozenEncoders, fingerprint
-from training.base.frozen import FrozenBase, base_kind, load_frozen
+from training.base.frozen import FrozenBase, load_frozen
 from training.base.memory import memory_warnings
 from training.data.batch import Data
-from training.data.build import open_splits
-from training.data.sources.caption_lines import CaptionData, open_captions
+from training.data.sources.caption_lines import CaptionData
 from training.objective.noising import process_of
 from training.objective.teacher import require_conditions, unconditional_side
 from training.options.command_line import as_toml
@@ -29,21 +28,19 @@ from training.run.filling import draw_pictures
 from training.run.folder import RunFolder
 from training.run.loop import train
 from training.run.metadata import Metadata
+from training.run.opening import TEXT_CACHES, open_run
 from training.run.outputs import Outputs, require_room
 from training.run.own_samples import draw_own_samples
 from training.run.parts import Parts, Run, assemble
 from training.run.previews import Previews
 from training.run.publishing import push
 from training.run.resuming import facts_of, resume
-from training.run.scale import accumulation, make_accelerator, tracker_options
+from training.run.scale import make_accelerator, tracker_options
 from training.run.state import find_resumed, load_state
 from training.run.teaching import prepare, require_gap
 from training.run.telling import Telling
 from training.run.usage import use_lines
-from training.run.validation import MOST, Validation, automatic_share, automatic_steps
-
-IMAGE_CACHES = ("cache_latents", "cache_latents_to_disk")
-TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+from training.run.validation import Validation
 
 
 def run(config: TrainConfig) -> Path | None:
@@ -93,7 +90,7 @@ class Trainer:
         for line in recipe_lines(config):
             tell.say(line)
         # Data first: they are what is wrong most often, and weights take longest to load.
-        config, data, held_out = _open(config, accelerator, tell)
+        config, data, held_out = open_run(config, accelerator, tell)
         parts = _loaded(config, accelerator, tell)
         resumed = None if config.resume is None else find_resumed(config)
         state = None if resumed is None else load_state(resumed)
@@ -122,7 +119,8 @@ class Trainer:
         if config.uses_own_samples and not config.dry_run:
             with tell.timed(f"drawing {config.own_samples} samples of the base"):
                 parts.own = draw_own_samples(parts, data, tell)
-        if any(getattr(config, name) for name in TEXT_CACHES) and not config.dry_run:
+        encoded = config.stores_predictions or any(getattr(config, name) for name in TEXT_CACHES)
+        if encoded and not config.dry_run:
             parts.frozen.release_encoders()
 
         weights = fingerprint(parts.frozen.model)  # before anything is trained in it
@@ -181,42 +179,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return make_accelerator(config, log_dir)
 
 
-def _open(
-    config: TrainConfig, accelerator: Accelerator, tell: Telling
-) -> tuple[TrainConfig, Data, Data | None]:
-    """Training and held-out images, and the configuration with what depends on their number."""
-    chosen = config
-    if config.dry_run:  # looks at the data, does not encode all of it
-        chosen = config.model_copy(update=dict.fromkeys((*IMAGE_CACHES, *TEXT_CACHES), False))
-    kind = base_kind(config)
-    data: Data
-    held_out: Data | None
-    if config.needs_no_pictures:
-        data, held_out = open_captions(chosen, config.state_captions, kind, config.seed)
-    else:
-        data, held_out = open_splits(chosen, kind, seed=config.seed, share=automatic_share)
-    world = accelerator.num_processes
-    tell.say(data.summary().text(config.train_batch_size * world, world))
-    config = _resolved(config, data, accelerator)
-    every = (config.validate_every_n_steps, config.validate_every_n_epochs)
-    if held_out is not None and not any(every):
-        images = min(held_out.size or MOST, config.max_validation_images or MOST)
-        per_step = config.train_batch_size * world * config.gradient_accumulation_steps
-        steps = automatic_steps(config, images, per_step)
-        config = config.model_copy(update={"validate_every_n_steps": steps})
-    elif held_out is None:
-        if "keep_best" not in config.model_fields_set:  # a recipe's wish
-            config = config.model_copy(update={"keep_best": False})
-        if any(every) or config.keep_best or config.choose_strength:
-            raise PatchError(
-                "expected images for validation with --validate_every_n_steps, "
-                "--validate_every_n_epochs, --keep_best or --choose_strength, found too few to "
-                "hold any out: give --validation_split, for example 0.1, or leave these out."
-            )
-        tell.say("no validation: too few images to hold any out, or --validation_split 0")
-    return config, data, held_out
-
-
 def _loaded(config: TrainConfig, accelerator: Accelerator, tell: Telling) -> Parts:
     """The base on its device, with what surrounds it."""
     with tell.timed("loading the base"):
@@ -258,25 +220,6 @@ def _fill_caches(data: Data, parts: Parts, tell: Telling) -> None:
         parts.encoders, accelerator.process_index, accelerator.num_processes, tell.progress
     )
     accelerator.wait_for_everyone()
-
-
-def _resolved(config: TrainConfig, data: Data, accelerator: Accelerator) -> TrainConfig:
-    """The configuration with accumulation and number of steps as they will be."""
-    micro_steps = accumulation(config, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = micro_steps
-    at_once = config.train_batch_size * accelerator.num_processes
-    changes: dict[str, Any] = {"gradient_accumulation_steps": micro_steps}
-    if config.global_batch_size is not None:
-        changes["global_batch_size"] = at_once * micro_steps
-    if config.max_train_epochs is not None:
-        batches = data.batches_per_epoch(at_once, accelerator.num_processes)
-        if batches is None:
-            raise PatchError(
-                "expected --max_train_steps for data whose number of images is unknown, found "
-                "--max_train_epochs: give the steps."
-            )
-        changes["max_train_steps"] = -(-batches * config.max_train_epochs // micro_steps)
-    return config.model_copy(update=changes)
 
 
 def _previews(parts: Parts, tell: Telling) -> Previews | None:

@@ -36,6 +36,12 @@ OPTIONS = {
     "two-sided": {"objective": "two-sided", "own_samples": 32, "own_steps": 2},
     "full": {"method": "full", "learning_rate": 1e-4},
     "joint": {"method": "joint", "learning_rate": 1e-4, "load_weight": 0.1, "gate_noise": True},
+    "guided": {"objective": "distill", "teacher_guidance_scale": "1:3",
+               "caption_dropout_rate": 0.0},
+    "stored": {"objective": "distill", "student_quantization": "rtn2", "mix": "modulate",
+               "cache_teacher": True, "teacher_draws": 1, "choose_strength": True},
+    "states": {"objective": "distill", "student_quantization": "rtn2", "states": "student",
+               "trajectories": 16, "state_steps": 2, "teacher_weighting": "gap"},
 }  # fmt: skip
 
 
