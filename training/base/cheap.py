@@ -9,12 +9,13 @@ from typing import Any
 from dmp_common import PatchError
 from dmp_common.patch.file import file_hash
 from dmp_common.tools.weighttypes import weight_types
-from training.base.frozen import FrozenBase
+from training.base.frozen import FrozenBase, load_frozen
 from training.base.layers import linear_layers
 from training.base.loading import Said
 from training.base.quantizing import quantized
 from training.base.student_files import FLOATS, stored_types
 from training.base.student_weights import load_student
+from training.options.command_line import resolve
 from training.options.config import TrainConfig
 
 
@@ -44,6 +45,19 @@ def cheap_base(frozen: FrozenBase, config: TrainConfig, said: Said | None = None
         assert config.student_quantization is not None
         model = quantized(frozen, config.student_quantization, config.trains_base)
     return dataclasses.replace(frozen, model=model.eval().requires_grad_(False))
+
+
+def open_cheap(**options: Any) -> FrozenBase:
+    """Loads a base and makes its cheap form, for use outside of the trainer.
+
+    Args:
+        options: as on the command line, such as base and student_quantization.
+
+    Raises:
+        PatchError: no weights where they should be, or no cheap form that can be made here.
+    """
+    config = resolve({**options, "objective": "distill"})
+    return cheap_base(load_frozen(config), config)
 
 
 def student_facts(cheap: FrozenBase, config: TrainConfig) -> dict[str, Any]:

@@ -49,14 +49,14 @@ def disagreements(config: TrainConfig) -> list[str]:
             f"{_WITH_MINIMUM[-1]}, found {config.lr_scheduler}: change one of them.",
         ),
     )
-    return [message for wrong, message in (*rules, *_about_teaching(config)) if wrong]
+    every = (*rules, *_about_distilling(config), *_about_guidance(config))
+    return [message for wrong, message in every if wrong]
 
 
-def _about_teaching(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
+def _about_distilling(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
     """The rules of --objective distill."""
-    distills, scales = config.objective == "distill", config.guidance_range
-    ranged = scales is not None and scales[0] != scales[1]
-    cheaper = config.has_student or scales is not None
+    distills = config.objective == "distill"
+    cheaper = config.has_student or config.guidance_range is not None
     return (
         (
             config.choose_strength and (config.trains_base or config.mix == "prepend"),
@@ -100,6 +100,24 @@ def _about_teaching(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
             "--student_weights, or --teacher_guidance_scale for a call without guidance.",
         ),
         (
+            distills and config.fsdp and not config.stores_predictions,
+            "--fsdp shares out one model, and --objective distill calls the exact one in every "
+            "step: give --cache_teacher.",
+        ),
+        (
+            config.has_student and (config.fp8_base or config.int8_base),
+            "--fp8_base and --int8_base store the exact model in 8 bits, which a repair is "
+            "measured against: leave them out with --student_quantization and --student_weights.",
+        ),
+    )
+
+
+def _about_guidance(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
+    """The rules of --teacher_guidance_scale."""
+    scales = config.guidance_range
+    ranged = scales is not None and scales[0] != scales[1]
+    return (
+        (
             ranged and config.has_student,
             "--teacher_guidance_scale must be one number for a cheap call with weights of its own, "
             f"because the strength is then that of the repair, found "
@@ -115,10 +133,5 @@ def _about_teaching(config: TrainConfig) -> tuple[tuple[bool, str], ...]:
             scales is not None and config.caption_dropout_rate > 0,
             "--teacher_guidance_scale trains conditional items alone, found "
             f"--caption_dropout_rate {config.caption_dropout_rate:g}: leave it out.",
-        ),
-        (
-            config.has_student and (config.fp8_base or config.int8_base),
-            "--fp8_base and --int8_base store the exact model in 8 bits, which a repair is "
-            "measured against: leave them out with --student_quantization and --student_weights.",
         ),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from dmp_common import Patch, PatchError
 from training.base.encoders import FrozenEncoders, fingerprint
@@ -105,16 +106,7 @@ class Trainer:
         validation = None if held_out is None else Validation(parts, held_out, parts.target())
         prepared = prepare(parts, data, validation, tell)
         parts, data = prepared.parts, prepared.data
-        base_losses = base_sides = None
-        if validation is not None:
-            with tell.timed(f"validating the base on {len(validation)} images"):
-                base_sides = validation.sides(parts.untrained())
-                if base_sides is None:
-                    base_losses = validation.images(parts.untrained())
-                else:
-                    base_losses = base_sides[0]  # of the conditional prediction
-            if config.objective == "distill":
-                require_gap(base_losses)
+        base_losses, base_sides = _validated(parts, validation, tell)
         previews = _previews(parts, tell)
         if config.uses_own_samples and not config.dry_run:
             with tell.timed(f"drawing {config.own_samples} samples of the base"):
@@ -220,6 +212,21 @@ def _fill_caches(data: Data, parts: Parts, tell: Telling) -> None:
         parts.encoders, accelerator.process_index, accelerator.num_processes, tell.progress
     )
     accelerator.wait_for_everyone()
+
+
+def _validated(
+    parts: Parts, validation: Validation | None, tell: Telling
+) -> tuple[Tensor | None, Tensor | None]:
+    """The losses of the base on held-out images, and those of both sides where there are such."""
+    if validation is None:
+        return None, None
+    with tell.timed(f"validating the base on {len(validation)} images"):
+        sides = validation.sides(parts.untrained())
+        # The first side is the conditional one.
+        losses = validation.images(parts.untrained()) if sides is None else sides[0]
+    if parts.config.objective == "distill":
+        require_gap(losses)
+    return losses, sides
 
 
 def _previews(parts: Parts, tell: Telling) -> Previews | None:

@@ -47,6 +47,8 @@ def use_lines(config: TrainConfig, frozen: FrozenBase, path: Path) -> list[str]:
         path: of the result, which exists.
     """
     result = path.resolve()
+    if config.has_student and not config.trains_base:
+        return _with_imports(_repaired(config, frozen, result))
     base = _trained(config, frozen, result) if config.trains_base else _base(config, frozen)
     name = "pipe" if frozen.family.pipeline else "model"
     if config.method == "lora":
@@ -59,14 +61,32 @@ def use_lines(config: TrainConfig, frozen: FrozenBase, path: Path) -> list[str]:
     return _with_imports([*base, *after])
 
 
+def _repaired(config: TrainConfig, frozen: FrozenBase, result: Path) -> list[str]:
+    """The cheap model as the run made it, with the result on it."""
+    given = _given(config) | {
+        name: _resolved(str(value)) if name == "student_weights" else value
+        for name in ("student_weights", "student_quantization")
+        if (value := getattr(config, name)) is not None
+    }
+    options = ", ".join(f"{key}={_text(value)}" for key, value in given.items())
+    ending = "pipeline()" if frozen.family.pipeline else "model"
+    name = "pipe" if frozen.family.pipeline else "model"
+    line = f"{name} = open_cheap(base={_text(frozen.base.name)}, {options}).{ending}"
+    if config.method == "lora":
+        return [line, *_lora(frozen, result)]
+    return [line, f"dmp.attach({name}, dmp.Patch.load({_text(result)}))"]
+
+
 def _with_imports(lines: list[str]) -> list[str]:
     code = "\n".join(lines)
     modules = {"diffusers": "diffusers.", "dmp_common as dmp": "dmp.", "torch": "torch."}
     names = [name for name, use in modules.items() if use in code]
     imports = [f"import {', '.join(names)}"] if names else []
-    ours = "open_base(" in code
-    if ours:
+    ours = "open_base(" in code or "open_cheap(" in code
+    if "open_base(" in code:
         imports.append("from training.base.frozen import open_base")
+    if "open_cheap(" in code:
+        imports.append("from training.base.cheap import open_cheap")
     if ours or ("dmp." in code and not _is_installed()):
         imports.insert(0, f"import sys; sys.path.insert(0, {_text(_REPOSITORY)})")
     return [*imports, *lines]

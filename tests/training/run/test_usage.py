@@ -16,6 +16,7 @@ from tests.training import tinyfiles
 from tests.training.base.test_loading import dit_of_one_embedding, original_dit
 from tests.training.conftest import Folders
 from tests.training.tinybases import make_vae
+from training.base.cheap import cheap_base
 from training.base.frozen import FrozenBase, load_frozen
 from training.methods.known import METHODS
 from training.options.command_line import resolve
@@ -70,6 +71,12 @@ def pipeline(name: str, folder: Path, root: Path) -> Options:
     return {"pretrained_model_name_or_path": folder}
 
 
+def rounded(name: str, folder: Path, root: Path) -> Options:
+    """A folder of diffusers, of which a cheap model is made."""
+    cheap = {"student_quantization": "rtn3", "objective": "distill"}
+    return {"pretrained_model_name_or_path": folder, **cheap}
+
+
 def alone(name: str, folder: Path, root: Path) -> Options:
     """The folder of a denoiser alone."""
     part = "unet" if name == "sd15" else "transformer"
@@ -104,6 +111,7 @@ def denoiser_of(result: dict[str, Any], frozen: FrozenBase) -> torch.nn.Module:
         *((name, pipeline, "lora") for name in ("sdxl", "flux", "pixart", "dit")),
         *((name, pipeline, "full") for name in ("sd15", "flux", "pixart", "dit")),
         ("dit", pipeline, "joint"),
+        *((name, rounded, method) for name in ("sd15", "dit") for method in ("dmp", "lora")),
         ("sd15", alone, "dmp"),
         ("dit", alone, "prompt"),
         ("sd15", another_vae, "dmp"),
@@ -132,6 +140,7 @@ def test_the_lines_load_what_was_trained(
     config = resolve({"base": FAMILIES[name].base.name, "method": method, **options})
     monkeypatch.chdir(tmp_path)
     frozen = load_frozen(config)
+    frozen = cheap_base(frozen, config) if config.has_student else frozen
     trained = METHODS[method](frozen, config)
     torch.manual_seed(5)
     with torch.no_grad():
