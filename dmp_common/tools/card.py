@@ -19,6 +19,19 @@ from dmp_common.patch.serialize import parse_json
 from dmp_common.patch.variant import Variant
 from dmp_common.version import LIBRARY
 
+# The licenses of the usual weights of bases, as their repositories name them. A patch is made from
+# their predictions, so whoever gets it should know.
+LICENSES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+    "facebook/DiT-XL-2-256": "cc-by-nc-4.0",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "openrail++",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+    "Qwen/Qwen-Image": "apache-2.0",
+}
 _CELL = 200  # characters of a metadata value in a table
 
 
@@ -81,6 +94,7 @@ def _summary(variant: Variant, base_model: str | None) -> str:
         f"{len(variant.sites)} block inputs, gated by the noise level, {parameters:,} "
         "parameters in all. The base model itself stays as it is. The method is "
         "[Diffusion Model Patching](https://arxiv.org/abs/2405.17825) (Ham et al., AAAI 2025)."
+        + (f" License of the base: {LICENSES[base_model]}." if base_model in LICENSES else "")
     )
 
 
@@ -93,17 +107,20 @@ def _verdict(text: str) -> list[str]:
         told: Any = parse_json(text)
         images, whole = int(told["images"]), _change(told["change"])
         levels = [_change(entry) for entry in told["change_by_noise_level"]]
-        sentence = str(told["verdict"])
+        sentence, repairs = str(told["verdict"]), "share_repaired" in told
     except (ValueError, TypeError, KeyError, OverflowError):
         return []
     width = 1000 / max(len(levels), 1)
     rows = {
         f"{width * n:.0f} to {width * (n + 1):.0f}": change for n, change in enumerate(levels[:100])
     }
+    what, beside = "loss", "the base"
+    if repairs:
+        what, beside = "squared distance to the exact prediction", "the cheap call as it is"
     return [
-        f"On {images:,} held-out images, beside the base and with equal noise: {_cell(sentence)}. "
-        f"The loss changed by {_cell(whole)}, with its 95 % interval over the images.",
-        _table(("timesteps", "change of the loss"), rows),
+        f"On {images:,} held-out images, beside {beside} and with equal noise: {_cell(sentence)}. "
+        f"The {what} changed by {_cell(whole)}, with its 95 % interval over the images.",
+        _table(("timesteps", f"change of the {what}"), rows),
     ]
 
 

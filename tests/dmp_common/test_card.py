@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dmp_common import Variant, bases, register_base
-from dmp_common.tools.card import model_card
+from dmp_common.bases.table import known_bases
+from dmp_common.tools.card import LICENSES, model_card
 
 BASE = register_base(
     bases.dit("card-dit/2", depth=2, width=8, patch_size=2, grid=(2, 2), hub_id="someone/card-dit")
@@ -94,6 +95,24 @@ def test_card_has_the_verdict_of_the_training() -> None:
     assert r"The loss changed by -1.000 % \(-2.000 to +0.100\)" in card
     assert "| 500 to 1000 | -1.000" in card
     assert "ss_dmp" not in card.replace("\\", "")
+
+
+def test_card_tells_what_a_repair_is_compared_with() -> None:
+    entry = told(share_repaired={}, verdict="90.2% of the gap to the exact call is repaired")
+    card = model_card(
+        Variant.create(BASE), {"ss_dmp_verdict": entry}, repo_id="me/x", filename="x.safetensors"
+    )
+    assert "beside the cheap call as it is" in card
+    assert "The squared distance to the exact prediction changed by -1.000 %" in card
+
+
+def test_card_names_the_license_of_the_usual_base() -> None:
+    given = {"repo_id": "me/x", "filename": "x.safetensors"}
+    assert set(LICENSES) <= {base.hub_id for base in known_bases()}
+    card = model_card(Variant.create("sdxl"), {}, **given)
+    assert "License of the base: openrail++." in card
+    other = model_card(Variant.create("sdxl"), {}, base_model="me/finetune", **given)
+    assert "License of the base" not in other
 
 
 @pytest.mark.parametrize(
