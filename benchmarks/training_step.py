@@ -6,16 +6,19 @@ of the trainer's own loop (noising, loss, check for NaN, clipping, AdamW, averag
 encoders), and of the bytes saved for backward, taken in turns in one process; with --decoder also
 that of a patch at the decoder's sites alone, which needs no backward pass through the encoder; with
 --variants also our recipes and prompt tuning; with --lora also a step of peft's LoRA r = 16
-on the attention projections.
+on the attention projections; with --stored also a step that reads exact predictions from files, as
+--cache_teacher does, beside the plain step.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import diffusers
@@ -30,11 +33,14 @@ from dmp_common import Patch, attach, get_base
 from dmp_common.bases.base import find_module
 from training.base.families.table import family_of
 from training.base.frozen import FrozenBase
+from training.data.summary import DataSummary
 from training.methods.patch import PatchMethod
-from training.objective.aim import noise_aim
+from training.objective.aim import Aim, noise_aim
 from training.objective.inputs import Inputs
 from training.objective.noise import draw
 from training.objective.noising import process_of
+from training.objective.store import AimStore
+from training.objective.stored import StoredData, StoredObjective
 from training.options.command_line import resolve
 from training.run.loop import step_losses, update
 from training.run.parts import Parts, assemble
@@ -79,8 +85,11 @@ class TrainerStep:
         """The forward pass; in training the hooks are not needed any more for the backward."""
         patched = isinstance(self.run.method, PatchMethod)
         with attach(self.run.frozen.model, self.patch) if patched else nullcontext():
-            aim = noise_aim(self.inputs, self.run.process)
-            return step_losses(self.run, aim, 0)["loss"]
+            return step_losses(self.run, self.aim(), 0)["loss"]
+
+    def aim(self) -> Aim:
+        """What the batch asks of the model."""
+        return noise_aim(self.inputs, self.run.process)
 
     def __call__(self) -> None:
         """Forward, backward, update, average."""
@@ -89,6 +98,27 @@ class TrainerStep:
             run.accelerator.backward(self.loss())
             update(run)
         run.average.update()
+
+
+class StoredStep(TrainerStep):
+    """A step of --objective distill whose exact predictions are read from files each time.
+
+    Args:
+        folder: of the files.
+    """
+
+    def __init__(self, folder: Path, *given: Any, **options: object) -> None:
+        super().__init__(*given, **options)
+        store = AimStore(folder, {})
+        store.append(super().aim())
+        store.commit((1,), complete=True)
+        count = len(self.inputs.clean)
+        data = StoredData([store], DataSummary("benchmark", count, count), seed=0)
+        self.batches = data.batches(global_batch=count)
+
+    def aim(self) -> Aim:
+        """Reads the next batch."""
+        return StoredObjective(self.run.device).aim(next(self.batches), [])
 
 
 @dataclass(frozen=True)
@@ -119,11 +149,24 @@ class Compared:
         """A step of the trainer."""
         return TrainerStep(self.model, self.base, self.given, **options)
 
+    def stored_step(self, folder: Path, **options: object) -> TrainerStep:
+        """A step whose exact predictions lie in a folder."""
+        return StoredStep(folder, self.model, self.base, self.given, **options)
+
 
 def compare(
-    of: Compared, decoder: bool = False, variants: bool = False, lora: bool = False
+    of: Compared,
+    decoder: bool = False,
+    variants: bool = False,
+    lora: bool = False,
+    stored: Path | None = None,
 ) -> Iterator[tuple[str, float, str]]:
     """Compares a training step with the floor, and yields each figure as soon as it is known.
+
+    Args:
+        decoder, variants, lora: whether to compare these too, see the module's docstring.
+        stored: a folder for exact predictions, to compare a step that reads them; None for no such
+            step.
 
     Yields:
         What was measured, the figure, and its spread or unit.
@@ -144,7 +187,12 @@ def compare(
         for recipe in RECIPES:
             steps[recipe] = of.step(recipe=recipe, dmp_sites=of.sites)
         steps["prompt"] = of.step(method="prompt", dmp_sites=of.sites)
+    if stored is not None:
+        steps["stored"] = of.stored_step(stored, dmp_sites=of.sites)
     seconds = interleaved(steps, of.rounds, of.clock)
+    if stored is not None:
+        middle, spread = ratio(seconds, "stored", "patch")
+        yield "training step, stored predictions / plain", middle, f"+- {spread:.4f}"
     pairs = [(name, "floor") for name in list(steps)[1:]]
     pairs += [(recipe, "prompt") for recipe in RECIPES if variants]
     for over, under in pairs:
@@ -199,6 +247,7 @@ def main() -> None:
     parser.add_argument("--sites", default="all", help="all, or a named set such as encoder")
     parser.add_argument("--decoder", action="store_true", help="also a patch of the decoder alone")
     parser.add_argument("--variants", action="store_true", help="also ours and prompt tuning")
+    parser.add_argument("--stored", action="store_true", help="also stored exact predictions")
     parser.add_argument("--latent", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
@@ -213,8 +262,11 @@ def main() -> None:
     print(f"{options.model}, batch {options.batch}, {options.dtype}, "
           f"{machine_of(options.device)}, {options.clock} clock, "
           f"torch {torch.__version__}")  # fmt: skip
-    for what, value, text in compare(of, options.decoder, options.variants, options.lora):
-        print(f"{what}: {value:.4f} {text}", flush=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        stored = Path(folder) if options.stored else None
+        figures = compare(of, options.decoder, options.variants, options.lora, stored)
+        for what, value, text in figures:
+            print(f"{what}: {value:.4f} {text}", flush=True)
 
 
 def compared(
