@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import numbers
+from benchmarks.gpu import numbers, picturebase, worth
 from benchmarks.gpu import report as report_module
 from benchmarks.gpu.__main__ import chosen, main, parsed
 from benchmarks.gpu.report import Part, Report
 from benchmarks.gpu.stages import stages_of
 from benchmarks.gpu.subjects import Setup
+from dmp_common import Patch
 
 
 def report_of(folder: Path, *parts: str, minutes: float = 60.0) -> tuple[int, dict, str]:
@@ -83,7 +84,7 @@ def test_an_interrupt_ends_the_run():
 def test_smoke_runs_a_few_stages_of_each_part(tmp_path):
     options = parsed(["--smoke", "--part", "1", "--out", str(tmp_path)])
     assert (options.device, options.minutes) == ("cpu", 7.0)
-    stages = stages_of(Setup("cpu", True, lambda: 1.0))
+    stages = stages_of(Setup("cpu", True, lambda: 1.0), tmp_path)
     assert len({stage.name for stage in stages}) == len(stages)
     first = [stage.name for stage in stages if chosen(stage, options)]
     assert {"numbers dit", "beside LoRA sd15", "quantised q4_0 sd15", "graph dit"} <= set(first)
@@ -119,3 +120,31 @@ def test_patches_are_measured_beside_lora_on_exact_and_quantised_weights(tmp_pat
         assert values["remove() gives the base bit for bit"] is True
         assert all(values[f"forward, {n} / plain"] > 0.0 for n in ("add", "modulate", "LoRA"))
     assert data["parts"][1]["figures"][0]["value"] > 1e-4  # the weights are rounded
+
+
+def test_part_2_trains_a_base_and_what_repairs_it(tmp_path):
+    code, data, text = report_of(tmp_path, "base", "repair rtn3-group32")
+    assert code == 0, text
+    base, repair = data["parts"]
+    figures = {f["what"]: f["value"] for f in repair["figures"]}
+    assert figures["rtn3-group32: distance of the cheap call's pictures"] > 0.0
+    for remedy in worth.REMEDIES:
+        assert figures[f"rtn3-group32: gone with {remedy}"] < 1.0
+    assert base["figures"][-1]["what"] == "held-out loss of the base"
+    # A base that is there is used: --base, or an earlier run in the same folder.
+    carried = ["--base", str(tmp_path / "pictures/base"), "--smoke", "--out", str(tmp_path / "2")]
+    assert main([*carried, "--only", "base"]) == 0
+    assert not (tmp_path / "2/pictures/base").exists()
+
+
+def test_part_2_fits_into_seven_minutes(tmp_path):
+    stages = stages_of(Setup("cuda", False, lambda: 1.0, data=tmp_path), tmp_path)
+    assert sum(stage.seconds for stage in stages if stage.part == 2) <= 420.0
+
+
+def test_lora_of_part_2_has_about_as_many_values_as_the_patch():
+    with torch.device("meta"):
+        patch = Patch.create(picturebase.registered(picturebase.RECIPE), mix="modulate")
+    each = 8 * 4 * 2 * 256  # blocks, projections, both matrices, width: of one rank
+    rank = round(patch.saved_parameters / each)
+    assert abs(rank * each - patch.saved_parameters) < 0.06 * patch.saved_parameters

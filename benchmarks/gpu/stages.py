@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from benchmarks.gpu import company, memory, numbers, speed
+from benchmarks.gpu import company, memory, numbers, speed, worth
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.subjects import Setup
 from tests.tiny import FAMILIES
@@ -57,8 +58,12 @@ class Stage:
     smoke: bool = False
 
 
-def stages_of(setup: Setup) -> list[Stage]:
-    """All stages: what a patch computes and costs, then what it is worth."""
+def stages_of(setup: Setup, out: Path) -> list[Stage]:
+    """All stages: what a patch computes and costs, then what it is worth.
+
+    Args:
+        out: folder for what part 2 trains.
+    """
     stages = [
         Stage(f"numbers {name}", 1, 5, partial(_named, numbers.numbers, setup, name), name == "dit")
         for name in FAMILIES
@@ -77,6 +82,8 @@ def stages_of(setup: Setup) -> list[Stage]:
     for name in FAMILIES:
         run = partial(_named, numbers.cuda_graph, setup, name)
         stages.append(Stage(f"graph {name}", 1, 5, run, name == "dit"))
+    second = worth.stages(setup, out)
+    stages += [Stage(name, 2, seconds, run, smoke) for name, seconds, run, smoke in second]
     return stages
 
 

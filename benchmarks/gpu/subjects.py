@@ -27,12 +27,14 @@ class Setup:
         tiny: whether tiny models stand in for the full-size ones, to try the command.
         left: seconds that are left.
         data: CIFAR-10, a zip or class folders; None where it is not at hand.
+        base: folder of a base for part 2 that is carried along; None trains one.
     """
 
     device: str
     tiny: bool
     left: Callable[[], float]
     data: Path | None = None
+    base: Path | None = None
 
     @property
     def on_gpu(self) -> bool:

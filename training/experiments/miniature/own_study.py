@@ -33,8 +33,8 @@ from training.options.config import TrainConfig
 
 STEPS, SAMPLES = 10, 1000
 NOISE = {"validation": 1, "test": 2}  # seed of the noise that samples begin with
-FACTORS = (0.95, 0.96, 0.965, 0.97, 0.975, 0.98, 0.985, 0.99, 1.0)
-STRENGTHS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+FACTORS = (0.96, 0.965, 0.97, 0.975, 0.98, 0.985, 0.99, 1.0)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 METHODS: dict[str, dict[str, Any]] = {
     "own samples alone": {"objective": "own"},
     "two-sided": {"objective": "two-sided"},
@@ -44,7 +44,7 @@ TRAINING: dict[str, Any] = {
     "grids": 1,
     "gate_unit": "prompt",
     "gate_form": "softmax",
-    "max_train_steps": 300,
+    "max_train_steps": 120,
     "train_batch_size": 64,
     "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
