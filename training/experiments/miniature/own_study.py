@@ -78,7 +78,7 @@ def distance(subject: Subject, frozen: FrozenBase, split: SplitName) -> float:
     return frechet_distance(subject.features(drawn), real)
 
 
-def chosen(
+def best_dial(
     measure: Callable[[float, SplitName], float], dials: Iterable[float]
 ) -> tuple[float, float, float]:
     """The dial that is best on the validation split, and the distances with it.
@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         return distance(subject, replace(frozen, model=model), split)
 
     rows: dict[str, list[tuple[float, float, float]]] = {
-        "base": [chosen(scaled, [1.0])],
-        "epsilon scaling": [chosen(scaled, FACTORS)],
+        "base": [best_dial(scaled, [1.0])],
+        "epsilon scaling": [best_dial(scaled, FACTORS)],
     }
     for name, changes in METHODS.items():
         for seed in options.seeds:
@@ -121,12 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
                 with attach(frozen.model, patch, strength=strength):
                     return distance(subject, frozen, split)
 
-            rows.setdefault(name, []).append(chosen(patched, STRENGTHS))
-    print(table(rows))
+            rows.setdefault(name, []).append(best_dial(patched, STRENGTHS))
+    print(own_table(rows))
     return 0
 
 
-def table(rows: Mapping[str, list[tuple[float, float, float]]]) -> str:
+def own_table(rows: Mapping[str, list[tuple[float, float, float]]]) -> str:
     """The results as Markdown: chosen factor or strength, and the mean over the seeds."""
     lines = ["| | chosen | validation | test | test, mean |", "|---" * 5 + "|"]
     for name, found in rows.items():
