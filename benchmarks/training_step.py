@@ -5,9 +5,9 @@ and the backward pass to the input of the base's first site. Prints the ratio to
 of the trainer's own loop (noising, loss, check for NaN, clipping, AdamW, average; without data and
 encoders), and of the bytes saved for backward, taken in turns in one process; with --decoder also
 that of a patch at the decoder's sites alone, which needs no backward pass through the encoder; with
---variants also our recipes and prompt tuning; with --lora also a step of peft's LoRA r = 16
-on the attention projections; with --stored also a step that reads exact predictions from files, as
---cache_teacher does, beside the plain step.
+--variants also our recipes and prompt tuning; with --modulate also a patch that modulates; with
+--lora also a step of peft's LoRA r = 16 on the attention projections; with --stored also a step
+that reads exact predictions from files, as --cache_teacher does, beside the plain step.
 """
 
 from __future__ import annotations
@@ -159,6 +159,7 @@ def compare(
     decoder: bool = False,
     variants: bool = False,
     lora: bool = False,
+    modulate: bool = False,
     stored: Path | None = None,
 ) -> Iterator[tuple[str, float, str]]:
     """Compares a training step with the floor, and yields each figure as soon as it is known.
@@ -187,6 +188,8 @@ def compare(
         for recipe in RECIPES:
             steps[recipe] = of.step(recipe=recipe, dmp_sites=of.sites)
         steps["prompt"] = of.step(method="prompt", dmp_sites=of.sites)
+    if modulate:
+        steps["modulate"] = of.step(mix="modulate")
     if stored is not None:
         steps["stored"] = of.stored_step(stored, dmp_sites=of.sites)
     seconds = interleaved(steps, of.rounds, of.clock)
@@ -254,6 +257,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=[str(d)[6:] for d in PRECISIONS], default="float32")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--modulate", action="store_true", help="also a patch that modulates")
     parser.add_argument("--lora", action="store_true", help="also a step of peft's LoRA r = 16")
     options = parser.parse_args()
     of = compared(options.model, options.latent, options.batch, options.device,
@@ -262,10 +266,10 @@ def main() -> None:
     print(f"{options.model}, batch {options.batch}, {options.dtype}, "
           f"{machine_of(options.device)}, {options.clock} clock, "
           f"torch {torch.__version__}")  # fmt: skip
+    asked = (options.decoder, options.variants, options.lora, options.modulate)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         stored = Path(folder) if options.stored else None
-        figures = compare(of, options.decoder, options.variants, options.lora, stored)
-        for what, value, text in figures:
+        for what, value, text in compare(of, *asked, stored):
             print(f"{what}: {value:.4f} {text}", flush=True)
 
 

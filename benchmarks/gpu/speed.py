@@ -59,9 +59,11 @@ def graphs(run: Callable[[], Any]) -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def compiled_model(setup: Setup, part: Part, base: str, latent: int, batch: int) -> None:
+def compiled_model(
+    setup: Setup, part: Part, base: str, latent: int, batch: int, mix: str = "add"
+) -> None:
     """`torch.compile` of the whole model, after the patch was attached."""
-    one = subject(setup, base, latent, batch)
+    one = subject(setup, base, latent, batch, mix)
 
     def compile_whole(model: nn.Module) -> Any:
         return torch.compile(model, dynamic=False, backend=setup.backend)
@@ -170,5 +172,5 @@ def training_step(setup: Setup, part: Part, base: str, latent: int, batch: int) 
         "saved for backward, patch / floor": 1.05,
         "training step, patch / LoRA r=16": 0.97,
     }
-    for what, value, note in compare(of, lora=True):
+    for what, value, note in compare(of, lora=True, modulate=True):
         part.add(what, value, note, setup.promised(promised.get(what)))

@@ -12,6 +12,12 @@ from benchmarks.gpu.report import Part
 from benchmarks.gpu.subjects import Setup
 from tests.tiny import FAMILIES
 
+
+def _modulating(setup: Setup, part: Part, base: str, latent: int, batch: int) -> None:
+    # Of blocks that are compiled by themselves such a patch makes eager ones again.
+    speed.compiled_model(setup, part, base, latent, batch, "modulate")
+
+
 # Name of the kind, function, (base, side of the latent, batch), seconds.
 Measured = tuple[str, Callable[..., None], tuple[str, int, int], float]
 FIRST: list[Measured] = [
@@ -32,6 +38,8 @@ FIRST: list[Measured] = [
     ("casting", memory.layerwise_casting, ("sd15", 64, 2), 15),
     ("casting", memory.layerwise_casting, ("sd3", 128, 1), 20),
     ("blocks compiled", speed.compiled_blocks, ("flux", 64, 1), 60),
+    ("compiled, modulating", _modulating, ("dit-xl/2", 32, 8), 60),
+    ("beside LoRA", company.beside_lora, ("flux", 64, 1), 40),
     ("forward, one at a time", speed.forward_pass, ("dit-xl/2", 32, 1), 15),
     ("forward, one at a time", speed.forward_pass, ("sd15", 64, 1), 15),
     ("compiled", speed.compiled_model, ("sd15", 64, 2), 150),

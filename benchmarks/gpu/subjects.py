@@ -76,19 +76,19 @@ class Subject:
     patch: Callable[[], Patch]
 
 
-def subject(setup: Setup, base: str, latent: int, batch: int) -> Subject:
-    """A full-size model, or the tiny one of its family."""
+def subject(setup: Setup, base: str, latent: int, batch: int, mix: str = "add") -> Subject:
+    """A full-size model, or the tiny one of its family, and a patch that adds or modulates."""
     if setup.tiny:
         family = FAMILIES[base.split("-")[0]]
         return Subject(
             f"tiny {family.name}",
             lambda: tiny_model(family, setup, batch),
-            lambda: soft_patch(family).to(setup.device),
+            lambda: soft_patch(family, mix).to(setup.device),
         )
     return Subject(
         f"{base} {batch} x {latent}",
         lambda: build(base, latent, batch, setup.device, setup.dtype),
-        lambda: random_patch(base).to(setup.device),
+        lambda: random_patch(base, mix=mix).to(setup.device),
     )
 
 
@@ -120,9 +120,9 @@ def digits(setup: Setup, batch: int) -> tuple[nn.Module, Inputs]:
     return model.to(setup.device).eval().requires_grad_(False), inputs
 
 
-def soft_patch(family: Tiny) -> Patch:
+def soft_patch(family: Tiny, mix: str = "add") -> Patch:
     """A random patch whose gate is soft, as a trained one is: many prompts matter at a time."""
-    patch = family.patch(0)
+    patch = family.patch(0, std=0.05 if mix == "modulate" else 0.5, mix=mix)
     with torch.no_grad():
         for parameter in patch.gate.parameters():
             parameter.mul_(0.2)
