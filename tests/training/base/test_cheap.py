@@ -193,6 +193,28 @@ def test_fp8_of_all_layers_leaves_the_exact_model(folders: Folders) -> None:
     assert types["F8_E4M3"] > 0.9 * sum(types.values())
 
 
+@pytest.mark.parametrize("quantization", ["q4_0", "fp8-scaled", "rtn4"])
+def test_half_precision(quantization: str, folders: Folders) -> None:
+    """The cheap model computes in the base's precision, also under autocast, with gradients."""
+    needs_package(quantization)
+    options = {"student_quantization": quantization}
+    exact, cheap, _ = both("dit", folders("dit"), mixed_precision="bf16", **options)
+    _, whole, _ = both("dit", folders("dit"), **options)
+    assert cheap.dtype == torch.bfloat16
+    expected = output(whole, "dit")
+    for found in (output(cheap, "dit"), autocast_output(whole)):
+        assert found.dtype == torch.bfloat16
+        assert float((found - expected).norm() / expected.norm()) < 0.05
+    found, expected = gradients(cheap, "dit"), gradients(whole, "dit")
+    for key, value in expected.items():
+        assert float((found[key] - value).norm() / value.norm()) < 0.3, key
+
+
+def autocast_output(frozen: FrozenBase) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return output(frozen, "dit")
+
+
 def test_what_cannot_be_trained_is_said_at_once(folders: Folders) -> None:
     config = config_of(
         "dit", folders("dit"), student_quantization="fp8", student_weights="nowhere.gguf",
