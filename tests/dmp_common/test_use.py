@@ -75,6 +75,7 @@ def test_types_of_tensors_that_hosts_make():
     """Forge's GGUF parameters have a class of the package gguf, ComfyUI's wrap what they store."""
     model = nn.Linear(4, 2, bias=False)
     model.weight.gguf_cls = type("Q5_0", (), {})
+    model.weight.real_shape = torch.Size([2, 4])
     assert weight_types(model) == {"Q5_0": 8}
 
     class Wrapping(torch.Tensor):
