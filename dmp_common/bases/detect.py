@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn as nn
 
 from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
+from dmp_common.bases.layerfacts import attribute_of, attribute_of_shape
 from dmp_common.bases.strangers import find_stranger, holds, stranger_of
 from dmp_common.bases.table import known_bases
 from dmp_common.errors import PatchError
@@ -37,14 +38,6 @@ _PREDICTIONS = {
 # What checkpoints put before the names of the denoiser's tensors.
 PREFIXES = ("", "model.diffusion_model.")
 _LONGEST_NAME = 300  # characters of a tensor's name
-# Attributes a probe may ask for, as parts of the shape of the module's weight.
-_SHAPES = {
-    "in_features": slice(1, 2),
-    "out_features": slice(0, 1),
-    "in_channels": slice(1, 2),
-    "out_channels": slice(0, 1),
-    "kernel_size": slice(2, 4),
-}
 
 
 def find_denoiser(model: Any, compiled: bool = False) -> nn.Module:
@@ -129,12 +122,6 @@ def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
     ]
 
 
-def attribute_of_shape(attribute: str, shape: tuple[int, ...]) -> object:
-    """Returns an attribute of a linear layer or convolution, read from its weight's shape."""
-    part = shape[_SHAPES[attribute]]
-    return part[0] if len(part) == 1 else part
-
-
 def _ends(path: str) -> list[int]:
     """Returns where the paths of a module and of the modules around it end in its path."""
     return [place for place, letter in enumerate(path) if letter == "."] + [len(path)]
@@ -212,7 +199,7 @@ def describe(denoiser: nn.Module) -> str:
         for probe in (p for naming in namings_of(base) for p in base.probes[naming]):
             module = find_module(denoiser, probe.path)
             if module is not None and probe.attribute is not None:
-                value = getattr(module, probe.attribute, "?")
-                facts[f"{probe.path}.{probe.attribute} = {value}"] = None
+                value = attribute_of(module, probe.attribute)
+                facts[f"{probe.path}.{probe.attribute} = {'?' if value is None else value}"] = None
     seen = "; ".join(list(facts)[:6]) or "no module of a known base"
     return f"{type(denoiser).__name__} ({seen})"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from dmp_common.bases.base import Probe, find_module
+from dmp_common.bases.layerfacts import attribute_of
 
 
 @dataclass(frozen=True)
@@ -135,4 +136,4 @@ def holds(denoiser: nn.Module, probe: Probe) -> bool:
     module = find_module(denoiser, probe.path)
     if probe.attribute is None:
         return (module is not None) == probe.value
-    return module is not None and getattr(module, probe.attribute, None) == probe.value
+    return module is not None and attribute_of(module, probe.attribute) == probe.value

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmp_common.bases.base import Probe
-from dmp_common.bases.detect import attribute_of_shape
+from dmp_common.bases.layerfacts import attribute_of_shape
 from dmp_common.errors import PatchError, file_error, printable
 from dmp_common.patch.serialize import opened, parse_json, read_bounded
 

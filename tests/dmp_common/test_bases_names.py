@@ -86,6 +86,28 @@ def test_original_naming_is_detected(name):
         assert detect_base(holder).name == expected
 
 
+class Stored(nn.Module):
+    """A layer that does not state its features, as Forge's for GGUF and nf4 do not."""
+
+    def __init__(self, weight: nn.Parameter, in_a_column: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        if in_a_column:  # bitsandbytes: two values in a byte, and the shape in a state
+            self.weight = nn.Parameter(meta(weight.numel() // 2, 1))
+            self.weight.quant_state = types.SimpleNamespace(shape=weight.shape)
+
+
+@pytest.mark.parametrize("in_a_column", [False, True], ids=["gguf", "nf4"])
+@pytest.mark.parametrize("name", [n for n in ("sd15", "sdxl", "flux-dev", "sd3") if n in MODELS])
+def test_layers_that_do_not_state_their_features(name, in_a_column):
+    model = tree(original_shapes(name))
+    for path, module in [*model.named_modules()]:
+        if type(module) is nn.Linear:
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, Stored(module.weight, in_a_column))
+    assert detect_base(model).name == MODELS[name].base
+
+
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
 def test_original_unet_widths(name):
     """From the first layer's own parameters: the norm sees the stream and the skip connection."""
