@@ -218,6 +218,32 @@ def test_info(nodes, folder, sd15):
     assert out.ui == {"text": (out[0],)}
 
 
+def test_nodes_know_modulating_patches(nodes, folder, sd15):
+    """Their description is short, the heat map draws them, and sets of outputs are named."""
+    patch = sd15.patch(mix="modulate", sites="modulated", guidance=4.5)
+    patch.save(folder / "m.safetensors", metadata={"dmp.use": '{"objective": "distill"}'})
+    record = run_node(nodes["DMP_Load"], patch_name="m.safetensors")
+    text = nodes["DMP_PatchInfo"].execute(dmp_patch=record)[0]
+    for words in ("distill", "strength 1 stands for scale 4.5; use CFG 1", "(modulated)"):
+        assert words in text
+    assert len(text.splitlines()) < 60
+    values = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "temperature": 1.0}
+    curve = {"early": 1.0, "middle": 1.0, "late": 1.0, "sites": "linear"}
+    record = run_node(nodes["DMP_GateStrength"], dmp_patch=record, **values, **curve)
+    assert record.sites == frozenset(sd15.base.output_sets["linear"])
+    image = run_node(
+        nodes["DMP_GateHeatmap"],
+        dmp_patch=record,
+        model=sd15.comfy(),
+        scheduler="normal",
+        steps=4,
+        sites="first, last",
+        scale="shared",
+    )
+    assert image.dim() == 4
+    assert image.min() < image.max()
+
+
 def test_bad_files_are_refused_with_a_message(nodes, folder, sd15):
     import safetensors.torch
 

@@ -164,3 +164,23 @@ def test_guidance_says_use_cfg_1_once_a_sampling(real, run, host, caplog):
         run.sample(patched, family, cfg=5.0)
     said = [record for record in caplog.records if "set CFG to 1" in record.message]
     assert len(said) == 2
+
+
+@pytest.mark.parametrize("first", ["repair", "guidance"])
+def test_repair_and_guidance_stack_in_either_order(real, run, host, first):
+    """Guidance on the conditional item alone, the repair on both."""
+    family = real.FAMILIES["sd3"]
+    repair, guidance = modulating(family, 1), family.patch(2, 0.2, guidance=4.0)
+    patcher = family.comfy()
+    sigmas = torch.tensor([0.4, 0.4])
+    both = in_diffusers(family, patcher, sigmas, [repair, guidance])
+    alone = in_diffusers(family, patcher, sigmas, [repair])
+    order = [repair, guidance] if first == "repair" else [guidance, repair]
+    patched = patcher
+    for patch in order:
+        patched = host.attach(patched, run.record(patch))
+    patched.model_options["transformer_options"]["cond_or_uncond"] = [1, 0]
+    out = run.call(patched, family, sigmas)
+    torch.testing.assert_close(out[0], alone[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out[1], both[1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(both[0], alone[0], atol=1e-3)
