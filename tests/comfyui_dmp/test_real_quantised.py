@@ -1,6 +1,7 @@
 """Patches on quantised models, as ComfyUI and ComfyUI-GGUF hold them, against diffusers.
 
 COMFYUI_GGUF_PATH=...  ComfyUI-GGUF's folder (github.com/city96/ComfyUI-GGUF), besides COMFYUI_PATH.
+COMFYUI_NF4_PATH=...   ComfyUI_bitsandbytes_NF4's folder (github.com/comfyanonymous), likewise.
 """
 
 from __future__ import annotations
@@ -27,20 +28,32 @@ pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 FEW = torch.float8_e4m3fn
 
 
+def loaded(variable: str, name: str, package: str) -> ModuleType:
+    """A pack of nodes from the folder that a variable names, as ComfyUI loads it."""
+    root = Path(os.environ.get(variable, ""))
+    if not os.environ.get(variable) or not (root / "__init__.py").is_file():
+        pytest.skip(f"needs the source of a pack of nodes: set {variable} to its folder")
+    pytest.importorskip(package)
+    spec = importlib.util.spec_from_file_location(name, root / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def pack(comfyui_path: Path) -> ModuleType:
-    """ComfyUI-GGUF, as ComfyUI loads it."""
-    root = Path(os.environ.get("COMFYUI_GGUF_PATH", ""))
-    if not (root / "ops.py").is_file():
-        pytest.skip("needs ComfyUI-GGUF's source: set COMFYUI_GGUF_PATH to its folder")
-    pytest.importorskip("gguf")
-    spec = importlib.util.spec_from_file_location("comfyui_gguf", root / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_gguf"] = module
-    spec.loader.exec_module(module)
+    """ComfyUI-GGUF."""
+    module = loaded("COMFYUI_GGUF_PATH", "comfyui_gguf", "gguf")
     for part in ("ops", "dequant", "nodes"):
         setattr(module, part, sys.modules[f"comfyui_gguf.{part}"])
     return module
+
+
+@pytest.fixture(scope="module")
+def nf4_pack(comfyui_path: Path) -> ModuleType:
+    """ComfyUI_bitsandbytes_NF4."""
+    return loaded("COMFYUI_NF4_PATH", "comfyui_nf4", "bitsandbytes")
 
 
 def stored(pack: ModuleType, value: Tensor) -> Tensor:
@@ -65,25 +78,29 @@ def rounded(pack: ModuleType, base: Base, model: nn.Module) -> tuple[dict[str, T
     return state, names
 
 
-def gguf_model(pack: ModuleType, family: Any, exact: dict[str, Tensor], names: set[str]) -> Any:
-    """ComfyUI's model with ComfyUI-GGUF's layers, whose weights are stored in Q4_0."""
+def model_with(family: Any, operations: Any, weights: dict[str, Tensor]) -> Any:
+    """A `ModelPatcher` of ComfyUI's model, with a pack's layers and these weights."""
     import comfy.model_patcher
     import comfy.supported_models
 
     config = getattr(comfy.supported_models, family.config)(dict(family.unet))
-    config.custom_operations = pack.ops.GGMLOps()
+    config.custom_operations = operations
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=torch.device("cpu"))
+    model.diffusion_model.load_state_dict(weights, strict=False)
+    model.diffusion_model.requires_grad_(False).eval()
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def gguf_model(pack: ModuleType, family: Any, exact: dict[str, Tensor], names: set[str]) -> Any:
+    """ComfyUI's model with ComfyUI-GGUF's layers, whose weights are stored in Q4_0."""
     few = set(family.convert({name: exact[name] for name in names}))
     weights = {
         name: stored(pack, value) if name in few else value
         for name, value in family.convert(exact).items()
     }
-    model.diffusion_model.load_state_dict(weights, strict=False)
-    model.diffusion_model.requires_grad_(False).eval()
-    cpu = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-    return pack.nodes.GGUFModelPatcher.clone(patcher)
+    return pack.nodes.GGUFModelPatcher.clone(model_with(family, pack.ops.GGMLOps(), weights))
 
 
 def in_diffusers(family: Any, patcher: Any, state: dict[str, Tensor], patches: list[Any]):
@@ -139,6 +156,35 @@ def test_fp8_models_as_in_diffusers(real, run, host, name):
     sigmas, _, expected = in_diffusers(family, patcher, state, patches)
     out = run.call(host.attach(patcher, run.record(patches[0])), family, sigmas)
     assert (out - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_nf4_models_as_their_values(real, run, host, nf4_pack, name):
+    """As ComfyUI's own layers with the values that the stored ones stand for."""
+    import bitsandbytes
+
+    family, sigmas = real.FAMILIES[name], torch.tensor([0.3, 0.7])
+    nf4_pack.current_bnb_dtype = "nf4"
+    patcher = model_with(family, nf4_pack.OPS, family.convert(family.diffusers().state_dict()))
+    values = {}
+    for path, layer in patcher.model.diffusion_model.named_modules():
+        if isinstance(layer, nf4_pack.ForgeLoader4Bit):  # on a GPU the first call does this
+            layer.weight = layer.weight._quantize(torch.device("cpu"))
+            layer.quant_state = layer.weight.quant_state
+            few = layer.weight.data, layer.quant_state
+            values[f"{path}.weight"] = bitsandbytes.functional.dequantize_4bit(*few)
+    assert weight_types(patcher.model.diffusion_model)["NF4"] == sum(
+        value.numel() for value in values.values()
+    )
+    plain = family.comfy()
+    plain.model.diffusion_model.load_state_dict(values, strict=False)
+    patches = [family.patch(1, 0.2, mix="modulate"), family.patch(2, 0.2)]
+    before = run.call(patcher, family, sigmas)
+    for patch in patches:
+        patcher, plain = (host.attach(one, run.record(patch)) for one in (patcher, plain))
+    found, expected = (run.call(one, family, sigmas) for one in (patcher, plain))
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (found - before).norm() > 0.01 * before.norm()
 
 
 def test_a_repair_patch_says_on_which_model_it_is(real, run, host, caplog):
