@@ -196,3 +196,34 @@ def test_a_repair_patch_says_on_which_model_it_is(real, run, host, caplog):
         assert caplog.records == []
         host.attach(family.comfy(), run.record(patch))
     assert "weights in F8_E4M3 (99%), and this one has them in F32 (100%)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_scaled_fp8_files_as_their_values(real, run, host, name):
+    """As ComfyUI reads them: each layer's weights in fp8, with a scale."""
+    import comfy.ops
+    import comfy.utils
+
+    family, sigmas = real.FAMILIES[name], torch.tensor([0.3, 0.7])
+    exact = family.convert(dict(family.diffusers().state_dict()))
+    written, values = {"scaled_fp8": torch.zeros(2, dtype=FEW)}, {}
+    for key, value in exact.items():
+        written[key] = value
+        if "blocks" in key and value.dim() == 2:
+            scale = value.abs().max() / 448
+            written[key] = (value / scale).to(FEW)
+            written[key.removesuffix("weight") + "scale_weight"] = scale
+            values[key] = written[key].float() * scale
+    state, _ = comfy.utils.convert_old_quants(written, "", {})
+    config = comfy.utils.detect_layer_quantization(state, "")
+    operations = comfy.ops.mixed_precision_ops(config, torch.float32, disabled={"float8_e4m3fn"})
+    patcher, plain = model_with(family, operations, state), family.comfy()
+    types = weight_types(patcher.model.diffusion_model)
+    assert types["F8_E4M3"] == sum(value.numel() for value in values.values())
+    plain.model.diffusion_model.load_state_dict(values, strict=False)
+    before = run.call(patcher, family, sigmas)
+    for patch in (family.patch(1, 0.2, mix="modulate"), family.patch(2, 0.2)):
+        patcher, plain = (host.attach(one, run.record(patch)) for one in (patcher, plain))
+    found, expected = (run.call(one, family, sigmas) for one in (patcher, plain))
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (found - before).norm() > 0.01 * before.norm()
