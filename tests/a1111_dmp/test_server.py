@@ -12,6 +12,7 @@ WEBUI_FOREIGN=...    the name of a checkpoint of another base of those, for exam
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -39,6 +40,7 @@ SETTINGS = {
     "show_progress_type": "Approx cheap",  # the other previews of SDXL are fetched
 }
 A, B, ZERO = "test-a", "deep/test-b", "test-zero"
+MODULATING, GUIDING, UNGUIDED = "test-modulating", "test-guiding", "test-unguided"
 
 
 def save_random(path: Path, seed: int, base: str, **variant: object) -> None:
@@ -67,6 +69,11 @@ def folder() -> Path:
     Patch.create(base).save(folder / f"{ZERO}.safetensors")
     Patch.create("sdxl").save(folder / "test-sdxl.safetensors")
     Patch.create(base, prediction=other_prediction()).save(folder / "test-v.safetensors")
+    modulating = randomise(Patch.create(base, mix="modulate"), 3, 0.02)
+    use = {"dmp.use": json.dumps({"cheap": {"types": {"Q4_0": 99, "F16": 1}}})}
+    modulating.save(folder / f"{MODULATING}.safetensors", use)
+    save_random(folder / f"{GUIDING}.safetensors", 4, base, guidance=5.0)
+    save_random(folder / f"{UNGUIDED}.safetensors", 4, base)
     good = (folder / f"{A}.safetensors").read_bytes()
     (folder / "test-cut.safetensors").write_bytes(good[:-1000])
     (folder / "test-text.safetensors").write_text("not a patch", encoding="utf-8")
@@ -155,6 +162,33 @@ def test_a_patch_changes_the_picture_and_only_while_it_acts(server, plain):
 def test_zero_patch_and_strength_zero_are_exactly_the_plain_model(server, plain):
     same(server.make(ZERO), plain)
     same(server.make(A, 0.0), plain)
+
+
+def test_a_modulating_patch_acts_and_says_on_which_model_it_is(server, plain):
+    made, calls = server.log(MODULATING)
+    differ(made, plain)
+    assert attached(calls) == [1] * 4
+    assert "repairs a model with weights in Q4_0 (99%), and this one has them in" in server.told()
+    assert "DMP patch: test-modulating" in made.infotext
+    same(server.make(MODULATING), made)
+    same(server.make(MODULATING, 0.0), plain)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_a_guidance_patch_acts_on_the_conditional_items(server, scale):
+    """At CFG 1 the unconditional items do not count, so the same patch for all items is equal."""
+    made, _ = server.log(GUIDING, cfg_scale=scale)
+    assert ("set CFG Scale to 1" in server.told()) == (scale > 1.0)
+    all_items = server.make(UNGUIDED, cfg_scale=scale)
+    near = np.abs(made.image.astype(int) - all_items.image.astype(int)).max() <= 2
+    assert near == (scale == 1.0)
+    differ(made, server.make(cfg_scale=scale))
+    # A1111 then calls the model once for the conditional items and once for the others; with a
+    # longer prompt it does so in any case.
+    alone = {"override_settings": {"batch_cond_uncond": False}}
+    assert distance(server.make(GUIDING, cfg_scale=scale, **alone), made) <= 2
+    prompt = {"prompt": "a cat, " * 40, "cfg_scale": scale}
+    assert distance(server.make(GUIDING, **prompt, **alone), server.make(GUIDING, **prompt)) <= 2
 
 
 def test_names_may_carry_the_ending_or_lack_the_subfolder(server):
