@@ -163,6 +163,8 @@ with dmp.attach(pipe, patch): image = pipe(...).images[0]
 
 def _options(variant: Variant) -> dict[str, str]:
     grid = f"{variant.grid[0]} x {variant.grid[1]}" if variant.grid else f"{variant.prompts}"
+    if variant.grid_scope == "site":
+        grid += " at the finest sites, as many as cells at coarser ones"
     prompts = grid if variant.grids == 1 else f"{variant.grids} grids of {grid}"
     if variant.mix == "modulate":
         prompts = f"{variant.grids} x (a scale and a shift for each channel)"

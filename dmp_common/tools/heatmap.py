@@ -195,7 +195,11 @@ def gate_values(patch: Patch, timesteps: Tensor, e: Tensor) -> tuple[Values, Val
         raise PatchError("expected finite gate weights, found NaN: is the time embedding damaged?")
     if patch.modulates:
         weights = weights[:, :, ::2]  # scale and shift of a pair have one weight
-    weights = weights.float().cpu() * (patch.variant.outputs if _is_soft(patch) else 1)
+    weights = weights.float().cpu()
+    if _is_soft(patch):
+        # Of a site with a coarser grid each weight stands in the cells that its prompt covers.
+        cells = [patch.variant.coarseness(site) ** 2 for site in patch.sites.values()]
+        weights = weights * patch.variant.outputs / torch.tensor(cells)[None, :, None]
     weights = (weights * inside(timesteps, patch.variant.timesteps)[:, None, None])[order]
     return timesteps[order].numpy(), weights.numpy()
 
@@ -277,6 +281,8 @@ def _subtitle(patch: Patch, placed: bool) -> str:
     if variant.grid is None:
         return f"{kind}. {variant.count} prompts in front of the image tokens."
     place = "{} x {} prompts".format(*variant.grid)
+    if variant.grid_scope == "site":
+        place += ", fewer where blocks are coarser"
     if variant.gate_unit == "grid":
         return f"{kind}. {variant.grids} grids of {place}, each with one weight."
     if variant.grids > 1:
@@ -298,7 +304,8 @@ def _colour_scale(values: Values, soft: bool, log: bool | None) -> ColourScale:
 
 
 def _label(patch: Patch, scale: ColourScale) -> str:
-    label = f"weight x {patch.variant.outputs} (mean 1)" if _is_soft(patch) else "weight"
+    number = str(patch.variant.outputs) if patch.variant.grid_scope == "patch" else "number"
+    label = f"weight x {number} (mean 1)" if _is_soft(patch) else "weight"
     if scale.low == scale.high:
         return "constant " + label
     return label + ", log" if scale.log else label

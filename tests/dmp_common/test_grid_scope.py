@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach
-from dmp_common.tools.heatmap import save_heatmap
+from dmp_common.tools.heatmap import gate_values, save_heatmap
 from tests.tiny import FAMILIES
 
 SD = FAMILIES["sd15"]
@@ -95,6 +95,8 @@ def test_file_is_of_version_2_and_exact(tmp_path: Path) -> None:
 
 def test_heat_map_is_drawn(tmp_path: Path) -> None:
     t = torch.tensor([10.0, 500.0, 900.0])
+    _, values = gate_values(patch_of(), t, torch.randn(3, SD.base.embedding))
+    assert values.mean(-1) == pytest.approx(1.0)  # at every site
     save_heatmap(tmp_path / "gate.png", patch_of(), t, torch.randn(3, SD.base.embedding))
     assert (tmp_path / "gate.png").read_bytes().startswith(b"\x89PNG")
 
