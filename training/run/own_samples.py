@@ -48,10 +48,12 @@ def draw_own_samples(parts: Parts, data: Data, tell: Telling) -> OwnSamples:
     )
     for number, batch in enumerate(islice(known, batches)):
         path = folder / _name(number, rank)
-        inputs = _conditions(parts, batch, number)
-        key = _key(about, inputs, number, rank)
+        # Counted over all processes: two of them draw what one would.
+        first = number * parts.at_once + rank * len(batch)
+        inputs = _conditions(parts, batch, first)
+        key = _key(about, inputs, first)
         if _key_of(path) != key:
-            latents = _drawn(parts, inputs, sampler, (number, rank))
+            latents = _drawn(parts, inputs, sampler, first)
             _write(path, latents, inputs, key)
         tell.progress("own samples", number + 1, batches)
     accelerator.wait_for_everyone()
@@ -69,15 +71,20 @@ def _name(number: int, rank: int) -> str:
     return f"{number:05d}-{rank:02d}.safetensors"
 
 
-def _conditions(parts: Parts, batch: Batch, number: int) -> Inputs:
+def _names(parts: Parts, first: int, count: int) -> list[tuple[object, ...]]:
+    """What the draws of samples depend on: the seed, and their number among all."""
+    return [(parts.config.seed, "own", first + row) for row in range(count)]
+
+
+def _conditions(parts: Parts, batch: Batch, first: int) -> Inputs:
     """The batch encoded: of it the conditions and the size are used."""
-    names = [(parts.config.seed, "own", number, row) for row in range(len(batch))]
+    names = _names(parts, first, len(batch))
     return encode(batch, parts.encoders, parts.config, names, parts.device, held_out=True)
 
 
-def _key(about: list[object], inputs: Inputs, number: int, rank: int) -> str:
+def _key(about: list[object], inputs: Inputs, first: int) -> str:
     """What the samples of a file depend on, as digits."""
-    digest = hashlib.sha256(json.dumps([*about, number, rank, inputs.clean.shape[1:]]).encode())
+    digest = hashlib.sha256(json.dumps([*about, first, inputs.clean.shape]).encode())
     for name, value in sorted(inputs.given.items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
@@ -93,11 +100,10 @@ def _key_of(path: Path) -> str | None:
         return None
 
 
-def _drawn(parts: Parts, inputs: Inputs, sampler: str, place: tuple[int, int]) -> Tensor:
+def _drawn(parts: Parts, inputs: Inputs, sampler: str, first: int) -> Tensor:
     """Samples (B, C, H, W) in the model's space, on the CPU."""
-    shape = tuple(inputs.clean.shape[1:])
-    rows = range(len(inputs.clean))
-    noise, sources = noises([(parts.config.seed, "own", *place, row) for row in rows], shape)
+    count, *shape = inputs.clean.shape
+    noise, sources = noises(_names(parts, first, count), tuple(shape))
     with parts.accelerator.autocast():
         drawn = draw_latents(
             parts.frozen, noise.to(parts.device), inputs.given, None,

@@ -81,6 +81,7 @@ def test_two_processes_equal_one(launch: Launch, digits_base: Path) -> None:
         "--load_weight", "0.1", "--lr_scheduler", "constant", "--validate_every_n_steps", "5",
         "--max_validation_images", "32", "--validation_bins", "2", "--save_state",
         "--save_every_n_steps", "3", "--noise_offset", "0.05", "--gate_noise",
+        "--objective", "two-sided", "--own_samples", "32", "--own_steps", "2",
     ]  # fmt: skip
     file = "tiny-digits-dmp.safetensors"
     one = Patch.load(launch("one", 1, *shared, "--train_batch_size", "16") / file)
