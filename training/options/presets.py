@@ -85,8 +85,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The weights of a model that was rounded: see docs/RECIPES.md.
     "repair": {
         "objective": "distill",
+        "teacher_weighting": "gap",
         "mix": "modulate",
-        "learning_rate": 1e-3,
+        "dmp_sites": "modulated",
+        "learning_rate": 5e-3,
         "max_train_steps": 1000,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 50,
@@ -138,6 +140,8 @@ def suggestions(chosen: Mapping[str, Any]) -> dict[str, Any]:
         of_recipe["teacher_guidance_scale"] = _usual_guidance(base, chosen)
     if {**of_recipe, **chosen}.get("teacher_guidance_scale"):
         of_recipe["caption_dropout_rate"] = 0.0  # the cheap call is the conditional one alone
+    if {**of_recipe, **chosen}.get("mix") != "modulate":
+        of_recipe.pop("dmp_sites", None)  # those of a patch that adds are other places
     found |= of_recipe
     if chosen.get("objective") in ("own", "two-sided"):
         found["keep_best"] = False  # away from the base's samples the held-out loss rises

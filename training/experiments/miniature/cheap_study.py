@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from training.experiments.miniature.cheap_tables import confirmation, tuning
-from training.experiments.miniature.cheap_trial import Cheap, Found, SplitName
+from training.experiments.miniature.cheap_tables import rates_table, repair_table
+from training.experiments.miniature.cheap_trial import Cheap, RepairMeasures, SplitName
 from training.experiments.miniature.remedies import CALLS, REMEDIES
 
 SEEDS = (1, 2, 3)
@@ -49,13 +49,13 @@ class Repair:
     split: SplitName
 
 
-def done(cheap: Cheap, repair: Repair) -> Found:
+def done(cheap: Cheap, repair: Repair) -> RepairMeasures:
     """Trains and judges, in a process of its own, unless that was done before."""
     torch.set_num_threads(1)
     return cheap.found(repair.call, repair.remedy, repair.rate, repair.seed, repair.split)
 
 
-def all_done(cheap: Cheap, repairs: list[Repair], processes: int) -> dict[Repair, Found]:
+def all_done(cheap: Cheap, repairs: list[Repair], processes: int) -> dict[Repair, RepairMeasures]:
     """All repairs, several at once; the first error ends the study, what is done stays."""
     found = {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -70,13 +70,13 @@ def all_done(cheap: Cheap, repairs: list[Repair], processes: int) -> dict[Repair
     return found
 
 
-def tune(cheap: Cheap, call: str, names: Iterable[str], processes: int) -> dict[str, float]:
+def best_rates(cheap: Cheap, call: str, names: Iterable[str], processes: int) -> dict[str, float]:
     """The rate of each remedy that repairs most of the gap on validation."""
     jobs = [
         Repair(call, name, rate, 0, "validation") for name in names for rate in REMEDIES[name].rates
     ]
     found = all_done(cheap, jobs, processes)
-    print(tuning({(job.remedy, job.rate): one.share for job, one in found.items()}))
+    print(rates_table({(job.remedy, job.rate): one.share for job, one in found.items()}))
     best: dict[str, tuple[float, float]] = {}
     for job, one in found.items():
         if job.remedy not in best or one.share > best[job.remedy][0]:
@@ -84,7 +84,7 @@ def tune(cheap: Cheap, call: str, names: Iterable[str], processes: int) -> dict[
     return {name: rate for name, (_, rate) in best.items()}
 
 
-def confirm(
+def tables_of(
     cheap: Cheap, calls: Iterable[str], rates: dict[str, float], processes: int
 ) -> list[str]:
     """A table of each cheap call on the test split."""
@@ -93,10 +93,10 @@ def confirm(
         jobs = [Repair(call, name, 0.0, 0, "test") for name in ("none", "bias correction")]
         jobs += [Repair(call, n, rates[n], seed, "test") for n in rates for seed in SEEDS]
         found = all_done(cheap, jobs, processes)
-        of_remedy: dict[str, list[Found]] = {}
+        of_remedy: dict[str, list[RepairMeasures]] = {}
         for job, one in found.items():
             of_remedy.setdefault(job.remedy, []).append(one)
-        tables.append(confirmation(call, of_remedy))
+        tables.append(repair_table(call, of_remedy))
         print(tables[-1], flush=True)
     return tables
 
@@ -116,9 +116,9 @@ def main() -> None:
     parser.add_argument("--calls", nargs="+", default=list(CALLS.values()))
     options = parser.parse_args()
     cheap = Cheap(options.subject, options.data, options.out, options.steps)
-    rates = tune(cheap, options.calls[0], options.only, options.processes)
+    rates = best_rates(cheap, options.calls[0], options.only, options.processes)
     if "confirm" in options.stages:
-        tables = confirm(cheap, options.calls, rates, options.processes)
+        tables = tables_of(cheap, options.calls, rates, options.processes)
         (options.out / f"{options.subject}.md").write_text("\n\n".join(tables), encoding="utf-8")
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from training.experiments.miniature.cheap_trial import Found
+from training.experiments.miniature.cheap_trial import RepairMeasures
 from training.objective.intervals import t_interval
 
 
-def tuning(shares: Mapping[tuple[str, float], float]) -> str:
+def rates_table(shares: Mapping[tuple[str, float], float]) -> str:
     """The share of the gap on validation that each remedy repairs at each rate."""
     rows: dict[str, list[str]] = {}
     for (name, rate), share in shares.items():
@@ -22,7 +22,7 @@ def tuning(shares: Mapping[tuple[str, float], float]) -> str:
     )
 
 
-def confirmation(call: str, found: Mapping[str, Sequence[Found]]) -> str:
+def repair_table(call: str, found: Mapping[str, Sequence[RepairMeasures]]) -> str:
     """What each remedy leaves of the damage on the test split.
 
     The distance of the pictures and its share are over seeds and pictures; the interval of the
@@ -61,7 +61,7 @@ def _share(own: Tensor, before: Tensor, gone: float) -> str:
     return f"{100 * gone:.1f} ± {100 * half:.1f} %"
 
 
-def _minus(own: Tensor, lora: Sequence[Found]) -> str:
+def _minus(own: Tensor, lora: Sequence[RepairMeasures]) -> str:
     """The mean difference of the pictures' distances to LoRA's, with its interval."""
     other = torch.stack([one.pictures for one in lora]).mean(0)
     mean, low, high = t_interval(own - other)

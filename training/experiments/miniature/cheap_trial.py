@@ -28,7 +28,7 @@ from training.objective.labelled import labelled_samples
 from training.objective.noising import process_of
 from training.options.config import TrainConfig
 
-__all__ = ["Cheap", "Found", "SplitName"]
+__all__ = ["Cheap", "RepairMeasures", "SplitName"]
 
 PICTURES, STEPS, SAMPLER = 1000, 20, "unipc"
 BINS = 10
@@ -36,7 +36,7 @@ _SAMPLE_SEED, _GAP_SEED, _CORRECTED = 1234, 11, 512
 
 
 @dataclass(frozen=True)
-class Found:
+class RepairMeasures:
     """What a call is worth beside the full model.
 
     Args:
@@ -88,12 +88,12 @@ class Cheap:
             raise ValueError(f"expected --data for {self.subject}: the folder of make_cifar")
         return cifar10(self.subject, self.data)
 
-    def found(self, call: str, remedy: str, rate: float, seed: int, split: SplitName) -> Found:
+    def found(self, call: str, remedy: str, rate: float, seed: int, split: SplitName) -> RepairMeasures:
         """Trains a remedy, unless that was done before, and judges it on a split."""
         folder = self.out / self.subject / call / remedy.replace(" ", "-") / f"{rate:g}" / str(seed)
         path = folder / f"{split}.safetensors"
         if path.is_file():
-            return Found(**load_file(path))
+            return RepairMeasures(**load_file(path))
         subject = self.open()
         exact, cheap = self._models(subject, call)
         context: AbstractContextManager[object] = nullcontext()
@@ -128,7 +128,7 @@ def _judged(
     judged: FrozenBase,
     split: SplitName,
     reference: Path,
-) -> Found:
+) -> RepairMeasures:
     """Pictures and predictions of the exact call, the cheap one, and the repaired one."""
     held_out = subject.split(split)
     images = as_float(held_out.images)
@@ -145,7 +145,7 @@ def _judged(
         for name, pictures in {**drawn, "own": own}.items()
     }
     gaps = torch.stack(_gaps(subject, exact, (bare, judged), split))
-    return Found(
+    return RepairMeasures(
         pictures=_distance(own, drawn["full"]),
         gaps=gaps,
         frechet=torch.tensor([distances["full"], distances["own"]], dtype=torch.float64),
