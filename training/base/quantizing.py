@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 
 from dmp_common import PatchError
+from dmp_common.tools.gguf_header import require_gguf
 from training.base import memory
 from training.base.frozen import FrozenBase
-from training.base.gguf_header import require_gguf
 from training.base.layers import copy_sharing, linear_layers, replace_layer
 from training.base.rounding import GROUP, round_groups, round_rows
 from training.base.stored import Fp8Linear, GgufLinear

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from dmp_common.errors import file_error, printable
+from dmp_common.tools.gguf_header import GgufTensor, read_gguf_header, require_gguf
 from dmp_common.tools.modelfiles import tensor_shapes
-from training.base.gguf_header import GgufTensor, read_gguf_header, require_gguf
 
 PREFIX = "model.diffusion_model."  # of the denoiser in files with other parts beside it
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

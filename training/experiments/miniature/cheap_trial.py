@@ -88,7 +88,9 @@ class Cheap:
             raise ValueError(f"expected --data for {self.subject}: the folder of make_cifar")
         return cifar10(self.subject, self.data)
 
-    def found(self, call: str, remedy: str, rate: float, seed: int, split: SplitName) -> RepairMeasures:
+    def found(
+        self, call: str, remedy: str, rate: float, seed: int, split: SplitName
+    ) -> RepairMeasures:
         """Trains a remedy, unless that was done before, and judges it on a split."""
         folder = self.out / self.subject / call / remedy.replace(" ", "-") / f"{rate:g}" / str(seed)
         path = folder / f"{split}.safetensors"

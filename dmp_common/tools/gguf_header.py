@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmp_common import PatchError
-from dmp_common.errors import file_error, printable
+from dmp_common.errors import PatchError, file_error, printable
 from dmp_common.patch.serialize import opened
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
