@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_validate(commands)
     _add_heatmap(commands)
     _add_convert(commands)
+    _add_fold(commands)
     _add_push(commands)
     return parser
 
@@ -254,6 +255,38 @@ def _convert(options: argparse.Namespace) -> int:
         f"{len(patch.sites)} sites, {patch.saved_parameters:,} parameters; prompts: "
         f"{'added' if patch.variant.mix == 'add' else 'prepended'}, gate: {patch.variant.gate}, "
         f"condition: {patch.variant.condition}"
+    )
+    return 0
+
+
+def _add_fold(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "fold",
+        _fold,
+        "Write an un-gated modulating patch into a copy of a model's own weights and biases.\n"
+        "Where the file cannot hold it, the error says where.",
+        "fold my-patch.safetensors model.safetensors folded.safetensors\n"
+        "fold my-patch.safetensors model-Q4_0.gguf folded.gguf --partial",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a patch file")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a .safetensors or .gguf file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the patch (default: 1)")
+    parser.add_argument("--partial", action="store_true", help="leave out what no bias can hold")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+
+
+def _fold(options: argparse.Namespace) -> int:
+    from dmp_common.api import Patch
+    from dmp_common.tools.fold import fold
+
+    _require_free(options.out, options.force)
+    given = {"strength": options.strength, "partial": options.partial}
+    folded = fold(Patch.load(options.file), options.model, options.out, **given)
+    print(
+        f"Wrote {printable_path(options.out)}: {folded.layers} layers scaled, {folded.biases} "
+        f"biases changed, {len(folded.without)} shifts left out for want of a bias"
     )
     return 0
 
