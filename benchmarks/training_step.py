@@ -40,7 +40,7 @@ from training.objective.inputs import Inputs
 from training.objective.noise import draw
 from training.objective.noising import process_of
 from training.objective.store import AimStore
-from training.objective.stored import StoredData, StoredObjective
+from training.objective.stored_aims import StoredData, StoredObjective
 from training.options.command_line import resolve
 from training.run.loop import step_losses, update
 from training.run.parts import Parts, assemble

@@ -19,7 +19,7 @@ from training.objective.aim import Aim
 from training.objective.noise import Names
 from training.objective.objectives import Distillation
 from training.objective.store import AimStore
-from training.objective.stored import StoredData
+from training.objective.stored_aims import StoredData
 from training.objective.trajectories import Trajectories
 from training.options.helping import section_of
 from training.run.disk import mib

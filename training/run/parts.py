@@ -20,7 +20,7 @@ from training.methods.method import Method
 from training.objective.noising import Process
 from training.objective.objectives import DataObjective, Distillation, Objective
 from training.objective.own import OwnObjective, OwnSamples, TwoSided
-from training.objective.stored import StoredObjective
+from training.objective.stored_aims import StoredObjective
 from training.objective.student import Student
 from training.objective.teacher import KeptTeacher, Teacher
 from training.options.config import TrainConfig

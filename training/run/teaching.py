@@ -16,7 +16,7 @@ from training.base.families.family import Given
 from training.base.memory import give_back
 from training.data.batch import Data
 from training.objective.relative import BINS, RelativeWeights, relative_config, warn_of_rounding
-from training.objective.stored import StoredData
+from training.objective.stored_aims import StoredData
 from training.objective.student import Student
 from training.run.filling import Filling
 from training.run.parts import Parts

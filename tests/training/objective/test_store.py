@@ -13,7 +13,7 @@ from training.data.batch import Position
 from training.data.summary import DataSummary
 from training.objective.aim import Aim
 from training.objective.store import AimStore
-from training.objective.stored import StoredBatch, StoredData
+from training.objective.stored_aims import StoredBatch, StoredData
 
 FACTS = {"seed": 0, "options": {"states": "data", "range": (1, 2)}}
 

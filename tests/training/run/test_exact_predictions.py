@@ -12,7 +12,7 @@ from dmp_common import PatchError
 from tests.training.conftest import Folders, Go, Start, Train
 from tests.training.tinybases import TRAINED
 from training.base.frozen import load_frozen
-from training.objective.stored import StoredData
+from training.objective.stored_aims import StoredData
 from training.objective.trajectories import Trajectories
 from training.run import filling, loop
 
