@@ -17,7 +17,7 @@ from training.run.outputs import Outputs
 from training.run.parts import Run
 from training.run.previews import Previews
 from training.run.progress import Progress
-from training.run.purpose import measured
+from training.run.purpose import known_after
 from training.run.repair import judge_repair
 from training.run.resuming import plain_optimiser
 from training.run.state import State, save_state, state_folder
@@ -192,7 +192,7 @@ class TrainingEvents(Events):
         path = self.outputs.folder / f"{run.config.output_name}.json"
         summary = {
             "result": self.outputs.path().name,
-            "use": {**self.metadata.purpose, **measured(self.verdict, self.strength)},
+            "use": {**self.metadata.purpose, **known_after(self.verdict, self.strength)},
             "verdict": None if self.verdict is None else self.verdict.to_json(),
             "validation_loss_by_step": {
                 str(step): run.history.mean(step) for step in run.history.validation

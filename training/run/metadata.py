@@ -15,7 +15,7 @@ from dmp_common import __version__
 from training.base.frozen import FrozenBase
 from training.data.summary import DataSummary
 from training.options.config import TrainConfig
-from training.run.purpose import measured, purpose_of
+from training.run.purpose import known_after, purpose_of
 from training.run.state import History
 from training.run.verdict import Verdict
 
@@ -97,7 +97,7 @@ class Metadata:
         return {
             **self.fixed,
             **told,
-            "dmp.use": json.dumps({**self.purpose, **measured(verdict, strength)}),
+            "dmp.use": json.dumps({**self.purpose, **known_after(verdict, strength)}),
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
             "ss_dmp_validation": json.dumps(_means(history)),

@@ -8,7 +8,7 @@ from training.base.cheap import student_facts
 from training.base.frozen import FrozenBase
 from training.options.config import TrainConfig
 from training.run.repair import RepairVerdict
-from training.run.verdict import Verdict, as_json
+from training.run.verdict import Verdict, interval_json
 
 
 def purpose_of(config: TrainConfig, frozen: FrozenBase) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def purpose_of(config: TrainConfig, frozen: FrozenBase) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measured(verdict: Verdict | None, strength: float | None) -> dict[str, Any]:
+def known_after(verdict: Verdict | None, strength: float | None) -> dict[str, Any]:
     """What is known of it after training: the share repaired, and the strength that was folded in.
 
     Args:
@@ -57,7 +57,7 @@ def measured(verdict: Verdict | None, strength: float | None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if isinstance(verdict, RepairVerdict):
-        found["share_repaired"] = as_json(verdict.share)
+        found["share_repaired"] = interval_json(verdict.share)
     if strength is not None:
         found["strength_folded_in"] = strength
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.objective.intervals import Interval, ratio_interval
 from training.objective.losses import SIDES
-from training.run.verdict import Verdict, as_json, comparison, percent
+from training.run.verdict import Verdict, held_out_comparison, interval_json, percent
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,13 @@ class RepairVerdict(Verdict):
         told["gap"], told["gap_before"] = told.pop("loss"), told.pop("loss_of_base")
         return {
             **told,
-            "share_repaired": as_json(self.share),
-            "share_repaired_by_noise_level": [as_json(_share(one)) for one in self.by_level],
-            "share_repaired_by_side": {name: as_json(one) for name, one in self.sides.items()},
+            "share_repaired": interval_json(self.share),
+            "share_repaired_by_noise_level": [
+                interval_json(_share(level)) for level in self.by_level
+            ],
+            "share_repaired_by_side": {
+                name: interval_json(one) for name, one in self.sides.items()
+            },
         }
 
     @property
@@ -88,7 +92,7 @@ def judge_repair(
     Returns:
         None for too few images.
     """
-    compared = comparison(base, trained, ratio_interval)
+    compared = held_out_comparison(base, trained, ratio_interval)
     if compared is None:
         return None
     shares = {}

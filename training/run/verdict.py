@@ -47,8 +47,8 @@ class Verdict:
             "images": self.images,
             "loss_of_base": self.base,
             "loss": self.trained,
-            "change": as_json(self.change),
-            "change_by_noise_level": [as_json(interval) for interval in self.by_level],
+            "change": interval_json(self.change),
+            "change_by_noise_level": [interval_json(interval) for interval in self.by_level],
             "best_step": self.best_step,
             "kept_step": self.kept_step,
             "last_step": self.last_step,
@@ -145,11 +145,11 @@ def judge(base: Tensor, trained: Tensor, **steps: Any) -> Verdict | None:
     Args:
         steps: the arguments of `Verdict` about steps, by name.
     """
-    compared = comparison(base, trained, relative_change)
+    compared = held_out_comparison(base, trained, relative_change)
     return None if compared is None else Verdict(**compared, **steps)
 
 
-def comparison(
+def held_out_comparison(
     base: Tensor, trained: Tensor, relative: Callable[[Tensor, Tensor], Interval]
 ) -> dict[str, Any] | None:
     """What losses (images, bins) of base and trained model say; None for too few images.
@@ -181,6 +181,6 @@ def percent(interval: Interval, digits: int = 3) -> str:
     return f"{mean:+.{digits}f} % [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def as_json(interval: Interval) -> Mapping[str, float]:
+def interval_json(interval: Interval) -> Mapping[str, float]:
     """An interval as JSON has it."""
     return {"mean": interval.mean, "low": interval.low, "high": interval.high}
