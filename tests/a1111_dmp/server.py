@@ -72,7 +72,8 @@ class Server:
             with urllib.request.urlopen(request, timeout=WAIT) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            raise FailedError(error.read().decode()) from error
+            with error:
+                raise FailedError(error.read().decode()) from error
 
     def make(self, *patch: Any, **settings: Any) -> Made:
         """Pictures; `patch` are values of the accordion after its switch."""
