@@ -3,9 +3,10 @@
 The layers of the blocks are in a type of GGUF and computed by diffusers' own `GGUFLinear`, as its
 loader leaves them; `--form none` leaves the model as it is. Prints the ratios to the plain model of
 forward passes with the paper's patch, with a modulating patch of four grids, and with peft's LoRA
-r = 16 on the attention projections, all in turns in one process; for patches also the time inside
-our hooks as a share of the forward pass; and the memory that a pass takes at its peak. All patches
-are measured at a timestep whose weights are remembered.
+r = 16 on the attention projections, all in turns in one process, at a timestep whose weights are
+remembered; the time inside our hooks, and inside the LoRA's layers without the layers that they
+wrap, as shares of the rest of the pass, which are steadier on a busy machine; and the memory that a
+pass takes at its peak.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from benchmarks.floor import peak_bytes
 from benchmarks.models import MODELS, build, random_patch
 from benchmarks.overhead import Forward, caller, hook_shares
-from benchmarks.timing import CLOCKS, clock_of, interleaved, machine_of, ratio
+from benchmarks.timing import CLOCKS, Clock, clock_of, interleaved, machine_of, ratio
 from dmp_common import attach
 from training.base.layers import copy_sharing, linear_layers, replace_layer
 from training.methods.lora import LORA_TARGETS
@@ -59,6 +61,39 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     return copied.eval().requires_grad_(False)
 
 
+def lora_shares(model: nn.Module, forward: Forward, steps: int, clock: Clock) -> list[float]:
+    """Time that a LoRA adds in its layers over the rest of the forward pass.
+
+    Args:
+        model: from `with_lora`.
+        forward: calls it at a timestep.
+        steps: passes.
+        clock: for both.
+    """
+    inside = 0.0
+
+    def count(sign: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal inside
+            inside += sign * clock()
+
+        return hook
+
+    handles = []
+    for layer in [part for part in model.modules() if isinstance(part, BaseTunerLayer)]:
+        for module, sign in ((layer, -1), (layer.get_base_layer(), 1)):
+            handles.append(module.register_forward_pre_hook(count(sign)))
+            handles.append(module.register_forward_hook(count(-sign)))
+    shares = []
+    for step in range(steps):
+        inside, start = 0.0, clock()
+        forward(999.0 - step * 999.0 / steps)
+        shares.append(inside / (clock() - start - inside))
+    for handle in handles:
+        handle.remove()
+    return shares
+
+
 def peak_of(run: Callable[[], Any], device: torch.device) -> int | None:
     """The most bytes that a run takes beside what was taken before; None where nobody can say."""
     if device.type == "cuda":
@@ -87,7 +122,7 @@ def options_of_command_line() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
     parser.add_argument("--rounds", type=int, default=10, help="measurements for the ratios")
-    parser.add_argument("--steps", type=int, default=4, help="passes for the time inside hooks")
+    parser.add_argument("--steps", type=int, default=10, help="passes for the time inside hooks")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -106,7 +141,8 @@ def main() -> None:
           f"{machine_of(device)}, {options.clock} clock, torch {torch.__version__}")  # fmt: skip
 
     plain = caller(model, inputs)
-    lora = caller(with_lora(model, options.rank), inputs)
+    adapted = with_lora(model, options.rank)
+    lora = caller(adapted, inputs)
     patches = {
         name: random_patch(options.model, **variant).to(device)
         for name, variant in VARIANTS.items()
@@ -124,6 +160,8 @@ def main() -> None:
         shares = hook_shares(model, patch, plain, options.steps, clock, CLOCKS[options.clock])
         found = ", ".join(f"{kind} {statistics.median(s):.3%}" for kind, s in shares.items())
         print(f"time inside hooks, {name}: {found} of the plain pass")
+    share = statistics.median(lora_shares(adapted, lora, options.steps, clock))
+    print(f"time that the LoRA adds in its layers: {share:.3%} of the plain pass")
     for name, run in runs.items():
         with around[name]() if name in around else torch.no_grad():
             peak = peak_of(run, device)
