@@ -5,8 +5,8 @@ r"""Compare what repairs a cheap call: patches, LoRA and bias correction, on pic
         --data DIR --out DIR --only repair lora --calls rtn3
 
 `tune` tries two learning rates for each remedy on validation, with seed 0, on the first of the
-chosen cheap calls; `confirm` trains the best one with three other seeds and judges it on the test
-split. What is done is kept in `--out`, and a study that was stopped goes on from there.
+chosen cheap calls; `--rate` says one for all instead. `confirm` trains the best one with three other
+seeds and judges it on the test split. What is done is kept in `--out`, and a study that was stopped goes on from there.
 
 Everything is measured against the full model: the distance of each picture to the full model's from
 the same noise, the share of the gap of the predictions that is repaired, and the Frechet distance.
@@ -113,10 +113,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=REMEDIES, default=list(REMEDIES))
-    parser.add_argument("--calls", nargs="+", default=list(CALLS.values()))
+    parser.add_argument("--rate", type=float, help="for all, instead of tuning")
+    parser.add_argument("--calls", nargs="+", default=list(CALLS))
     options = parser.parse_args()
     cheap = Cheap(options.subject, options.data, options.out, options.steps)
-    rates = best_rates(cheap, options.calls[0], options.only, options.processes)
+    rates = dict.fromkeys(options.only, options.rate)
+    if options.rate is None:
+        rates = best_rates(cheap, options.calls[0], options.only, options.processes)
     if "confirm" in options.stages:
         tables = tables_of(cheap, options.calls, rates, options.processes)
         (options.out / f"{options.subject}.md").write_text("\n\n".join(tables), encoding="utf-8")

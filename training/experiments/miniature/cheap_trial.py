@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmp_common.patch.objectives import guided
 from training.base.cheap import cheap_base
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase, load_frozen
@@ -20,7 +22,7 @@ from training.data.draws import generator
 from training.evaluation.models import load_compared
 from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.pretraining import as_float
-from training.experiments.miniature.remedies import REMEDIES
+from training.experiments.miniature.remedies import REMEDIES, call_options, guidance_of
 from training.experiments.miniature.subjects import Subject, cifar10, digits
 from training.experiments.miniature.trial import train_trial
 from training.objective.frechet import frechet_distance
@@ -99,23 +101,26 @@ class Cheap:
         subject = self.open()
         exact, cheap = self._models(subject, call)
         context: AbstractContextManager[object] = nullcontext()
-        if remedy == "bias correction":
+        if remedy == "bias correction" and guidance_of(call) == 1:
             correct_biases(cheap, exact, _batches(subject, exact))
-        elif remedy != "none":
+        elif remedy in REMEDIES:
             options = REMEDIES[remedy].all_options(call, rate, seed, self.steps)
             context = load_compared(train_trial(subject, options, folder)).on(cheap)
         bare = self._models(subject, call)[1]
         with context as used:
             judged = used if isinstance(used, FrozenBase) else cheap
-            found = _judged(subject, exact, bare, judged, split, self._reference(call, split))
+            models = exact, bare, judged
+            found = _judged(subject, models, call, split, self._reference(call, split))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in vars(found).items()}, path)
         return found
 
     def _models(self, subject: Subject, call: str) -> tuple[FrozenBase, FrozenBase]:
-        options: dict[str, Any] = {"base": subject.base, "student_quantization": call}
+        options: dict[str, Any] = {"base": subject.base, **call_options(call)}
         config = TrainConfig(pretrained_model_name_or_path=str(subject.weights), **options)
         exact = load_frozen(config)
+        if not config.has_student:
+            return exact, replace(exact, model=copy.deepcopy(exact.model))
         return exact, cheap_base(exact, config)
 
     def _reference(self, call: str, split: SplitName) -> Path:
@@ -125,19 +130,20 @@ class Cheap:
 
 def _judged(
     subject: Subject,
-    exact: FrozenBase,
-    bare: FrozenBase,
-    judged: FrozenBase,
+    models: tuple[FrozenBase, FrozenBase, FrozenBase],
+    call: str,
     split: SplitName,
     reference: Path,
 ) -> RepairMeasures:
     """Pictures and predictions of the exact call, the cheap one, and the repaired one."""
-    held_out = subject.split(split)
-    images = as_float(held_out.images)
+    exact, bare, judged = models
+    scale = guidance_of(call)
+    images = as_float(subject.split(split).images)
     if reference.is_file():
         drawn = load_file(reference)
     else:
-        drawn = {"full": _pictures(subject, exact, split), "cheap": _pictures(subject, bare, split)}
+        full, cheap = _pictures(subject, exact, split, scale), _pictures(subject, bare, split)
+        drawn = {"full": full, "cheap": cheap}
         reference.parent.mkdir(parents=True, exist_ok=True)
         save_file(drawn, reference)
     own = _pictures(subject, judged, split)
@@ -146,7 +152,7 @@ def _judged(
         name: frechet_distance(subject.features(pictures), real)
         for name, pictures in {**drawn, "own": own}.items()
     }
-    gaps = torch.stack(_gaps(subject, exact, (bare, judged), split))
+    gaps = torch.stack(_gaps(subject, exact, (bare, judged), split, scale))
     return RepairMeasures(
         pictures=_distance(own, drawn["full"]),
         gaps=gaps,
@@ -156,10 +162,10 @@ def _judged(
     )
 
 
-def _pictures(subject: Subject, frozen: FrozenBase, split: SplitName) -> Tensor:
+def _pictures(subject: Subject, frozen: FrozenBase, split: SplitName, scale: float = 1.0) -> Tensor:
     labels = subject.labels(split)[:PICTURES]
     return labelled_samples(
-        frozen, labels, seed=_SAMPLE_SEED, steps=STEPS, sampler=SAMPLER
+        frozen, labels, seed=_SAMPLE_SEED, steps=STEPS, sampler=SAMPLER, scale=scale
     ).contiguous()  # fmt: skip
 
 
@@ -169,7 +175,11 @@ def _distance(pictures: Tensor, others: Tensor) -> Tensor:
 
 
 def _gaps(
-    subject: Subject, exact: FrozenBase, calls: tuple[FrozenBase, ...], split: SplitName
+    subject: Subject,
+    exact: FrozenBase,
+    calls: tuple[FrozenBase, ...],
+    split: SplitName,
+    scale: float,
 ) -> list[Tensor]:
     """For each call the squared distance of its predictions to the exact ones (BINS,)."""
     held_out = subject.split(split)
@@ -183,6 +193,10 @@ def _gaps(
         noisy, given = process.noisy(images, noise, t), {"labels": labels}
         with torch.no_grad():
             target = exact.family.predict(exact.model, noisy, t, given)
+            if scale != 1:
+                none = {"labels": torch.full_like(labels, int(exact.null_label or 0))}
+                plain = exact.family.predict(exact.model, noisy, t, none)
+                target = guided(target, plain, scale)
             for call, total in zip(calls, sums, strict=True):
                 error = call.family.predict(call.model, noisy, t, given) - target
                 total[number] = float(error.double().square().mean())

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The cheap calls by the name of their folder: --student_quantization.
-CALLS: dict[str, str] = {
-    "3 bits in groups": "rtn3-group32",
-    "3 bits per row": "rtn3",
-    "4 bits per row": "rtn4",
-}
+# The cheap calls: --student_quantization, or guidance of a scale without its second call.
+CALLS = ("rtn3-group32", "rtn3", "rtn4", "guidance-2")
+_GUIDANCE = "guidance-"
 # All that is trained has this in common. Timesteps are weighted by 1 / the gap: plainly weighted,
 # the noisiest ones, where the gap is largest, hide the others, on which pictures depend.
 _SHARED: dict[str, Any] = {
@@ -42,9 +39,21 @@ class Remedy:
     def all_options(self, call: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
         """The trainer's options for a cheap call, a rate and a seed."""
         return {
-            **_SHARED, **self.options, "student_quantization": call, "learning_rate": rate,
+            **_SHARED, **self.options, **call_options(call), "learning_rate": rate,
             "seed": seed, "max_train_steps": steps, "lr_warmup_steps": min(20, steps // 10),
         }  # fmt: skip
+
+
+def guidance_of(call: str) -> float:
+    """The scale of the guidance that a cheap call lacks; 1 for those with weights of their own."""
+    return float(call.removeprefix(_GUIDANCE)) if call.startswith(_GUIDANCE) else 1.0
+
+
+def call_options(call: str) -> dict[str, Any]:
+    """The trainer's options that make a cheap call and its exact one."""
+    if call.startswith(_GUIDANCE):
+        return {"teacher_guidance_scale": call.removeprefix(_GUIDANCE)}
+    return {"student_quantization": call}
 
 
 # Sizes are those of bases of six blocks of width 64: digits and cifar10-s.
