@@ -119,7 +119,7 @@ class Context:
         if found is None:
             # One that was made in inference mode could not be used in a call with gradients.
             with torch.inference_mode(False), torch.no_grad():
-                found = self._modulation(parts, x, None)
+                found = self._whole(parts, x, remembered) or self._modulation(parts, x, None)
             assert self.cache is not None
             self.cache.add(self.key, remembered, place, found)
         fresh = not torch.is_grad_enabled() and 0 not in x.stride()
@@ -146,6 +146,19 @@ class Context:
     def strip(self, site: str, x: Tensor) -> Tensor:
         """Returns image tokens without the prompts that `prepend` put in front."""
         return x if site not in self.columns else x[:, self.pools[site].prompts.shape[1] :]
+
+    def _whole(
+        self, parts: tuple[Part, ...], x: Tensor, remembered: Remembered
+    ) -> Modulation | None:
+        """Returns the modulation of an output that is one site, None for other outputs."""
+        axis = self.sites[parts[0].site].axis
+        if len(parts) > 1 or x.dim() < 2 or self.sites[parts[0].site].width != x.shape[axis]:
+            return None
+        assert not isinstance(self.strength, Tensor)
+        scale, shift = remembered.ready(x, self.strength)[parts[0].site]
+        shape = [len(scale), *[1] * (x.dim() - 1)]
+        shape[axis] = -1
+        return Modulation(scale.reshape(shape), shift.reshape(shape), x.dtype == torch.float32)
 
     def _modulation(self, parts: tuple[Part, ...], x: Tensor, rows: Tensor | None) -> Modulation:
         """Builds the modulation of the sites in a module's output like x, see `modulation_of`."""

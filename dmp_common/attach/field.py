@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -121,26 +121,57 @@ class Field(NamedTuple):
         )
 
 
+Split = Callable[[Tensor, int], "dict[str, Tensor]"]
+
+
 class Remembered:
     """Cached weights of the gate at some timesteps, and the fields that were made with them.
 
     Args:
         weights: gate weights of the distinct timesteps (T, S, K*N), float32, multiplied by the
             patch's learning scale.
-        table: scale and shift (T, 2, D) of each site, for a patch that modulates.
+        mixed: scale and shift (T, 2, C) of all sites, for a patch that modulates.
+        split: returns the channels of each site of a tensor that has them along an axis.
 
     Attributes:
+        table: scale and shift (T, 2, D) of each site, views of `mixed`.
         fields: the fields, or modulations, by their site and by shape, type, device and layout of
             its input or output.
         nbytes: the number of bytes that the weights and fields keep in memory.
     """
 
-    def __init__(self, weights: Tensor, table: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, weights: Tensor, mixed: Tensor | None = None, split: Split | None = None
+    ) -> None:
         self.weights = weights
-        self.table = table
+        self.mixed = mixed
+        self.split = split
+        self.table = None if mixed is None or split is None else split(mixed, 2)
+        self._ready: dict[Hashable, dict[str, tuple[Tensor, Tensor]]] = {}
         self.fields: dict[Hashable, Any] = {}
-        kept = (weights, *(() if table is None else table.values()))
+        kept = (weights,) if mixed is None else (weights, mixed)
         self.nbytes = sum(part.numel() * part.element_size() for part in kept)
+
+    def ready(self, x: Tensor, strength: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns scale and shift (T, D) of each site, as `Modulation` needs them, for x.
+
+        They are made for all sites at once: a call needs those of all, and each operation costs
+        more than the few values it computes.
+        """
+        key = x.dtype, x.device, strength
+        found = self._ready.get(key)
+        if found is None:
+            assert self.mixed is not None
+            assert self.split is not None
+            mixed = self.mixed if strength == 1.0 else self.mixed * strength
+            scale, shift = mixed.to(x.device).unbind(1)  # (T, C)
+            if x.dtype == torch.float32:
+                scale = scale + 1.0
+            parts = (self.split(part.to(x.dtype), 1) for part in (scale, shift))
+            scales, shifts = parts
+            found = {name: (scales[name], shifts[name]) for name in scales}
+            self._ready = {key: found}
+        return found
 
 
 class FieldCache(OrderedDict[Hashable, Remembered]):

@@ -133,7 +133,7 @@ class Runtime:
         if remembered is None:
             weights = patch.gate(e, settings.temperature) * patch.learning_scale
             if patch.modulates:
-                table = self._modulations(weights)
+                table = patch.modulation.split(self._mixed(weights), 2)
         else:
             weights = remembered.weights
             table = remembered.table
@@ -205,12 +205,12 @@ class Runtime:
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return runtime_of(copy.deepcopy(self.patch, memo))
 
-    def _modulations(self, weights: Tensor) -> dict[str, Tensor]:
-        """Returns the scale and shift of every site, in float32 also under autocast."""
+    def _mixed(self, weights: Tensor) -> Tensor:
+        """Returns the scale and shift of all sites, in float32 also under autocast."""
         if weights.device.type not in AUTOCAST:
-            return self.patch.modulations(weights)
+            return self.patch.mixed(weights)
         with torch.autocast(weights.device.type, enabled=False):
-            return self.patch.modulations(weights)
+            return self.patch.mixed(weights)
 
     def _active_columns(self, settings: Settings) -> dict[str, int]:
         settings.require_sites(tuple(self._columns))
@@ -264,8 +264,10 @@ class Runtime:
             with torch.inference_mode(False), torch.no_grad():
                 weights = self.patch.gate(e.clone(), temperature)
                 weights = weights * self.patch.learning_scale
-                table = self._modulations(weights) if self.patch.modulates else None
-                remembered = Remembered(weights, table)
+                remembered = Remembered(weights)
+                if self.patch.modulates:
+                    split = self.patch.modulation.split
+                    remembered = Remembered(weights, self._mixed(weights), split)
             self.cache.put(key, remembered)
         return remembered, rows, key
 

@@ -34,10 +34,14 @@ class ModulationPool(nn.Module):
 
     def by_site(self) -> dict[str, Tensor]:
         """Returns the prompts of each site (K, 2, D), views of the parameter."""
-        parts = torch.split(self.prompts, list(self.widths.values()), dim=2)
+        return self.split(self.prompts, 2)
+
+    def split(self, whole: Tensor, dim: int) -> dict[str, Tensor]:
+        """Returns the channels of each site, views of a tensor of all channels along `dim`."""
+        parts = torch.split(whole, list(self.widths.values()), dim=dim)
         return dict(zip(self.widths, parts, strict=True))
 
-    def mix(self, weights: Tensor, equal: bool) -> dict[str, Tensor]:
+    def mix(self, weights: Tensor, equal: bool) -> Tensor:
         """Computes the scale and shift of every site, sum_k w_k(t) [s_k ; b_k].
 
         Args:
@@ -45,14 +49,12 @@ class ModulationPool(nn.Module):
             equal: whether the weights are the same at all sites, because the gate sees no depth.
 
         Returns:
-            For each site (T, 2, D), float32: the scale s(t) and the shift b(t).
+            (T, 2, C), float32, of the channels of all sites: the scale s(t) and the shift b(t).
         """
-        prompts, widths = self.prompts.float(), list(self.widths.values())
+        prompts = self.prompts.float()
         weights = weights[:, :, ::2]  # (T, S, K)
         if equal:
-            mixed = torch.einsum("tk,kpc->tpc", weights[:, 0], prompts)
-        else:
-            repeats = torch.tensor(widths, device=weights.device)
-            by_channel = weights.repeat_interleave(repeats, dim=1, output_size=prompts.shape[2])
-            mixed = torch.einsum("tck,kpc->tpc", by_channel, prompts)
-        return dict(zip(self.widths, torch.split(mixed, widths, dim=2), strict=True))
+            return torch.einsum("tk,kpc->tpc", weights[:, 0], prompts)
+        repeats = torch.tensor(list(self.widths.values()), device=weights.device)
+        by_channel = weights.repeat_interleave(repeats, dim=1, output_size=prompts.shape[2])
+        return torch.einsum("tck,kpc->tpc", by_channel, prompts)

@@ -146,8 +146,12 @@ class Patch(nn.Module):
         Args:
             weights: gate weights (T, S, 2 K), multiplied by the learning scale.
         """
+        return self.modulation.split(self.mixed(weights), 2)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """Computes the same in one tensor (T, 2, C), the sites side by side."""
         equal = self.variant.gate == "none" or self.variant.across_depth == "uniform"
-        return self._modulation.mix(weights, equal)
+        return self.modulation.mix(weights, equal)
 
     def pool(self, site: str) -> PromptPool:
         """Returns the prompt pool of a site, which a modulating patch does not have."""
@@ -205,14 +209,15 @@ class Patch(nn.Module):
     def saved(self) -> dict[str, Tensor]:
         """Returns the parameters, or views of them, by the names of tensors in the patch file."""
         if self.modulates:
-            by_site = self._modulation.by_site()
+            by_site = self.modulation.by_site()
         else:
             by_site = {name: self.pool(name).prompts for name in self.sites}
         prompts = {f"prompts.{name}": tensor for name, tensor in by_site.items()}
         return prompts | {f"gate.{name}": p for name, p in self.gate.named_parameters()}
 
     @property
-    def _modulation(self) -> ModulationPool:
+    def modulation(self) -> ModulationPool:
+        """The prompts of all sites of a modulating patch."""
         pool = self.pools["modulation"]
         assert isinstance(pool, ModulationPool)
         return pool

@@ -6,8 +6,8 @@ r"""Compare what repairs a cheap call: patches, LoRA and bias correction, on pic
 
 `tune` tries two learning rates for each remedy on validation, with seed 0, on the first of the
 chosen cheap calls; `--rate` says one for all instead. `confirm` trains the best one with three
-other seeds and judges it on the test split. What is done is kept in `--out`, and a study that was stopped
-goes on from there.
+other seeds and judges it on the test split. What is done is kept in `--out`, and a study that was
+stopped goes on from there.
 
 Everything is measured against the full model: the distance of each picture to the full model's from
 the same noise, the share of the gap of the predictions that is repaired, and the Frechet distance.
