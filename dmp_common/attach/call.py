@@ -1,20 +1,81 @@
-"""One forward call of a model with an attached patch: its arguments, and what it adds."""
+"""What runs in a forward call of a model with an attached patch.
+
+The hooks of the model begin and end a `Call`, which makes the context once the time embedding is
+known; the hooks at the sites then add to inputs or change outputs with it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
 
+from dmp_common.attach.checkpointing import bind
 from dmp_common.attach.context import Context
-from dmp_common.bases.parts import ModelCall
+from dmp_common.attach.modulation import Part
+from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
+from dmp_common.attach.regions import uncompile
+from dmp_common.bases.parts import ModelCall, Site
 from dmp_common.compat import function_transform, is_compiling
 from dmp_common.errors import PatchError
 
 if TYPE_CHECKING:
     from dmp_common.attach.hooks import CallHooks
+
+
+class InCall:
+    """What the hooks of an attachment do at the model itself; `CallHooks` installs them."""
+
+    here: threading.local
+    active: bool
+    enabled: bool
+    sites: list[SiteHook]
+    regions: list[Callable[[], Any]]
+    checkpointing: list[Callable[[], Any]]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Records the arguments of the call. Must not read weights: they may be offloaded here."""
+        if not self.active:
+            return
+        call = self.here.call = Call(self, args, kwargs)  # type: ignore[arg-type]
+        if is_compiling():
+            return
+        call.off = not self.enabled
+        for site in self.sites:
+            place = site.module()
+            if place is None:  # another module has replaced it, with a copy of its hooks
+                continue
+            own = vars(place)
+            if (site.where != "hook" or COMPILED in own or REGISTRY in own) and moved(site):
+                settle(site)
+        for region in self.regions:
+            module = region()
+            if module is not None and COMPILED in vars(module):
+                uncompile(module, self)  # type: ignore[arg-type]
+        if torch.is_grad_enabled():
+            for part in self.checkpointing:
+                bind(part(), self)  # type: ignore[arg-type]
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Ends the call, also after an error, so that a site that is called later does not see it.
+
+        After an interrupt (a BaseException) torch does not call this; the next call replaces it.
+        """
+        self.here.call = None
+
+    def embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Receives the time embedding, or the embedding of labels, that the model has computed."""
+        call = getattr(self.here, "call", None)
+        if call is not None and self.active and not call.off:
+            call.embedded(output)
 
 
 class Call:
@@ -97,3 +158,141 @@ class Call:
         """Returns the timesteps of the call (B,), on the device of `like`."""
         given = ModelCall(self.args, self.kwargs).get(self.hooks.source.argument)
         return torch.as_tensor(given, device=like.device).reshape(-1)
+
+
+class AtSite:
+    """What an attached patch does at one module of the model, within the calls of its hooks.
+
+    Args:
+        hooks: the hooks of the attachment.
+        name: the name of the site, for error messages.
+        module: the module.
+    """
+
+    def __init__(self, hooks: CallHooks, name: str, module: nn.Module) -> None:
+        self.hooks = hooks
+        self.module: Callable[[], Any] = weakref.ref(module)
+        self.name = name
+        self.handles: list[RemovableHandle] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AtSite:
+        hooks = copy.deepcopy(self.hooks, memo)
+        if hooks is self.hooks:  # a part of the model alone was copied
+            return self
+        if id(self) not in memo:
+            other = memo[id(self)] = object.__new__(type(self))
+            for name, value in vars(self).items():
+                if name == "module":
+                    other.__dict__[name] = copied_reference(value, memo)
+                else:
+                    other.__dict__[name] = copy.deepcopy(value, memo)
+        copied: AtSite = memo[id(self)]
+        return copied
+
+    def outside(self) -> PatchError:
+        """Returns the error about a module that is called outside of a call of the model."""
+        return PatchError(
+            f"site {self.name} was called outside of a forward call of the model, so its timestep "
+            "is unknown: call the whole model (under gradient checkpointing, through the model's "
+            "own `enable_gradient_checkpointing`, and attach and remove patches only when the "
+            "backward pass is done)."
+        )
+
+
+class OutputHook(AtSite):
+    """The scaling and shifting of a module's output.
+
+    Args:
+        hooks: the hooks of the attachment.
+        parts: the sites whose channels the output holds.
+        module: the module.
+    """
+
+    def __init__(self, hooks: CallHooks, parts: tuple[Part, ...], module: nn.Module) -> None:
+        super().__init__(hooks, parts[0].site, module)
+        self.parts = parts
+        self.handles.append(module.register_forward_hook(self.after))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Changes the module's output."""
+        hooks = self.hooks
+        if not hooks.active:
+            return None
+        call = getattr(hooks.here, "call", None)
+        if call is None:
+            raise self.outside()
+        if call.off:
+            return None
+        context = call.context
+        if context is None:
+            context = call.late(self.name, output)
+        changed: Tensor = context.modulate(self.parts, output)
+        return changed
+
+
+class SiteHook(AtSite):
+    """The addition of prompts at one site, at the place that `places` chooses.
+
+    Args:
+        hooks: the hooks of the attachment.
+        site: the site.
+        module: the module whose input the site is.
+
+    Attributes:
+        where: the place, see `places`; None while it has none.
+        handles: the handles of its torch hooks, at the place "hook".
+    """
+
+    def __init__(self, hooks: CallHooks, site: Site, module: nn.Module) -> None:
+        super().__init__(hooks, site.name, module)
+        self.argument = site.arguments[hooks.naming]
+        self.prepends = hooks.runtime.patch.variant.mix == "prepend"
+        self.where: Literal["hook", "inside", "outside"] | None = None
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Adds the prompts to the module's input."""
+        hooks = self.hooks
+        if not hooks.active:
+            return None
+        call = getattr(hooks.here, "call", None)
+        if call is None:
+            raise self.outside()
+        if call.off:
+            return None
+        index, name = self.argument.index, self.argument.name
+        if len(args) > index:
+            x = args[index]
+        elif name in kwargs:
+            x = kwargs[name]
+        else:
+            raise self._missing(args, kwargs)
+        context = call.context
+        if context is None:
+            context = call.late(self.name, x)
+        x = context.prepend(self.name, x) if self.prepends else context.add(self.name, x)
+        if len(args) > index:
+            return (*args[:index], x, *args[index + 1 :]), kwargs
+        return args, {**kwargs, name: x}
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Removes prepended prompts from the module's output."""
+        call = getattr(self.hooks.here, "call", None)
+        if not self.hooks.active or call is None or call.off:
+            return None
+        stripped: Tensor = call.context.strip(self.name, output)
+        return stripped
+
+    def _missing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PatchError:
+        found = f"{len(args)} positional ones and {', '.join(kwargs) or 'no others'}"
+        return PatchError(
+            f"site {self.name} expected the block's input as argument {self.argument.index} or as "
+            f"{self.argument.name}=, found {found}: this model calls its blocks in a way that is "
+            "not supported."
+        )
+
+
+def copied_reference(reference: Callable[[], Any], memo: dict[int, Any]) -> weakref.ref[nn.Module]:
+    """Returns a weak reference to the deep copy of the module that a reference refers to."""
+    return weakref.ref(copy.deepcopy(reference(), memo))

@@ -1,4 +1,4 @@
-"""The torch hooks of an attached patch: what runs in each forward call of the model."""
+"""Puts the torch hooks of a patch on a model, and takes them off; `call.py` is what they do."""
 
 from __future__ import annotations
 
@@ -8,30 +8,27 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dmp_common.attach.call import Call
-from dmp_common.attach.checkpointing import bind, unbind
+from dmp_common.attach.call import InCall, OutputHook, SiteHook, copied_reference
+from dmp_common.attach.checkpointing import unbind
 from dmp_common.attach.innertime import InnerTime
 from dmp_common.attach.modulation import parts_of
-from dmp_common.attach.places import COMPILED, REGISTRY, moved, remove, settle
-from dmp_common.attach.regions import around, recompile, uncompile
+from dmp_common.attach.places import remove, settle
+from dmp_common.attach.regions import around, recompile
 from dmp_common.attach.runtime import Runtime
 from dmp_common.attach.settings import Dials, Settings
-from dmp_common.attach.sites import OutputHook, SiteHook, copied_reference
 from dmp_common.bases.base import find_module
 from dmp_common.bases.parts import Naming, TimeSource
-from dmp_common.compat import is_compiling
 from dmp_common.errors import PatchError
 
 # From the number of items B to which of them are conditional (B,), or None where all are.
 Conditional = Callable[[int], "Tensor | None"]
 
 
-class CallHooks:
+class CallHooks(InCall):
     """The hooks of one attachment, and their state. The state of a call is kept in `here`.
 
     References to the model are weak, because hosts may load another one while an attachment exists.
@@ -110,42 +107,6 @@ class CallHooks:
         self.settings, self.enabled = settings, enabled
         self.timed = self.runtime.needs_timesteps(settings)
         self.dials = Dials(settings, tuple(self.runtime.patch.sites), enabled)
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Records the arguments of the call. Must not read weights: they may be offloaded here."""
-        if not self.active:
-            return
-        call = self.here.call = Call(self, args, kwargs)
-        if is_compiling():
-            return
-        call.off = not self.enabled
-        for site in self.sites:
-            place = site.module()
-            if place is None:  # another module has replaced it, with a copy of its hooks
-                continue
-            own = vars(place)
-            if (site.where != "hook" or COMPILED in own or REGISTRY in own) and moved(site):
-                settle(site)
-        for region in self.regions:
-            module = region()
-            if module is not None and COMPILED in vars(module):
-                uncompile(module, self)
-        if torch.is_grad_enabled():
-            for part in self.checkpointing:
-                bind(part(), self)
-
-    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Ends the call, also after an error, so that a site that is called later does not see it.
-
-        After an interrupt (a BaseException) torch does not call this; the next call replaces it.
-        """
-        self.here.call = None
-
-    def embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Receives the time embedding, or the embedding of labels, that the model has computed."""
-        call = getattr(self.here, "call", None)
-        if call is not None and self.active and not call.off:
-            call.embedded(output)
 
     def remove(self) -> None:
         """Takes all hooks and wrappers off the model. Calling it again does nothing."""

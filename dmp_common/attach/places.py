@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dmp_common.attach.wrapping import Wrapping, is_wrapped, unwrap
 
 if TYPE_CHECKING:
-    from dmp_common.attach.sites import SiteHook
+    from dmp_common.attach.call import SiteHook
 
 REGISTRY = "_diffusers_hook"  # diffusers keeps here what replaces a module's forward
 COMPILED = "_compiled_call_impl"  # `Module.compile` sets it, and torch then calls it
