@@ -10,7 +10,7 @@ from typing import Any
 CALLS = ("rtn3-group32", "rtn3", "rtn4", "guidance-2")
 _GUIDANCE = "guidance-"
 # All that is trained has this in common. Timesteps are weighted by 1 / the gap: plainly weighted,
-# the noisiest ones, where the gap is largest, hide the others, on which pictures depend.
+# the least noisy ones, where the gap is largest, hide the others, on which pictures depend.
 _SHARED: dict[str, Any] = {
     "objective": "distill",
     "teacher_weighting": "gap",
