@@ -155,10 +155,7 @@ class Context:
         if len(parts) > 1 or x.dim() < 2 or self.sites[parts[0].site].width != x.shape[axis]:
             return None
         assert not isinstance(self.strength, Tensor)
-        scale, shift = remembered.ready(x, self.strength)[parts[0].site]
-        shape = [len(scale), *[1] * (x.dim() - 1)]
-        shape[axis] = -1
-        return Modulation(scale.reshape(shape), shift.reshape(shape), x.dtype == torch.float32)
+        return Modulation.along(*remembered.ready(x, self.strength)[parts[0].site], x, axis)
 
     def _modulation(self, parts: tuple[Part, ...], x: Tensor, rows: Tensor | None) -> Modulation:
         """Builds the modulation of the sites in a module's output like x, see `modulation_of`."""

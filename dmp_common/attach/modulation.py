@@ -45,6 +45,13 @@ class Modulation(NamedTuple):
     shift: Tensor
     whole: bool
 
+    @classmethod
+    def along(cls, scale: Tensor, shift: Tensor, x: Tensor, axis: int) -> Modulation:
+        """Shapes scale and shift (T, C), as `in_type_of` makes them, for the axis of an output."""
+        shape = [len(scale), *[1] * (x.dim() - 1)]
+        shape[axis] = -1
+        return cls(scale.reshape(shape), shift.reshape(shape), x.dtype == torch.float32)
+
     @property
     def nbytes(self) -> int:
         """The number of bytes that this keeps in memory."""
@@ -117,13 +124,20 @@ def modulation_of(
             )
         columns.append(mixed.new_zeros(steps, 2, channels - end))
         mixed = torch.cat(columns, dim=2)
-    whole = x.dtype == torch.float32
-    scale, shift = mixed.to(x.device).unbind(1)  # (T, C)
-    if whole:
+    return Modulation.along(*in_type_of(x, mixed), x, axis)
+
+
+def in_type_of(x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scale and shift (T, C) in the type and on the device of an output, see `Modulation`.
+
+    Args:
+        x: the output.
+        mixed: scale and shift (T, 2, C), float32.
+    """
+    scale, shift = mixed.to(x.device).unbind(1)
+    if x.dtype == torch.float32:
         scale = scale + 1.0
-    shape = [len(scale), *[1] * (x.dim() - 1)]
-    shape[axis] = channels
-    return Modulation(scale.to(x.dtype).reshape(shape), shift.to(x.dtype).reshape(shape), whole)
+    return scale.to(x.dtype), shift.to(x.dtype)
 
 
 def _scaled(mixed: Tensor, strength: float | Tensor, rows: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from dmp_common.attach.field import FieldCache, Remembered
 from dmp_common.attach.settings import Dials, Settings
 from dmp_common.bases.parts import Latent
 from dmp_common.bases.schedule import EVERYWHERE
-from dmp_common.compat import AUTOCAST, function_transform, is_compiling
+from dmp_common.compat import function_transform, is_compiling
 from dmp_common.errors import PatchError
 from dmp_common.patch.patch import Patch
 
@@ -133,7 +133,7 @@ class Runtime:
         if remembered is None:
             weights = patch.gate(e, settings.temperature) * patch.learning_scale
             if patch.modulates:
-                table = patch.modulation.split(self._mixed(weights), 2)
+                table = patch.modulations(weights)
         else:
             weights = remembered.weights
             table = remembered.table
@@ -205,13 +205,6 @@ class Runtime:
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return runtime_of(copy.deepcopy(self.patch, memo))
 
-    def _mixed(self, weights: Tensor) -> Tensor:
-        """Returns the scale and shift of all sites, in float32 also under autocast."""
-        if weights.device.type not in AUTOCAST:
-            return self.patch.mixed(weights)
-        with torch.autocast(weights.device.type, enabled=False):
-            return self.patch.mixed(weights)
-
     def _active_columns(self, settings: Settings) -> dict[str, int]:
         settings.require_sites(tuple(self._columns))
         off = {name for name, strength in settings.site_strengths if strength == 0.0}
@@ -264,10 +257,11 @@ class Runtime:
             with torch.inference_mode(False), torch.no_grad():
                 weights = self.patch.gate(e.clone(), temperature)
                 weights = weights * self.patch.learning_scale
-                remembered = Remembered(weights)
                 if self.patch.modulates:
-                    split = self.patch.modulation.split
-                    remembered = Remembered(weights, self._mixed(weights), split)
+                    mixed, split = self.patch.mixed(weights), self.patch.modulation.split
+                    remembered = Remembered(weights, mixed, split)
+                else:
+                    remembered = Remembered(weights)
             self.cache.put(key, remembered)
         return remembered, rows, key
 

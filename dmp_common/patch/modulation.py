@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dmp_common.compat import AUTOCAST
 from dmp_common.patch.choices import Init
 
 _RANDOM = 0.01  # standard deviation of random initial prompts; a scale of 1 would be far too large
@@ -51,6 +52,12 @@ class ModulationPool(nn.Module):
         Returns:
             (T, 2, C), float32, of the channels of all sites: the scale s(t) and the shift b(t).
         """
+        if weights.device.type not in AUTOCAST:
+            return self._mix(weights, equal)
+        with torch.autocast(weights.device.type, enabled=False):
+            return self._mix(weights, equal)
+
+    def _mix(self, weights: Tensor, equal: bool) -> Tensor:
         prompts = self.prompts.float()
         weights = weights[:, :, ::2]  # (T, S, K)
         if equal:
