@@ -95,15 +95,14 @@ class Data(ABC):
     def fingerprint(self) -> str:
         """Changes when other images, captions or labels are trained on, wherever they lie."""
 
-    @abstractmethod
-    def prepare_caches(
+    def prepare_caches(  # noqa: B027 (most sources have nothing to prepare)
         self,
         encoders: Encoders | None,
         rank: int = 0,
         world: int = 1,
         progress: Progress | None = None,
     ) -> None:
-        """Fills the caches that the options ask for; does nothing where they ask for none.
+        """Fills the caches that the options ask for; does nothing in a source without caches.
 
         On disk each of `world` processes makes its share: let all of them finish (a barrier)
         before the first calls `batches`. In memory each process makes everything.

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.batch import Batch, Data, Position, Progress
-from training.data.caching.encoding import Encoders
+from training.data.batch import Batch, Data, Position
 from training.data.order import Order, share
 from training.data.summary import BucketRow, DataSummary
 from training.objective.aim import Aim
@@ -74,15 +73,6 @@ class StoredData(Data):
         """Of what the aims were made from."""
         facts = json.dumps([dict(store.facts) for store in self._stores], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
-
-    def prepare_caches(
-        self,
-        encoders: Encoders | None,
-        rank: int = 0,
-        world: int = 1,
-        progress: Progress | None = None,
-    ) -> None:
-        """Nothing is left to prepare."""
 
     def batches(
         self,

@@ -12,8 +12,7 @@ from torch import Tensor
 from dmp_common import PatchError
 from dmp_common.errors import file_error
 from training.data import draws
-from training.data.batch import Batch, Data, Position, Progress
-from training.data.caching.encoding import Encoders
+from training.data.batch import Batch, Data, Position
 from training.data.captions.texts import read_text
 from training.data.kind import DataKind
 from training.data.order import Order, share
@@ -69,15 +68,6 @@ class CaptionData(Data):
         """Of the lines and the size of the pictures."""
         text = "\n".join([str(self._image), *self.lines])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-    def prepare_caches(
-        self,
-        encoders: Encoders | None,
-        rank: int = 0,
-        world: int = 1,
-        progress: Progress | None = None,
-    ) -> None:
-        """There are no pictures to encode; captions are encoded as they are needed."""
 
     def batches(
         self,

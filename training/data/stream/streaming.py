@@ -14,8 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dmp_common import PatchError
-from training.data.batch import Batch, Data, Position, Progress
-from training.data.caching.encoding import Encoders
+from training.data.batch import Batch, Data, Position
 from training.data.faults import Faults
 from training.data.items import Item, Recipe, Request
 from training.data.kind import DataKind
@@ -84,15 +83,6 @@ class StreamData(Data):
         """See `Data.fingerprint`; of the names of the shards, and their counts where known."""
         names = sorted(shard.name for shard in self._stream.shards)
         return hashlib.blake2b(repr((names, self.size)).encode(), digest_size=16).hexdigest()
-
-    def prepare_caches(
-        self,
-        encoders: Encoders | None,
-        rank: int = 0,
-        world: int = 1,
-        progress: Progress | None = None,
-    ) -> None:
-        """Streams have no caches."""
 
     def batches(
         self,

@@ -23,7 +23,7 @@ from training.evaluation.models import load_compared
 from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.pretraining import as_float
 from training.experiments.miniature.remedies import REMEDIES, call_options, guidance_of
-from training.experiments.miniature.subjects import Subject, cifar10, digits
+from training.experiments.miniature.subjects import Subject, open_subject
 from training.experiments.miniature.trial import train_trial
 from training.objective.frechet import frechet_distance
 from training.objective.labelled import labelled_samples
@@ -84,11 +84,7 @@ class Cheap:
 
     def open(self) -> Subject:
         """The subject that the study is about."""
-        if self.subject == "digits":
-            return digits()
-        if self.data is None:
-            raise ValueError(f"expected --data for {self.subject}: the folder of make_cifar")
-        return cifar10(self.subject, self.data)
+        return open_subject(self.subject, self.data)
 
     def found(
         self, call: str, remedy: str, rate: float, seed: int, split: SplitName

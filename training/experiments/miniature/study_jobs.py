@@ -15,7 +15,7 @@ from dmp_common import get_base
 from training.experiments.miniature import trial
 from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.contenders import CONTENDERS, Setting
-from training.experiments.miniature.subjects import Subject, cifar10, digits
+from training.experiments.miniature.subjects import Subject, open_subject
 
 LATE = 499.0  # the clean half
 
@@ -61,11 +61,7 @@ class Study:
 
     def open(self) -> Subject:
         """The subject that the study is about."""
-        if self.subject == "digits":
-            return digits()
-        if self.data is None:
-            raise ValueError(f"expected --data for {self.subject}: the folder of make_cifar")
-        return cifar10(self.subject, self.data)
+        return open_subject(self.subject, self.data)
 
     def options(
         self, contender: str, setting: Setting, seed: int, **changes: Any

@@ -92,6 +92,22 @@ def digits() -> Subject:
     )
 
 
+def open_subject(name: str, data: Path | None) -> Subject:
+    """The subject of a name.
+
+    Args:
+        data: folder that `make_cifar` filled; not for digits.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if name == "digits":
+        return digits()
+    if data is None:
+        raise ValueError(f"expected --data for {name}: the folder of make_cifar")
+    return cifar10(name, data)
+
+
 def _enlarged(pictures: Tensor) -> Tensor:
     """At the size the classifier was trained at."""
     return interpolate(pictures, (SIZE, SIZE), mode="bilinear", align_corners=False)
