@@ -118,6 +118,10 @@ def main() -> None:
     parser.add_argument("--calls", nargs="+", default=list(CALLS))
     options = parser.parse_args()
     cheap = Cheap(options.subject, options.data, options.out, options.steps)
+    try:
+        cheap.open()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     rates = dict.fromkeys(options.only, options.rate)
     if options.rate is None:
         rates = best_rates(cheap, options.calls[0], options.only, options.processes)
