@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     tiny = options.tiny or options.smoke
     end = time.monotonic() + 60.0 * options.minutes
-    setup = Setup(options.device, tiny, lambda: end - time.monotonic(), options.data, options.base)
+    setup = Setup(
+        options.device, tiny, lambda: end - time.monotonic(), options.data, options.base,
+        options.steps,
+    )  # fmt: skip
     report = Report(options.out, options.device)
     print(report.about, flush=True)
     for stage in stages_of(setup, options.out):
@@ -66,6 +69,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="(default: cuda; cpu with --smoke)")
     parser.add_argument("--data", type=Path, help="CIFAR-10 for part 2: a zip or class folders")
     parser.add_argument("--base", type=Path, help="a base for part 2 in the place of training one")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of each training of part 2 (default: 200)"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command")
     parser.add_argument(
         "--smoke", action="store_true", help="a few stages on tiny models, on the CPU"

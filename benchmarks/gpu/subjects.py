@@ -28,6 +28,7 @@ class Setup:
         left: seconds that are left.
         data: CIFAR-10, a zip or class folders; None where it is not at hand.
         base: folder of a base for part 2 that is carried along; None trains one.
+        steps: of each training of part 2; tiny models take 4.
     """
 
     device: str
@@ -35,6 +36,7 @@ class Setup:
     left: Callable[[], float]
     data: Path | None = None
     base: Path | None = None
+    steps: int = 200
 
     @property
     def on_gpu(self) -> bool:

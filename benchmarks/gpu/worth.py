@@ -73,7 +73,7 @@ class Worth:
     @property
     def steps(self) -> int:
         """Of each training."""
-        return 4 if self.setup.tiny else 200
+        return 4 if self.setup.tiny else self.setup.steps
 
     def make(self, seconds: float, part: Part) -> None:
         """Trains the base, unless one is carried along."""
