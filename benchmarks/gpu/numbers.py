@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -35,7 +36,11 @@ TIMESTEPS = (10.0, 900.0)
 
 def gpu_tests(setup: Setup, part: Part) -> None:
     """Runs the tests that need a GPU; without one they skip themselves."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rfE", *TESTS]
+    # Beside xdist, pytest-benchmark warns that it is idle, which here would be an error.
+    alone = ["-p", "no:benchmark"]
+    command = [sys.executable, "-m", "pytest", "-q", *alone, "-m", "gpu", "-rfE", *TESTS]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "4"]  # most of their time is the processor's
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     limit = max(30.0, min(240.0, setup.left()))

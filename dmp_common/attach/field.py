@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmp_common.attach.modulation import Modulation, in_type_of
+from dmp_common.attach.modulation import Modulation, ready_for
 from dmp_common.errors import PatchError
 
 DEFAULT_CACHE_BYTES = 512 * 1024**2  # 20 steps of SD 1.5 at 512 px in half precision: 260 MB
@@ -164,7 +164,7 @@ class Remembered:
             assert self.mixed is not None
             assert self.split is not None
             mixed = self.mixed if strength == 1.0 else self.mixed * strength
-            scales, shifts = (self.split(part, 1) for part in in_type_of(x, mixed))
+            scales, shifts = (self.split(part, 1) for part in ready_for(x, mixed))
             found = {name: (scales[name], shifts[name]) for name in scales}
             self._ready = {key: found}
         return found

@@ -11,6 +11,8 @@ from torch import Tensor
 from dmp_common.bases.parts import Naming, Site
 from dmp_common.errors import PatchError
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class Part(NamedTuple):
     """A site in the output of a module, which may hold the channels of several sites.
@@ -33,12 +35,12 @@ def parts_of(sites: Iterable[Site], naming: Naming) -> dict[str, tuple[Part, ...
 
 
 class Modulation(NamedTuple):
-    """Scale and shift of a module's output, in the type and on the device of the output.
+    """Scale and shift of a module's output, on its device; see `ready_for` for their type.
 
     Args:
         scale, shift: (T, 1, ..., C, ..., 1), the channels on the axis of the output.
-        whole: whether `scale` is 1 + s. In half precision 1 + s would lose most of s, so that
-            `scale` is s there.
+        whole: whether `scale` is 1 + s, in float32. In half precision 1 + s would lose most of s,
+            so that `scale` is s there.
     """
 
     scale: Tensor
@@ -47,10 +49,10 @@ class Modulation(NamedTuple):
 
     @classmethod
     def along(cls, scale: Tensor, shift: Tensor, x: Tensor, axis: int) -> Modulation:
-        """Shapes scale and shift (T, C), as `in_type_of` makes them, for the axis of an output."""
+        """Shapes scale and shift (T, C), as `ready_for` makes them, for the axis of an output."""
         shape = [len(scale), *[1] * (x.dim() - 1)]
         shape[axis] = -1
-        return cls(scale.reshape(shape), shift.reshape(shape), x.dtype == torch.float32)
+        return cls(scale.reshape(shape), shift.reshape(shape), scale.dtype == torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +85,7 @@ class Modulation(NamedTuple):
         if self.whole:
             if in_place:
                 return torch.addcmul(shift, x, scale, out=x)
-            return torch.addcmul(shift, x, scale)
+            return torch.addcmul(shift, x, scale).to(x.dtype)
         change = torch.addcmul(shift, x, scale)
         return x.add_(change) if in_place else x + change
 
@@ -124,19 +126,25 @@ def modulation_of(
             )
         columns.append(mixed.new_zeros(steps, 2, channels - end))
         mixed = torch.cat(columns, dim=2)
-    return Modulation.along(*in_type_of(x, mixed), x, axis)
+    return Modulation.along(*ready_for(x, mixed), x, axis)
 
 
-def in_type_of(x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scale and shift (T, C) in the type and on the device of an output, see `Modulation`.
+def ready_for(x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scale and shift (T, C) for an output, on its device, see `Modulation`.
+
+    They are in the output's type, or in float32 for an output in half precision on a CUDA device: a
+    kernel there reads one type and computes in another, so that x (1 + s) + b is one kernel, where
+    half precision alone takes two. With gradients a result in float32 would cost memory.
 
     Args:
         x: the output.
         mixed: scale and shift (T, 2, C), float32.
     """
     scale, shift = mixed.to(x.device).unbind(1)
-    if x.dtype == torch.float32:
-        scale = scale + 1.0
+    if x.dtype == torch.float32 or (
+        x.is_cuda and x.dtype in HALVES and not torch.is_grad_enabled()
+    ):
+        return scale + 1.0, shift
     return scale.to(x.dtype), shift.to(x.dtype)
 
 
