@@ -78,12 +78,15 @@ def output_sites(layers: Callable[[], Iterable[Layer]]) -> tuple[Site, ...]:
 def output_sets(layers: Callable[[], Iterable[Layer]]) -> dict[str, tuple[str, ...]]:
     """Returns the named choices of the output sites of layers.
 
-    `linear` has the linear layers of attention and feed-forward, `modulated` the modulation layers
-    too, and `outputs`, where a model has convolutions in its blocks, those as well.
+    `linear` has the linear layers of attention and feed-forward, `modulation` the modulation
+    layers, `modulated` both, and `outputs`, where a model has convolutions in its blocks, those as
+    well. A modulation layer is called with the embedding of the timestep, so that its output is a
+    vector and not one for each token: to change it costs next to nothing.
     """
     known = list(layers())
     kinds: dict[str, tuple[Kind, ...]] = {
         "linear": ("linear",),
+        "modulation": ("modulation",),
         "modulated": ("linear", "modulation"),
         "outputs": ("linear", "modulation", "convolution"),
     }

@@ -156,7 +156,7 @@ class PatchOptions(Options):
         None,
         "Put prompts at these block inputs: all, a named set (encoder, decoder, blocks), or "
         "names with commas between them; with --mix modulate at these outputs: all, or a named set "
-        "(linear, modulated). By default the base decides.",
+        "(linear, modulation, modulated). By default the base decides.",
     )
     dmp_depth: int | None = option("patch", None, "Patch the first k block inputs only.", ge=1)
     grid: int | None = option(

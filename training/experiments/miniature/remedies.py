@@ -63,6 +63,15 @@ REMEDIES: dict[str, Remedy] = {
     "repair": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated"}, (5e-3, 1e-2)),
     # A LoRA of that size (46,080).
     "lora": Remedy({"method": "lora", "network_dim": 15}, (1e-2, 3e-2)),
+    # The same at the modulation layers alone, where a change is one of vectors and costs next to
+    # nothing (18,432 values, gate 260); without a gate (4,608); and a LoRA of the first's size.
+    "modulation": Remedy(
+        {"method": "dmp", "mix": "modulate", "dmp_sites": "modulation"}, (1e-2, 3e-2)
+    ),
+    "modulation-ungated": Remedy(
+        {"method": "prompt", "mix": "modulate", "dmp_sites": "modulation"}, (1e-2, 3e-2)
+    ),
+    "lora-modulation": Remedy({"method": "lora", "network_dim": 6}, (1e-2, 3e-2)),
     # With a gate and without, at one size: four pairs at the outputs of attention and feed-forward
     # (6,144, gate 260), or one at every linear layer (6,912).
     "gated-small": Remedy(
