@@ -107,7 +107,9 @@ def options_of_command_line() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--stages", action="store_true", help="a mixture of grids")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--stages", action="store_true", help="a mixture of grids")
+    which.add_argument("--modulate", metavar="SET", help="scale and shift these outputs: linear")
     return parser.parse_args()
 
 
@@ -118,8 +120,10 @@ def main() -> None:
     clock = clock_of(options.device, options.clock)
     model, inputs = build(options.model, options.latent, options.batch, options.device, dtype)
     variant = STAGES if options.stages else {}
+    if options.modulate:
+        variant = {"mix": "modulate", "sites": options.modulate}
     patch = random_patch(options.model, **variant).to(options.device)
-    name = options.model + (" stages" if variant else "")
+    name = " ".join([options.model, *map(str, variant.values())] if variant else [options.model])
     print(f"{name}, batch {options.batch}, {options.dtype}, {machine_of(options.device)}, "
           f"{options.clock} clock, torch {torch.__version__}")  # fmt: skip
 

@@ -32,7 +32,11 @@ from training.base.layers import copy_sharing, linear_layers, replace_layer
 from training.methods.lora import LORA_TARGETS
 
 FORMS = ("q4_0", "q8_0", "none")
-VARIANTS: dict[str, dict[str, Any]] = {"paper": {}, "modulate": {"mix": "modulate"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "modulate": {"mix": "modulate"},
+    "modulation": {"mix": "modulate", "sites": "modulation"},
+}
 KNOWN = 500.0  # the timestep that is measured
 
 

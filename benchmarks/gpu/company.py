@@ -26,7 +26,12 @@ from training.base.quantizing import quantized
 from training.methods.lora import LoraMethod
 from training.options.command_line import resolve
 
-MIXES = ("add", "modulate")
+# What the patches do, by name. The third changes vectors, where the second changes all tokens.
+MIXES: dict[str, dict[str, Any]] = {
+    "add": {},
+    "modulate": {"mix": "modulate"},
+    "modulation layers": {"mix": "modulate", "sites": "modulation"},
+}
 RANK = 16
 # What a quantisation needs, by how its name begins.
 PACKAGES = {"q": "gguf", "int": "torchao", "nf4": "bitsandbytes"}
@@ -46,7 +51,7 @@ def frozen_of(setup: Setup, base: str, latent: int, batch: int) -> tuple[FrozenB
 def beside_lora(
     setup: Setup, part: Part, base: str, latent: int, batch: int, quantization: str = ""
 ) -> None:
-    """Plain forward passes, and those with a patch that adds, one that modulates, and a LoRA.
+    """Plain forward passes, and those with patches that add or modulate, and with a LoRA.
 
     Args:
         quantization: as --student_quantization names it; "" for exact weights. The patches act on
@@ -65,7 +70,10 @@ def beside_lora(
     if quantization:
         part.add(f"error of the weights in {quantization}", relative_error(before, exact))
     with_lora = caller(_with_lora(frozen), inputs)
-    patches = {mix: random_patch(frozen.base.name, mix=mix).to(setup.device) for mix in MIXES}
+    patches = {
+        name: random_patch(frozen.base.name, **variant).to(setup.device)
+        for name, variant in MIXES.items()
+    }
     for mix, patch in patches.items():
         with attach(frozen.model, patch, strength=0.0):
             equal = torch.equal(plain(500.0), before)

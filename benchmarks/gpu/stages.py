@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu import company, memory, numbers, speed, worth
+from benchmarks.gpu import company, kernels, memory, numbers, speed, worth
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.subjects import Setup
 from tests.tiny import FAMILIES
@@ -83,6 +83,8 @@ def stages_of(setup: Setup, out: Path) -> list[Stage]:
         for name in FAMILIES
     ]
     stages.append(Stage("tests", 1, 60, partial(numbers.gpu_tests, setup)))
+    ways = partial(kernels.modulation_kernels, setup)
+    stages.append(Stage("ways to modulate", 1, 20, ways, smoke=True))
     tried: set[str] = set()
     for kind, function, which, seconds in FIRST:
         run = partial(_measured, function, setup, which)
