@@ -10,13 +10,14 @@ from typing import Any
 from modules import extra_networks, script_callbacks, shared, ui_extra_networks
 from modules.ui_extra_networks import quote_js
 
-from a1111_dmp import host
-from a1111_dmp.choice import from_prompt
+from a1111_dmp import host, tags
+from a1111_dmp.choice import from_prompt, hashes_text, read_hashes
 from dmp_common import PatchError
+from dmp_common.attach.record import PatchRecord
 from dmp_common.errors import printable, unmarked
 from dmp_common.tools.inspect import as_text, inspect_file
 
-_NAME = "dmp"
+_NAME = tags.NAME
 _HASHES = "DMP hashes"
 
 
@@ -30,27 +31,32 @@ class Network(extra_networks.ExtraNetwork):  # type: ignore[misc]
         super().__init__(_NAME)
 
     def activate(self, p: Any, params_list: list[Any]) -> None:
-        """Chooses the patches of the prompt that is sampled next."""
+        """Chooses the patches of the prompts that are sampled next."""
         p.extra_generation_params.pop(_HASHES, None)
-        later = (getattr(p, "hr_extra_network_data", None) or {}).get(_NAME, [])
-        if not params_list and not later and not hasattr(p, "dmp_session"):
+        pictures, both_passes = tags.of_batch(p, params_list)
+        if not any(both_passes) and not hasattr(p, "dmp_session"):
             return
         session = host.session_of(p)
         session.fail("prompt", PatchError("the prompt could not be read; the console says why."))
+        hashes: dict[str, str] = {}
         try:
-            for params in later:  # An error in the second pass's prompt is reported at once.
-                self._choice(params).record(host.folder())
-            pairs = [self._choice(params).record(host.folder()) for params in params_list]
+            # An error in the second pass's prompt is reported at once.
+            loaded = [self._records(picture, hashes) for picture in both_passes]
         except PatchError as error:
             session.fail("prompt", error)
             return
-        if pairs:
-            hashes = {known.name: known.hash for _, known in pairs}
-            p.extra_generation_params[_HASHES] = ", ".join(f"{n}: {h}" for n, h in hashes.items())
-        session.choose("prompt", [record for record, _ in pairs])
+        if hashes:
+            p.extra_generation_params[_HASHES] = hashes_text(hashes)
+        session.choose("prompt", *loaded[: len(pictures)])
 
     def deactivate(self, p: Any) -> None:
         """Does nothing, because patches are on the model only while it samples."""
+
+    def _records(self, params_list: list[Any], hashes: dict[str, str]) -> list[PatchRecord]:
+        """Loads the patches of one prompt, and adds their hashes by name."""
+        pairs = [self._choice(params).record(host.folder()) for params in params_list]
+        hashes.update({known.name: known.hash for _, known in pairs})
+        return [record for record, _ in pairs]
 
     @staticmethod
     def _choice(params: Any) -> Any:
@@ -112,8 +118,8 @@ def add() -> None:
 
 def pasted(infotext: str, texts: dict[str, Any]) -> None:
     """Corrects the names of patches in a pasted prompt, by hash, if their files were renamed."""
-    pairs = (pair.rsplit(":", 1) for pair in str(texts.get(_HASHES, "")).split(",") if ":" in pair)
-    hashes = {name.strip(): digest.strip() for name, digest in pairs}
+    hashes = read_hashes(str(texts.get(_HASHES, "")))
+    hashes |= {Path(name).name: digest for name, digest in hashes.items()}
 
     def renamed(match: re.Match[str]) -> str:
         name = match.group(1)

@@ -5,7 +5,9 @@ It is written into infotexts too.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -218,3 +220,32 @@ def from_infotext(
     if field != "patch":
         return number(field, text)
     return folder.by_hash(str(text), texts.get(label(prefix, "hash", slot)))
+
+
+_HASH = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^"]*?)\s*:\s*([0-9a-f]+)\s*(?:,|$)')
+
+
+def hashes_text(hashes: Mapping[str, str]) -> str:
+    """Writes the hashes of the patches of a prompt, by name, for an infotext.
+
+    >>> hashes_text({"ink": "0123456789", "oil, thick": "abcdef0123"})
+    'ink: 0123456789, "oil, thick": abcdef0123'
+    """
+    plain = re.compile(r'[^",:]+')
+    quoted = {
+        name if plain.fullmatch(name) else json.dumps(name, ensure_ascii=False): digest
+        for name, digest in hashes.items()
+    }
+    return ", ".join(f"{name}: {digest}" for name, digest in quoted.items())
+
+
+def read_hashes(text: str) -> dict[str, str]:
+    """Reads what `hashes_text` wrote; other text has no hashes.
+
+    >>> read_hashes('ink: 0123456789, "oil, thick": abcdef0123')
+    {'ink': '0123456789', 'oil, thick': 'abcdef0123'}
+    """
+    found = {}
+    for name, digest in _HASH.findall(text):
+        found[json.loads(name) if name.startswith('"') else name] = digest
+    return found

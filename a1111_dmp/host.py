@@ -19,6 +19,7 @@ from modules import paths, script_callbacks, sd_unet, shared
 from PIL import Image
 
 from a1111_dmp.choice import Choice, to_infotext
+from a1111_dmp.conditions import pictures_of
 from a1111_dmp.files import Folder
 from a1111_dmp.session import Model, Session
 from dmp_common import Base, PatchError
@@ -141,6 +142,8 @@ class Sampling:
         if self.session.running:  # Another extension has wrapped our wrapper and called it again.
             return inner(*args, **kwargs)
         self.session.scale = float(getattr(p, "cfg_scale", None) or 1.0)
+        others = ("refiner_checkpoint_info", "hr_checkpoint_info")
+        self.session.more_models = any(getattr(p, name, None) is not None for name in others)
         with self.session:
             _running.append(self.session)
             try:
@@ -162,7 +165,15 @@ def follow(params: Any = None) -> None:
         session.follow()
         x, text = getattr(params, "x", None), getattr(params, "text_cond", None)
         if hasattr(x, "shape") and hasattr(text, "shape"):  # SDXL's is a dictionary with a shape
-            session.conditions.step(x.shape[0], text.shape[0])
+            pictures = _pictures(params) if session.mixed else None
+            session.conditions.step(x.shape[0], text.shape[0], pictures)
+
+
+def _pictures(params: Any) -> list[int] | None:
+    """Returns for each item of a step its picture in the batch, None where the host hides it."""
+    read = getattr(getattr(params.denoiser, "p", None), "get_conds", None)
+    parts = None if read is None else getattr(read()[0], "batch", None)
+    return None if parts is None else pictures_of([len(part) for part in parts], params.x.shape[0])
 
 
 def close_all() -> None:

@@ -12,7 +12,7 @@ from modules.processing import process_images
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
-from a1111_dmp import axes, cards, host
+from a1111_dmp import axes, cards, host, tags
 from a1111_dmp.choice import (
     FIELDS,
     SLOTS,
@@ -166,6 +166,10 @@ class Accordion(scripts.Script):  # type: ignore[misc]
             choose(p, "accordion", "DMP", values, enabled, chosen)
         else:
             host.set_infotext(p, "DMP", {})
+
+    def before_process_batch(self, p: Any, *values: Any, prompts: Any = (), **rest: Any) -> None:
+        """Keeps the prompts with their tags, which the host takes out of them next."""
+        tags.remember(p, prompts)
 
 
 class DropDown(scripts.Script):  # type: ignore[misc]

@@ -10,17 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
+from a1111_dmp.chosen import NAME, Chosen, of_pictures
 from a1111_dmp.conditions import Conditions
 from dmp_common import Attachment, Base, PatchError, attach
 from dmp_common.attach.record import PatchRecord
 from dmp_common.tools.use import cheap_types, unlike_cheap
 from dmp_common.tools.weighttypes import weight_types
 
-NAME = "DMP"  # Every message begins with it, because hosts mix the messages of all extensions.
+_PROMPT = (
+    "prompt"  # The source whose patches go with the prompt to each model that it is used with.
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Session:
     Attributes:
         running: whether the generation samples now.
         scale: the generation's guidance scale (CFG Scale).
+        more_models: whether the generation loads other checkpoints too (refiner, hires fix).
         conditions: which items of the model's calls are conditional.
         unused: why the last sampling applied no patch; empty if it did.
     """
@@ -71,21 +76,27 @@ class Session:
         self.running = False
         self.unused = ""
         self.scale = 1.0
+        self.more_models = False
         self.conditions = Conditions()
         self._model, self._stopped, self._tell = model, stopped, tell
-        self._sources: dict[str, tuple[PatchRecord, ...]] = {}
+        self._sources: dict[str, tuple[Chosen, ...]] = {}
         self._errors: dict[str, PatchError] = {}
-        self._attachments: list[Attachment] = []
+        self._attachments: list[tuple[Chosen, Attachment]] = []
         self._handle: RemovableHandle | None = None
         self._made: list[Attachment] = []
         self._seat: tuple[object, ...] | None = None
         self._own = ""
         self._told: set[str] = set()
 
-    def choose(self, source: str, records: Sequence[PatchRecord]) -> None:
-        """Replaces the patches of one source. A sampling under way uses them at once."""
+    def choose(self, source: str, *pictures: Sequence[PatchRecord]) -> None:
+        """Replaces the patches of one source. A sampling under way uses them at once.
+
+        Args:
+            source: the place where they were chosen.
+            pictures: the patches of each picture of the batch, or one list for all pictures.
+        """
         self._errors.pop(source, None)
-        self._sources[source] = tuple(records)
+        self._sources[source] = tuple(of_pictures(pictures, source == _PROMPT))
         if self.running:
             self.follow()
 
@@ -96,50 +107,72 @@ class Session:
     @property
     def records(self) -> list[PatchRecord]:
         """The patches of all sources, in the order in which they are attached."""
-        return [record for source in sorted(self._sources) for record in self._sources[source]]
+        return [chosen.record for chosen in self._all]
+
+    @property
+    def _all(self) -> list[Chosen]:
+        return [chosen for source in sorted(self._sources) for chosen in self._sources[source]]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the pictures of a batch have different patches."""
+        return any(chosen.pictures is not None for chosen in self._all)
 
     def follow(self) -> None:
-        """Attaches the patches if the loaded model is the one with which the sampling began.
+        """Attaches the patches to the loaded model: all to the one with which the sampling began.
 
         For the refiner and for hires fix, hosts load another checkpoint during the sampling and
-        return to the first one later. Some load it into the same modules, some into others.
+        return to the first one later. Some load it into the same modules, some into others. There
+        the patches of the prompt act alone, if they fit.
 
         Raises:
             PatchError: the patches do not fit the model. The error also fails the sampling, for
                 hosts that swallow it here.
         """
-        model, records = self._model(), self.records
-        own = model.checkpoint == self._own and model.replaced is None
-        seat = (weakref.ref(model.denoiser), *records) if own else ()
+        model = self._model()
+        own = model.checkpoint == self._own
+        acting = [c for c in self._all if model.replaced is None and (own or c.follows)]
+        seat = (weakref.ref(model.denoiser), model.checkpoint, model.replaced, *acting)
         if seat == self._seat:
             return
         self._detach()
         self._seat = seat
-        if not records:
-            return
-        if not own:
-            self._say_why_not(model)
-            return
+        self._say_why_not(model)
         try:
-            for record in records:
-                attachment = attached(model, record)
-                attachment.conditional = self.conditions
-                self._attachments.append(attachment)
+            for chosen in acting:
+                self._attach(model, chosen, own)
         except PatchError as error:
             self._errors[""] = error
             raise PatchError(f"{NAME}: {error}") from error
-        finally:
-            self._made += self._attachments
-        self._handle = model.denoiser.register_forward_pre_hook(
-            self.conditions.begin, with_kwargs=True
-        )
-        self._say_unfit(model, records)
+        if self._attachments:
+            self._handle = model.denoiser.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._say_unfit(model, [chosen.record for chosen, _ in self._attachments])
+
+    def _attach(self, model: Model, chosen: Chosen, own: bool) -> None:
+        """Attaches a patch, or says why not if it may be for another model of the generation."""
+        try:
+            attachment = attached(model, chosen.record)
+        except PatchError as error:
+            if not chosen.follows or (own and not self.more_models):
+                raise
+            name = Path(model.checkpoint).name
+            self._say(f"{error} It does not act on {name}, with which the prompt is used too.")
+            return
+        attachment.conditional = self.conditions
+        self._attachments.append((chosen, attachment))
+        self._made.append(attachment)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tells the attachments what the items of a call are; a forward pre-hook of the model."""
+        self.conditions.begin(module, args, kwargs)
+        for chosen, attachment in self._attachments:
+            attachment.item_strengths = chosen.factors(self.conditions.pictures)
 
     def __enter__(self) -> Session:
         self._raise(self._errors)
         self._told.clear()
         self._made.clear()
-        self.unused = ""
+        self.conditions, self.unused = Conditions(), ""
         try:
             self._own = self._model().checkpoint
         except PatchError as error:
@@ -159,13 +192,18 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         made, calls = len(self._made), sum(attachment.calls for attachment in self._made)
+        wanted = bool(self.records) and not self.unused
         errors = dict(self._errors)
         self.close()
         if error is not None:
             return
         self._raise(errors)
-        if made and not calls and not self._stopped():
+        if self._stopped():
+            return
+        if made and not calls:
             self._not_applied("the model was never called; another extension replaces it")
+        elif wanted and not made:
+            self._not_applied("no model of this generation fits; the messages above say why")
 
     def close(self) -> None:
         """Removes all patches from the model and ends the sampling."""
@@ -180,7 +218,7 @@ class Session:
             raise PatchError(f"{NAME}: {error}") from error
 
     def _detach(self) -> None:
-        for attachment in self._attachments:
+        for _, attachment in self._attachments:
             attachment.remove()
         self._attachments.clear()
         if self._handle is not None:
@@ -200,23 +238,26 @@ class Session:
                     "makes that call too: set CFG Scale to 1 (its strength is the guidance)"
                 )
             for note in filter(None, notes):
-                text = f"{NAME}: {name}: {note}."
-                if text not in self._told:
-                    self._told.add(text)
-                    self._tell(text)
+                self._say(f"{name}: {note}.")
 
     def _say_why_not(self, model: Model) -> None:
-        if model.replaced is not None:
+        """Says which patches do not act on the loaded model, because none can or all stay."""
+        if self.records and model.replaced is not None:
             self._not_applied(
                 f"expected the model's own UNet, found it replaced by {model.replaced}; set SD "
                 "Unet to None in the settings"
             )
-        elif model.checkpoint not in self._told:
-            self._told.add(model.checkpoint)
-            self._tell(
-                f"{NAME}: the model is {Path(model.checkpoint).name} now; the patches are for "
-                f"{Path(self._own).name} and do not act on it."
+        elif model.checkpoint != self._own and any(not c.follows for c in self._all):
+            self._say(
+                f"the model is {Path(model.checkpoint).name} now; the patches of the controls are "
+                f"for {Path(self._own).name} and do not act on it."
             )
+
+    def _say(self, text: str) -> None:
+        """Shows a message once in a sampling."""
+        if text not in self._told:
+            self._told.add(text)
+            self._tell(f"{NAME}: {text}")
 
     def _not_applied(self, why: str) -> None:
         names = ", ".join(record.loaded.name for record in self.records)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-OURS = ("host", "axes", "cards", "script")  # what imports the host
+OURS = ("host", "axes", "tags", "cards", "script")  # what imports the host
 
 
 class Component:
@@ -83,6 +85,29 @@ class Network:
         self.name = name
 
 
+@dataclass
+class Params:
+    """The host's `ExtraNetworkParams`."""
+
+    items: list[str]
+
+    @property
+    def positional(self) -> list[str]:
+        return [item for item in self.items if "=" not in item]
+
+    @property
+    def named(self) -> dict[str, str]:
+        return dict(item.split("=") for item in self.items if "=" in item)
+
+
+def parse_prompt(prompt: str) -> tuple[str, dict[str, list[Params]]]:
+    """The host's: a prompt without its tags, and the tags by kind."""
+    found: dict[str, list[Params]] = {}
+    for kind, items in re.findall(r"<(\w+):([^>]+)>", prompt):
+        found.setdefault(kind, []).append(Params(items.split(":")))
+    return re.sub(r"<\w+:[^>]+>", "", prompt), found
+
+
 class Page:
     """The host's `ExtraNetworksPage`."""
 
@@ -129,7 +154,11 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
         "processing": {"process_images": lambda p: p.sample()},
         "ui_common": {"create_refresh_button": lambda *args: None},
         "ui_components": {"InputAccordion": Component},
-        "extra_networks": {"ExtraNetwork": Network, "register_extra_network": networks.append},
+        "extra_networks": {
+            "ExtraNetwork": Network,
+            "register_extra_network": networks.append,
+            "parse_prompt": parse_prompt,
+        },
         "ui_extra_networks": {
             "ExtraNetworksPage": Page,
             "register_page": pages.append,

@@ -216,6 +216,83 @@ def test_the_second_pass_takes_the_patches_of_its_own_prompt(host, monkeypatch):
     assert not first.equal(host.plain) and second.equal(host.plain)
 
 
+def batch(texts: list[str], later: list[str] | None = None, **attributes: Any) -> Processing:
+    """A generation as the host has it when it calls the networks: the tags are out of the prompts.
+
+    The host keeps the tags of the first picture alone.
+    """
+    split = [stand_in.parse_prompt(text) for text in texts]
+    p = Processing(
+        all_prompts=texts,
+        prompts=[text for text, _ in split],
+        extra_network_data=split[0][1],
+        batch_size=len(texts),
+        iteration=0,
+        is_hr_pass=False,
+        **attributes,
+    )
+    if later is not None:
+        split = [stand_in.parse_prompt(text) for text in later]
+        p.all_hr_prompts, p.hr_prompts = later, [text for text, _ in split]
+        p.hr_extra_network_data = split[0][1]
+    return p
+
+
+def activate(host: SimpleNamespace, p: Processing) -> list[list[str]]:
+    """Calls our network as the host does; returns the names of the patches of each picture."""
+    data = p.hr_extra_network_data if p.is_hr_pass else p.extra_network_data
+    seen: list[Any] = []
+    session = host.host.session_of(p)
+    session.choose = lambda source, *pictures: seen.extend(pictures)
+    host.cards.Network().activate(p, data.get("dmp", []))
+    return [[record.loaded.path.stem for record in picture] for picture in seen]
+
+
+def test_each_picture_of_a_batch_has_the_tags_of_its_own_prompt(host):
+    """The host reads the tags of the first one and uses them for all."""
+    texts = ["a cat", "a cat <dmp:ink>", "a cat <dmp:oil:0.5> <dmp:ink>"]
+    assert activate(host, batch(texts)) == [[], ["ink"], ["oil", "ink"]]
+    p = batch(texts)
+    host.script.Accordion().before_process_batch(p, prompts=["a cat <dmp:ink>", *texts[1:]])
+    p.prompts[0], p.extra_network_data = stand_in.parse_prompt("a cat <dmp:ink>")
+    assert activate(host, p) == [["ink"], ["ink"], ["oil", "ink"]]
+    p.prompts = ["written by another extension"]
+    assert activate(host, p) == [["ink"]]
+    p = batch(["a cat", "a cat <dmp:missing>"])
+    host.cards.Network().activate(p, [])
+    with pytest.raises(PatchError, match="found 'missing'"):
+        p.sample()
+
+
+def test_the_tags_of_both_passes_of_hires_fix_and_all_their_hashes(host):
+    hashes = {name: host.host.folder().load(name).hash for name in ("ink", "deep/oil")}
+    p = batch(["a cat <dmp:ink>"] * 2, ["a cat <dmp:oil>", "a cat"])
+    assert activate(host, p) == [["ink"], ["ink"]]
+    both = f"ink: {hashes['ink']}, deep/oil: {hashes['deep/oil']}"
+    assert p.extra_generation_params["DMP hashes"] == both
+    p.is_hr_pass = True
+    assert activate(host, p) == [["oil"], []]
+    written = p.extra_generation_params["DMP hashes"]
+    assert sorted(written.split(", ")) == sorted(both.split(", "))
+
+
+def test_the_host_says_which_picture_each_item_of_a_step_is(host, monkeypatch):
+    """Two prompts joined by AND for the second picture; then the unconditional items."""
+    session = host.host.session_of(Processing())
+    one = host.host.folder().load("ink").loaded
+    session.choose("prompt", [host.cards.PatchRecord(one)], [])
+    monkeypatch.setattr(host.host, "_running", [session])
+    p = SimpleNamespace(get_conds=lambda: (SimpleNamespace(batch=[[1], [1, 2]]), None))
+    step = SimpleNamespace(
+        x=torch.zeros(5, 4, 8, 8), text_cond=torch.zeros(3, 77, 8), denoiser=SimpleNamespace(p=p)
+    )
+    for callback in host.called["on_cfg_denoiser"]:
+        callback(step)
+    session.conditions.begin(None, (torch.zeros(5, 4, 8, 8),), {})
+    assert session.conditions.pictures.tolist() == [0, 1, 1, 0, 1]
+    session.close()
+
+
 def test_the_host_calls_us_before_each_step(host, monkeypatch):
     other = pair(seed=1)[1]
     before = run(other)
@@ -435,12 +512,14 @@ def test_cards(host, tmp_path):
 def test_pasting_finds_renamed_files(host):
     digest = host.host.folder().load("deep/oil").hash
     texts = {
-        "DMP hashes": f"gone: {digest}, ink: 0123456789",
-        "Prompt": "a <dmp:gone:0.5><dmp:ink>",
+        "DMP hashes": f'"gone, far": {digest}, "away/lost": {digest}, ink: 0123456789',
+        "Prompt": "a <dmp:gone, far:0.5><dmp:ink>",
+        "Hires prompt": "a <dmp:lost>",
     }
     for callback in host.called["on_infotext_pasted"]:
         callback("", texts)
     assert texts["Prompt"] == "a <dmp:deep/oil:0.5><dmp:ink>"
+    assert texts["Hires prompt"] == "a <dmp:deep/oil>"
 
 
 def test_the_folder_of_the_command_line(host, tmp_path):

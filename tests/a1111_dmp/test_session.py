@@ -160,8 +160,8 @@ def test_a_refiner_of_another_module_is_left_alone(host):
         assert run(host.unet).equal(patched)
     assert run(host.unet).equal(plain)
     assert host.told == [
-        "DMP: the model is refiner.safetensors now; the patches are for own.safetensors and do "
-        "not act on it."
+        "DMP: the model is refiner.safetensors now; the patches of the controls are for "
+        "own.safetensors and do not act on it."
     ]
 
 
@@ -404,10 +404,58 @@ def test_forge_says_what_the_parts_of_a_call_are():
     for kinds, expected in (([1, 0], [0, 0, 1, 1]), ([0], [1, 1, 1, 1]), ([1], [0, 0, 0, 0])):
         conditions.begin(nn.Identity(), (x,), {"transformer_options": {"cond_or_uncond": kinds}})
         assert conditions(4).tolist() == [bool(value) for value in expected]
+    assert conditions.pictures.tolist() == [0, 1, 2, 3]
     assert conditions(3) is None
     other = Conditions()
     other.begin(nn.Identity(), (), {"x": x})
     assert other(4) is None
+
+
+def test_each_picture_of_a_batch_has_its_own_patches(host):
+    """Also where a patch of all pictures acts beside them, and both kinds of items are one call."""
+    one, two = record(TINY.patch(1)), record(TINY.patch(2), strength=0.5)
+    everywhere = record(TINY.patch(3))
+    times = (700.0,) * 3
+    wanted = []
+    for records in ([one], [two, one], []):
+        with host.session(everywhere, *records):
+            wanted.append(run(host.unet, times)[len(wanted)])
+    session = host.session(everywhere)
+    session.choose("prompt", [one], [two, one], [])
+    with session:
+        session.conditions.step(6, 3, [0, 1, 2, 0, 1, 2])
+        found = run(host.unet, times), run(host.unet, times)
+    for call in found:  # the conditional items, then the others
+        torch.testing.assert_close(call, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+    with session, pytest.raises(PatchError, match="each item of a call belongs to.*batch size to"):
+        run(host.unet, times)
+    session.choose("prompt", [one], [one])
+    assert not session.mixed
+
+
+def test_a_patch_of_the_prompt_follows_it_to_the_models_that_it_fits(host):
+    tag, foreign = record(TINY.patch(1)), record(FAMILIES["sdxl"].patch())
+    plain, other = run(host.unet), run(host.other)
+    session = host.session()
+    session.more_models = True
+    session.choose("prompt", [tag, foreign])
+    with session:
+        assert not run(host.unet).equal(plain)
+        host.load(host.other, "refiner")
+        session.follow()
+        assert not run(host.other).equal(other)
+    assert run(host.unet).equal(plain) and run(host.other).equal(other)
+    assert session.unused == ""
+    first, second = host.told
+    assert "patch's base tiny-sdxl" in first and "does not act on own.safetensors" in first
+    assert "does not act on refiner.safetensors" in second
+    session.choose("prompt", [foreign])
+    with session:
+        run(host.other)
+    assert "no model of this generation fits" in session.unused
+    session.more_models = False
+    with pytest.raises(PatchError, match="patch's base tiny-sdxl"), session:
+        pytest.fail("sampled")
 
 
 def test_a_guidance_patch_says_use_cfg_1(host):
