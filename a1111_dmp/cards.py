@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from a1111_dmp.choice import from_prompt, hashes_text, read_hashes
 from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord
 from dmp_common.errors import printable, unmarked
-from dmp_common.tools.inspect import as_text, inspect_file
+from dmp_common.tools.inspect import as_text
 
 _NAME = tags.NAME
+_log = logging.getLogger(__name__)
 _HASHES = "DMP hashes"
 
 
@@ -76,18 +78,21 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
         self, name: str, index: int | None = None, enable_filter: bool = True
     ) -> dict[str, Any]:
         """Returns what the host needs to make the card of a patch."""
-        path = host.folder().find(name)
+        return self._item(name, host.folder().find(name), index)
+
+    def _item(self, name: str, path: Path, index: int | None) -> dict[str, Any]:
         stem = str(path.with_suffix(""))
         try:
-            record = inspect_file(path)
+            record = host.folder().described(path)
             base, digest = record["base"], record["hash"]
             summary = as_text({**record, "file": path.name})
             told = {printable(name): printable(v, 1000) for name, v in record["metadata"].items()}
             metadata = {**told, "base": base, "summary": summary}
-            described = self.find_description(stem) or f"for {base}"
+            use = [f"{key}: {text}" for key, text in record["described_use"]]
+            described = self.find_description(stem) or unmarked("; ".join([f"for {base}", *use]))
         except PatchError as error:
             base, digest, metadata = "", "", {"error": str(error)}
-            described = unmarked(f"unusable: {str(error).removeprefix(f'{path}: ')}")
+            described = unmarked(f"unusable: {error}")
         prompt = f"{quote_js(f'<{_NAME}:{name}:')} + opts.extra_networks_default_multiplier"
         return {
             "name": name,
@@ -103,8 +108,12 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
         }
 
     def list_items(self) -> Iterator[dict[str, Any]]:
-        for index, name in enumerate(host.folder().names()):
-            yield self.create_item(name, index)
+        """Yields all cards. The host makes all tabs at once, so an error here would empty them."""
+        for index, (name, path) in enumerate(host.folder().files().items()):
+            try:
+                yield self._item(name, path, index)
+            except OSError as error:  # the file went while the others were read
+                _log.warning("DMP: no card of %s: %s", name, error)
 
     def allowed_directories_for_previews(self) -> list[str]:
         return [str(host.folder().root)]

@@ -54,10 +54,12 @@ def test_finding(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["../DMP/ink", "/etc/passwd", "./ink", "deep/../ink", "", "INK", ".hidden", "notes.txt"]
+    "name", ["../DMP/ink", "/etc/passwd", "./ink", "deep/../ink", "", ".hidden", "notes.txt"]
 )
 def test_nothing_else_is_found(folder, name):
-    with pytest.raises(PatchError, match="expected the name of a patch in .*: put the file there"):
+    with pytest.raises(
+        PatchError, match="expected the name of a patch in the folder DMP.*: put the file there"
+    ):
         folder.find(name)
 
 
@@ -67,6 +69,47 @@ def test_a_name_alone_must_be_clear(folder):
         folder.find("oil")
     with pytest.raises(PatchError, match=r"choose one of those in it \(nothing\)"):
         Folder(folder.root / "nowhere").find("ink")
+
+
+def test_capital_letters_matter_only_where_two_names_differ_by_them(folder, tmp_path):
+    assert (folder.full_name("INK"), folder.full_name("Other/OIL")) == ("ink", "other/oil")
+    for name in ("a/Pen", "b/pen"):
+        TINY.patch(1).save(tmp_path / f"{name}.safetensors")
+    assert Folder(tmp_path).full_name("pen") == "b/pen"
+    with pytest.raises(PatchError, match="found 'PEN' for a/Pen, b/pen"):
+        Folder(tmp_path).find("PEN")
+
+
+def test_a_name_that_ends_in_the_ending(tmp_path):
+    TINY.patch(1).save(tmp_path / "x.safetensors.safetensors")
+    folder = Folder(tmp_path)
+    assert folder.names() == ["x.safetensors"]
+    for name in ("x.safetensors", "x.safetensors.safetensors"):
+        assert folder.load(name).name == "x.safetensors"
+
+
+def test_links_to_folders_count_once(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("links need rights on this system")
+    root = tmp_path / "DMP"
+    TINY.patch(1).save(root / "real" / "p.safetensors")
+    TINY.patch(1).save(tmp_path / "away" / "q.safetensors")
+    for place in ("again", "real/around", "real/self"):
+        (root / place).symlink_to(root if place != "again" else root / "real", True)
+    (root / "far").symlink_to(tmp_path / "away", True)
+    (tmp_path / "away" / "back").symlink_to(tmp_path, True)
+    assert Folder(root).names() == ["far/q", "real/p"]
+
+
+def test_errors_do_not_say_where_the_folder_is(root, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes((root / "ink.safetensors").read_bytes()[:-9])
+    folder = Folder(tmp_path)
+    for call in (folder.load, folder.find, lambda name: folder.described(folder.find(name))):
+        with pytest.raises(PatchError) as raised:
+            call("missing" if call == folder.find else "cut")
+        assert str(tmp_path.parent) not in str(raised.value)
+    with pytest.raises(PatchError, match="found that it cannot be read"):
+        folder.described(tmp_path / "gone.safetensors")
 
 
 def test_pipes_and_links_to_nothing_are_no_patches(tmp_path):

@@ -503,10 +503,39 @@ def test_cards(host, tmp_path):
     assert ink["metadata"]["ss_output_name"] == "ink"
     assert len(ink["shorthash"]) == 10
     assert "expected" in items["broken"]["metadata"]["error"]
-    assert items["broken"]["description"].startswith("unusable: expected a header")
+    assert items["broken"]["description"].startswith(
+        "unusable: broken.safetensors: expected a header"
+    )
     assert ink["description"] == f"for {TINY.base.name}"
     assert page.allowed_directories_for_previews() == [str(root)]
     assert page.create_item("ink")["name"] == "ink"
+
+
+def test_no_file_of_the_folder_breaks_the_cards(host, tmp_path, monkeypatch):
+    """Every tab of extra networks would be empty: the host makes all in one list."""
+    root = tmp_path / "models" / "DMP"
+    TINY.patch(1).save(root / "ink.safetensors.safetensors")
+    host.cards.add()
+    page = host.pages[0]
+    items = {item["name"]: item for item in page.list_items()}
+    assert list(items) == ["broken", "deep/oil", "ink", "ink.safetensors"]
+    assert page.create_item("ink.safetensors")["filename"].endswith(".safetensors.safetensors")
+    times = page.get_sort_keys
+
+    def gone(path: str) -> Any:
+        if "oil" in path:
+            raise FileNotFoundError(path)
+        return times(path)
+
+    page.get_sort_keys = gone
+    assert [item["name"] for item in page.list_items()] == ["broken", "ink", "ink.safetensors"]
+    read = []
+    monkeypatch.setattr("a1111_dmp.files.inspect_file", read.append)
+    walked = []
+    walk = host.cards.host.folder().files
+    monkeypatch.setattr(host.cards.host.folder(), "files", lambda: walked.append(1) or walk())
+    assert len(list(page.list_items())) == 3
+    assert (read, len(walked)) == ([], 1)  # files that did not change are not read again
 
 
 def test_pasting_finds_renamed_files(host):
