@@ -26,6 +26,7 @@ from dmp_common.patch.serialize import write_atomically
 from dmp_common.tools import drawing
 from dmp_common.tools.drawing import ColourScale, Layout, Values
 from dmp_common.tools.timefile import even_timesteps, time_embedding_of
+from dmp_common.tools.written import sites_named
 
 __all__ = [
     "choose_sites",
@@ -47,32 +48,23 @@ def choose_sites(patch: Patch, choice: str | Sequence[str] | None = None) -> lis
 
     Args:
         patch: the patch.
-        choice: names in a list, or in a text with commas between them. A name is one of the patch's
-            sites, "first", "middle", "last", "all" or one of the base's named sets. None means
-            first, middle and last.
+        choice: names in a list, or in a text with commas between them, see `sites_named`. None
+            means first, middle and last.
 
     Raises:
         PatchError: a name is none of these, or there is no name at all.
     """
     own = list(patch.sites)
-    sets = patch.base.output_sets if patch.modulates else patch.base.site_sets
-    words = {
-        "first": own[:1],
-        "middle": [own[len(own) // 2]],
-        "last": own[-1:],
-        "all": own,
-        **{name: [site for site in own if site in set(s)] for name, s in sets.items()},
-        **{name: [name] for name in own},
-    }
     asked = choice.split(",") if isinstance(choice, str) else choice
     chosen: set[str] = set()
-    for word in ("first", "middle", "last") if asked is None else [w.strip() for w in asked]:
-        if not words.get(word):
+    for word in ("first", "middle", "last") if asked is None else asked:
+        named = sites_named(patch, word)
+        if not named:
             raise PatchError(
                 f"expected sites of this patch ({', '.join(own)}), all, first, middle, last or a "
-                f"named set, found {word!r}: choose among these."
+                f"named set, found {word.strip()!r}: choose among these."
             )
-        chosen.update(words[word])
+        chosen.update(named)
     if not chosen:
         raise PatchError("expected one or more sites to draw, found none: name some, or say all.")
     return [name for name in own if name in chosen]
