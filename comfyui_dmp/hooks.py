@@ -10,8 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from comfyui_dmp.slots import Prepare, module_at
-from dmp_common import Base, Context, PatchError, Site
+from comfyui_dmp.slots import AnyContext, Prepare, module_at
+from dmp_common import Base, PatchError, Site
 from dmp_common.attach.modulation import Part
 
 
@@ -105,7 +105,7 @@ class _Call:
         self.handles: list[RemovableHandle] = []
         self._model = type(denoiser).__name__
         self._prepare = prepare
-        self._context: Context | None = None
+        self._context: AnyContext | None = None
         self._sum: Tensor | None = None
         source = base.times["ldm"]
         paths = [source.path, *([str(source.labels)] if labels else [])]
@@ -113,7 +113,7 @@ class _Call:
         self._last = modules[-1]
         self.handles += [module.register_forward_hook(self._embedded) for module in modules]
 
-    def known(self) -> Context:
+    def known(self) -> AnyContext:
         """Returns the context of the call.
 
         Raises:

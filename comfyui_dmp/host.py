@@ -21,6 +21,7 @@ from torch import Tensor
 from comfyui_dmp.checks import require_fitting, require_not_compiled
 from comfyui_dmp.compiled import own_graph
 from comfyui_dmp.hooks import adding, modulating
+from comfyui_dmp.masks import MaskOfCalls
 from comfyui_dmp.model import (
     denoiser_of,
     is_compiled,
@@ -38,6 +39,7 @@ from comfyui_dmp.slots import (
     unet_options,
 )
 from dmp_common import Context, PatchError, Settings
+from dmp_common.attach.masking import MaskedContext
 from dmp_common.attach.modulation import parts_of
 from dmp_common.attach.record import PatchRecord
 
@@ -62,6 +64,8 @@ def attach(model: Any, record: PatchRecord) -> Any:
     say_unlike(denoiser_of(model.model), record)
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    if wrapper.mask is not None:
+        clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, wrapper.mask)
     clone.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, wrapper.release)
     return clone
 
@@ -71,13 +75,14 @@ class Wrapper:
 
     def __init__(self, record: PatchRecord) -> None:
         self.record = record
+        self.mask = None if record.mask is None else MaskOfCalls(record.mask)
         self._base = record.loaded.patch.base
         self._slot = slot_of(self._base, record.loaded.patch.modulates)
-        acting = record.loaded.patch.sites
+        off = {name for name, factor in record.site_strengths if factor == 0.0}
         self._sites = {
             name: site
-            for name, site in acting.items()
-            if record.sites is None or name in record.sites
+            for name, site in record.loaded.patch.sites.items()
+            if name not in off and (record.sites is None or name in record.sites)
         }
         self._parts = parts_of(self._sites.values(), "ldm") if self._slot == "outputs" else {}
         self._keys = {
@@ -111,8 +116,9 @@ class Wrapper:
             The model's output.
         """
         options = transformer_options or {}
+        mask = None if self.mask is None else self.mask.taken(conds, x)
         with ExitStack() as stack:
-            acting = self._acting(stack, executor.class_obj, x, t, options, conds)
+            acting = self._acting(stack, executor.class_obj, x, t, options, conds, mask)
             return executor(x, t, c_concat, c_crossattn, control, acting, **conds)
 
     def _acting(
@@ -123,6 +129,7 @@ class Wrapper:
         t: Tensor,
         options: dict[str, Any],
         conds: dict[str, Any],
+        mask: Tensor | None,
     ) -> dict[str, Any]:
         """Returns the options of a call in which the patch acts; the same ones where it is off.
 
@@ -130,6 +137,7 @@ class Wrapper:
             stack: holds what is put on the model for this call.
             model: ComfyUI's `BaseModel`.
             x, t, options, conds: see `__call__`.
+            mask: where the patch acts in this call (B or 1, 1, H, W).
         """
         settings = self.settings(model, model.model_sampling)
         timesteps, conditional = None, None
@@ -146,9 +154,9 @@ class Wrapper:
             if not conditional.any():
                 return options
 
-        prepare = self._prepare(model, x, settings, timesteps, conds, conditional)
+        prepare = self._prepare(model, x, settings, timesteps, conds, conditional, mask)
         compiled = is_compiled(model, options)
-        facts: object = settings, conditional is None
+        facts: object = settings, conditional is None, mask is None
         if self._slot in ("hooks", "outputs"):
             require_not_compiled(model, options)
             stack.enter_context(self._hooks(denoiser_of(model), len(x), prepare))
@@ -157,8 +165,8 @@ class Wrapper:
         else:
             context = prepare(time_embedding(model, self._base, timesteps))
             if compiled:
-                context = _for_compiled(context)
-                facts = settings, context.weights.shape, torch.as_tensor(context.strength).shape
+                context, facts = _for_compiled(context)
+                facts = settings, facts
             if self._slot == "dit":
                 options = dit_options(options, self._keys, context)
             else:
@@ -218,6 +226,7 @@ class Wrapper:
         timesteps: Tensor | None,
         conds: dict[str, Any],
         conditional: Tensor | None,
+        mask: Tensor | None,
     ) -> Prepare:
         """Returns the function that makes the context of this call from its time embedding."""
         # The patch is copied to the device here, because compiled code cannot copy it.
@@ -229,13 +238,25 @@ class Wrapper:
                 e, latent, settings, timesteps=timesteps, conditional=conditional
             )
 
-        return prepare
+        if mask is None:
+            return prepare
+        stride = None if self._base.layout == "map" else self._base.sites[0].stride
+        return lambda e: MaskedContext(prepare(e), mask, stride)
 
 
-def _for_compiled(context: Context) -> Context:
-    """Prepares a context for a compiled graph, which would make numbers and cached fields fixed."""
+def _for_compiled(context: Context | MaskedContext) -> tuple[Context | MaskedContext, object]:
+    """Prepares a context for a compiled graph, which would make numbers and cached fields fixed.
+
+    Returns:
+        The context, and the facts that its graph depends on.
+    """
+    if isinstance(context, MaskedContext):
+        inner, facts = _for_compiled(context.context)
+        return context.around(inner), (facts, context.mask.shape)
     strength = torch.as_tensor(context.strength)
-    return dataclasses.replace(context, remembered=None, cache=None, key=None, strength=strength)
+    facts = context.weights.shape, strength.shape
+    plain = dataclasses.replace(context, strength=strength, remembered=None, cache=None, key=None)
+    return plain, facts
 
 
 def gate_embedding(

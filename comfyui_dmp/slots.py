@@ -12,10 +12,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Base, Context, PatchError
+from dmp_common.attach.masking import MaskedContext
 from dmp_common.bases.base import find_module
 
 Slot = Literal["unet", "dit", "after", "hooks", "outputs"]
-Prepare = Callable[[Tensor], Context]  # from the time embedding (B, E)
+AnyContext = Context | MaskedContext
+Prepare = Callable[[Tensor], AnyContext]  # from the time embedding (B, E)
 
 # The models that error messages name as supported. A new base is added here and below.
 SUPPORTED = (
@@ -103,7 +105,7 @@ def unet_options(
         sites: see `block_keys`.
         prepare: makes the call's context.
     """
-    context: Context | None = None
+    context: AnyContext | None = None
 
     def embedded(emb: Tensor, channels: int, options: dict[str, Any]) -> Tensor:
         nonlocal context
@@ -132,7 +134,7 @@ def unet_options(
 
 
 def dit_options(
-    options: Mapping[str, Any], sites: Mapping[tuple[str, int], str], context: Context
+    options: Mapping[str, Any], sites: Mapping[tuple[str, int], str], context: AnyContext
 ) -> dict[str, Any]:
     """Returns a copy of a call's options in which a patch acts on a transformer's block inputs.
 
@@ -150,7 +152,7 @@ def dit_options(
 def after_options(
     options: Mapping[str, Any],
     sites: Mapping[tuple[str, int], str],
-    context: Context,
+    context: AnyContext,
     refiners: int,
 ) -> dict[str, Any]:
     """Returns a copy of a call's options in which a patch acts after blocks, before the next ones.
@@ -178,7 +180,7 @@ def after_options(
 
 
 def _adding(
-    context: Context, site: str, previous: Callable[..., Any] | None
+    context: AnyContext, site: str, previous: Callable[..., Any] | None
 ) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     def replace(args: dict[str, Any], extra: dict[str, Any]) -> Any:
         def block(args: dict[str, Any]) -> Any:

@@ -16,6 +16,9 @@ from dmp_common.compat import AUTOCAST
 from dmp_common.errors import PatchError
 from dmp_common.patch.prompts import PromptPool, resize
 
+# Rows and columns of a grid, its start among the tokens, and its length (None for all of them).
+TokenPlace = tuple[tuple[int, int], int | tuple[int, ...], int | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Context:
@@ -210,31 +213,44 @@ class Context:
         values = values.to(x.dtype, memory_format=torch.contiguous_format)
         return Field(values.contiguous(), None, start, length)
 
-    def _place(
-        self, spec: Site, x: Tensor
-    ) -> tuple[tuple[int, int], int | tuple[int, ...], int | None]:
+    def _place(self, spec: Site, x: Tensor) -> TokenPlace:
         """Returns the live grid's rows and columns, and its start and length along axis 1 of x."""
         if self.latent is None:
             raise PatchError("token sites need the size of the latent: pass `latent_hw`.")
         height, width = self.latent.size
-        image, text = self.latent.image_tokens, self.latent.text_tokens
         if x.dim() == 3 and x.shape[2] == spec.width:
-            # Hosts differ in whether an incomplete token at the edge is dropped or padded.
-            dropped, padded = (
-                (grid_cells(height + pad, spec.stride), grid_cells(width + pad, spec.stride))
-                for pad in (0, spec.stride - 1)
-            )
-            own = image or x.shape[1]
-            # Where text shares the sequence, diffusers takes even latents only, and ComfyUI pads.
-            size = padded if self.shared or own == padded[0] * padded[1] else dropped
-            length = size[0] * size[1]
-            tokens = image or length
-            longest = max(text) if isinstance(text, tuple) else text or 0
-            fits = tokens + longest == x.shape[1] or (self.shared and tokens + longest < x.shape[1])
-            if fits and length <= tokens:
-                start = x.shape[1] - tokens if text is None else text
-                return (size, 0, None) if length == x.shape[1] else (size, start, length)
+            place = place_of(self.latent, spec.stride, self.shared, x.shape[1])
+            if place is not None:
+                return place
         raise _shape_error(spec, x, f"(B, tokens of a {height} x {width} latent, {spec.width})")
+
+
+def place_of(latent: Latent, stride: int, shared: bool, tokens: int) -> TokenPlace | None:
+    """Returns where the image tokens of a latent are in a sequence, None where they are not in it.
+
+    Args:
+        latent: the latents of the call.
+        stride: latent pixels per token, in each direction.
+        shared: whether text and image tokens may share a sequence.
+        tokens: the length of the sequence.
+    """
+    (height, width), image, text = latent.size, latent.image_tokens, latent.text_tokens
+    # Hosts differ in whether an incomplete token at the edge is dropped or padded.
+    dropped, padded = (
+        (grid_cells(height + pad, stride), grid_cells(width + pad, stride))
+        for pad in (0, stride - 1)
+    )
+    own = image or tokens
+    # Where text shares the sequence, diffusers takes even latents only, and ComfyUI pads.
+    size = padded if shared or own == padded[0] * padded[1] else dropped
+    length = size[0] * size[1]
+    there = image or length
+    longest = max(text) if isinstance(text, tuple) else text or 0
+    if length > there or not (there + longest == tokens or (shared and there + longest < tokens)):
+        return None
+    if length == tokens:
+        return size, 0, None
+    return size, tokens - there if text is None else text, length
 
 
 def _shape_error(site: Site, x: Tensor, expected: str) -> PatchError:

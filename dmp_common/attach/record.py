@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
@@ -49,6 +51,9 @@ class PatchRecord:
         curve: factors of the strength at progress 0, 0.5 and 1, and linear in between.
         temperature: divides the gate's logits.
         sites: names of the sites that act; None for all sites of the patch.
+        keyframes: points (progress, factor) of a curve, in place of `curve`.
+        site_strengths: factors of the strength at single sites, by name; other sites have 1.
+        mask: where in the picture the patch acts (B or 1, H, W), from 0 to 1; None for everywhere.
 
     Raises:
         PatchError: a value is out of range.
@@ -61,6 +66,9 @@ class PatchRecord:
     curve: tuple[float, float, float] = (1.0, 1.0, 1.0)
     temperature: float = 1.0
     sites: frozenset[str] | None = None
+    keyframes: tuple[tuple[float, float], ...] = ()
+    site_strengths: tuple[tuple[str, float], ...] = ()
+    mask: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -71,14 +79,15 @@ class PatchRecord:
     def settings(self, to_timestep: Callable[[float], float]) -> Settings:
         """Converts to the core's settings, by the host's own rule from progress to a timestep."""
         early, middle, late = self.curve
-        points = [(0.0, early), (0.5, middle), (1.0, late)]
-        schedule = Schedule.from_percent(
-            self.start,
-            self.end,
-            [] if self.curve == (1.0, 1.0, 1.0) else points,
-            to_timestep,
-        )
-        return Settings(self.strength, schedule, self.temperature, self.sites)
+        curved = self.curve != (1.0, 1.0, 1.0)
+        if curved and self.keyframes:
+            raise PatchError(
+                "expected either keyframes or the factors early, middle and late, found both: "
+                "leave the keyframes empty, or set the three factors to 1."
+            )
+        points = [(0.0, early), (0.5, middle), (1.0, late)] if curved else self.keyframes
+        schedule = Schedule.from_percent(self.start, self.end, points, to_timestep)
+        return Settings(self.strength, schedule, self.temperature, self.sites, self.site_strengths)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchRecord:
         return self
