@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from dmp_common.tools.inspect import inspect_file
 
 NONE = "None"  # Drop-downs show this where no patch is chosen.
 _SUFFIX = ".safetensors"
+_MARK = re.compile(r" \[[^\[\]]+\]$")
 _Fact = TypeVar("_Fact")
 _KEPT = 6  # How many loaded patches are kept. Each takes about 10 MB, and its cache of fields.
 
@@ -135,7 +137,7 @@ class Folder:
         """Returns the full name and the path of a patch, see `find`."""
         files = self.files()
         given = name.replace("\\", "/")
-        for asked in (given, given.removesuffix(_SUFFIX)):
+        for asked in (given, given.removesuffix(_SUFFIX), _MARK.sub("", given)):
             for written in (str, str.casefold):
                 alike = [n for n in files if _is_called(n, asked, written)]
                 whole = [n for n in alike if written(n) == written(asked)]
@@ -182,6 +184,15 @@ class Folder:
         except PatchError as error:
             short = printable_path(path.relative_to(self.root).as_posix())
             raise PatchError(str(error).replace(printable_path(path), short)) from error
+
+
+def marked(name: str, mark: str) -> str:
+    """Returns a name with a remark, as lists show it; `Folder` finds the patch by it too.
+
+    >>> marked("deep/oil", "sdxl")
+    'deep/oil [sdxl]'
+    """
+    return f"{name} [{mark}]"
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -49,19 +49,33 @@ class Controls:
     Args:
         script: the script, which gives the elements their ids.
         prefix: begins its keys in an infotext.
+        suffix: ends the labels. The host keeps the defaults of controls by script file and label,
+            so two scripts of one file must not have the same labels.
 
     Attributes:
         all: the components, in the order of their values.
         fields: pairs of a component and the function that sets it from an infotext.
     """
 
-    def __init__(self, script: scripts.Script, prefix: str) -> None:
-        self._script, self._prefix = script, prefix
+    def __init__(self, script: scripts.Script, prefix: str, suffix: str = "") -> None:
+        self._script, self._prefix, self._suffix = script, prefix, suffix
         self.all: list[Any] = []
         self.fields: list[tuple[Any, Any]] = []
+        self._patches: list[Any] = []
 
     def build(self) -> None:
         """Makes the controls of all slots, and the button that draws the heat map."""
+        choices = host.choices()
+        self._patches = [
+            gr.Dropdown(
+                label=self._label("Patch", slot),
+                choices=choices,
+                value=NONE,
+                elem_id=self._id("patch", slot),
+                render=False,
+            )
+            for slot in range(SLOTS)
+        ]
         for slot in range(SLOTS):
             if slot == 0:
                 self._slot(slot)
@@ -69,7 +83,8 @@ class Controls:
                 with gr.Accordion(f"Patch {slot + 1}", open=False, elem_id=self._id("more", slot)):
                     self._slot(slot)
         gr.HTML(f"<p>{_HELP}</p>")
-        button = gr.Button("Show what the gate does", elem_id=self._id("gate", 0))
+        text = "Show what the gate does" + self._suffix
+        button = gr.Button(text, elem_id=self._id("gate", 0))
         picture = gr.Image(
             label="Gate",
             show_label=False,
@@ -80,17 +95,16 @@ class Controls:
         button.click(fn=draw, inputs=self.all, outputs=[picture])
 
     def _slot(self, slot: int) -> None:
-        number = f" {slot + 1}"
+        patch = self._patches[slot]
         with gr.Row():
-            patch = gr.Dropdown(
-                label="Patch" + number,
-                choices=_choices(),
-                value=NONE,
-                elem_id=self._id("patch", slot),
-            )
-            create_refresh_button(
-                patch, lambda: None, lambda: {"choices": _choices()}, self._id("refresh", slot)
-            )
+            patch.render()
+            if slot == 0:  # one button for the lists of all slots
+                create_refresh_button(
+                    self._patches,
+                    lambda: None,
+                    lambda: {"choices": host.choices()},
+                    self._id("refresh", slot),
+                )
             strength = self._slider("strength", slot)
         with gr.Row():
             ends = [self._slider(name, slot) for name in ("start", "end")]
@@ -99,26 +113,19 @@ class Controls:
         values = [patch, strength, *ends, *curve]
         self.all += values
         for name, component in zip(FIELDS, values, strict=True):
-            self.fields.append((component, partial(_pasted, self._prefix, slot, name)))
+            self.fields.append((component, Reading(self._prefix, slot, name)))
 
     def _slider(self, name: str, slot: int) -> Any:
         text, limits = _SLIDERS[name]
         value = getattr(Choice(), name)
         elem_id = self._id(name, slot)
-        return gr.Slider(label=f"{text} {slot + 1}", value=value, elem_id=elem_id, **limits)
+        return gr.Slider(label=self._label(text, slot), value=value, elem_id=elem_id, **limits)
+
+    def _label(self, text: str, slot: int) -> str:
+        return f"{text} {slot + 1}{self._suffix}"
 
     def _id(self, name: str, slot: int) -> str:
         return str(self._script.elem_id(f"{name}_{slot + 1}"))
-
-    def paste_names(self) -> list[str]:
-        """Lists the infotext keys that the "Send to" buttons pass on."""
-        return [
-            label(self._prefix, name, slot) for slot in range(SLOTS) for name in (*FIELDS, "hash")
-        ]
-
-
-def _choices() -> list[str]:
-    return [NONE, *host.folder().names()]
 
 
 def _used(prefix: str, texts: dict[str, Any]) -> bool:
@@ -126,10 +133,35 @@ def _used(prefix: str, texts: dict[str, Any]) -> bool:
     return any(label(prefix, "patch", slot) in texts for slot in range(SLOTS))
 
 
-def _pasted(prefix: str, slot: int, name: str, texts: dict[str, Any]) -> Any:
-    if not _used(prefix, texts):
-        return None  # The switch goes off; the user's own settings stay as they are.
-    return from_infotext(texts, prefix, slot, name, host.folder())
+@dataclass(frozen=True)
+class Switch:
+    """Reads from an infotext whether the accordion is on; see `Reading`."""
+
+    prefix: str
+
+    def __call__(self, texts: dict[str, Any]) -> bool:
+        return _used(self.prefix, texts)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Reads the value of a control from an infotext.
+
+    "Send to img2img" copies each control of one tab to the control of the other tab whose reading
+    is equal, so readings are compared by what they read. Functions would be equal to nothing.
+    """
+
+    prefix: str
+    slot: int
+    name: str
+
+    def __call__(self, texts: dict[str, Any]) -> Any:
+        if not _used(self.prefix, texts):
+            return None  # The switch goes off; the user's own settings stay as they are.
+        try:
+            return from_infotext(texts, self.prefix, self.slot, self.name, host.folder())
+        except PatchError as error:
+            raise PatchError(f"{label(self.prefix, self.name, self.slot)}: {error}") from error
 
 
 def draw(*values: Any) -> Any:
@@ -155,9 +187,8 @@ class Accordion(scripts.Script):  # type: ignore[misc]
         controls = Controls(self, "DMP")
         with InputAccordion(False, label="DMP", elem_id=self.elem_id("enabled")) as enabled:
             controls.build()
-        switch = (enabled, partial(_used, "DMP"))
-        self.infotext_fields = [switch, *controls.fields]
-        self.paste_field_names = controls.paste_names()
+        self.infotext_fields = [(enabled, Switch("DMP")), *controls.fields]
+        self.paste_field_names = [reading for _, reading in self.infotext_fields]
         return [enabled, *controls.all]
 
     def process(self, p: Any, enabled: Any, *values: Any) -> None:
@@ -182,9 +213,10 @@ class DropDown(scripts.Script):  # type: ignore[misc]
         return True
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        controls = Controls(self, "DMP script")
+        controls = Controls(self, "DMP script", " (script)")
         controls.build()
-        self.infotext_fields, self.paste_field_names = controls.fields, controls.paste_names()
+        self.infotext_fields = controls.fields
+        self.paste_field_names = [reading for _, reading in controls.fields]
         return controls.all
 
     def run(self, p: Any, *values: Any) -> Any:
@@ -226,6 +258,8 @@ def choose(
         return
     session.choose(source, records)
     host.set_infotext(p, prefix, texts)
+    if on and not records and not chosen:
+        host.tell(p, f"{prefix}: it is on and no patch is chosen, so it does nothing.")
 
 
 def register() -> None:

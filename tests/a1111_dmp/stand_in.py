@@ -32,6 +32,9 @@ class Component:
     def __exit__(self, *error: object) -> None:
         return None
 
+    def render(self) -> None:
+        """Puts the component where it is called."""
+
     def click(self, fn: Callable[..., Any], inputs: Any, outputs: Any) -> None:
         self.clicked, self.inputs = fn, inputs
 
@@ -143,6 +146,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
     parts: dict[str, dict[str, Any]] = {
         "paths": {"models_path": str(models)},
         "script_callbacks": callbacks,
+        "sd_models": {"model_data": SimpleNamespace(sd_model=None)},
         "sd_unet": {"current_unet": None},
         "shared": {
             "cmd_opts": SimpleNamespace(),

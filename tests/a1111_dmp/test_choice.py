@@ -58,7 +58,7 @@ def test_finding(folder, name):
 )
 def test_nothing_else_is_found(folder, name):
     with pytest.raises(
-        PatchError, match="expected the name of a patch in the folder DMP.*: put the file there"
+        PatchError, match="expected the name of a patch in the folder DMP.*: put the"
     ):
         folder.find(name)
 

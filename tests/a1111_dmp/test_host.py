@@ -21,6 +21,7 @@ from dmp_common import PatchError, get_base
 from tests.a1111_dmp import stand_in
 from tests.a1111_dmp.ldm_shape import TINY, pair, run
 from tests.a1111_dmp.stand_in import Processing
+from tests.tiny import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -404,7 +405,66 @@ def test_controls_have_labels_names_and_defaults(host, kind):
     assert len(set(ids)) == len(ids)
     assert [c.label for c in again] == [c.label for c in controls]
     patches = [c for c in controls if c.label.startswith("Patch")]
-    assert [c.options["choices"] for c in patches] == [["None", "broken", "deep/oil", "ink"]] * 3
+    listed = ["None", "broken [unusable]", "deep/oil", "ink"]
+    assert [c.options["choices"] for c in patches] == [listed] * 3
+
+
+def test_the_host_keeps_the_defaults_of_both_scripts_apart(host):
+    """It keeps them by the file of the script and the label."""
+    labels = [
+        {c.label for c in getattr(host.script, kind)().ui(False)}
+        for kind in ("Accordion", "DropDown")
+    ]
+    assert not set.intersection(*labels)
+
+
+def test_patches_of_another_base_are_marked_and_one_button_refreshes_all_lists(host, monkeypatch):
+    made: list[Any] = []
+    monkeypatch.setattr(host.script, "create_refresh_button", lambda *args: made.append(args))
+    controls = host.script.Accordion().ui(False)
+    ((patches, _, refreshed, _),) = made
+    assert patches == [c for c in controls if c.label.startswith("Patch")]
+    FAMILIES["sdxl"].patch().save(host.host.folder().root / "xl.safetensors")
+    assert "xl" in refreshed()["choices"]  # no model is loaded
+    host.modules.sd_models.model_data.sd_model = host.modules.shared.sd_model
+    assert refreshed()["choices"][1:] == [
+        "broken [unusable]",
+        "deep/oil",
+        "ink",
+        "xl [tiny-sdxl]",
+    ]
+    assert host.host.folder().full_name("deep/oil [sdxl]") == "deep/oil"
+    p = Processing()
+    accordion(host, p, "ink [sdxl]")
+    p.sample()
+    assert p.extra_generation_params["DMP patch"] == "ink"
+
+
+def test_switched_on_without_a_patch_is_told(host):
+    p = Processing()
+    accordion(host, p)
+    assert list(p.comments) == ["DMP: it is on and no patch is chosen, so it does nothing."]
+    p.sample()
+    assert not patched(host)
+
+
+def test_sending_to_img2img_sets_the_controls(host):
+    """The host copies the controls of one tab to those of the other whose readings are listed."""
+    for kind in ("Accordion", "DropDown"):
+        script, there = getattr(host.script, kind)(), getattr(host.script, kind)()
+        sent, controls = script.ui(False), there.ui(True)
+        names = script.paste_field_names
+        sources = [component for component, name in script.infotext_fields if name in names]
+        targets = [component for component, name in there.infotext_fields if name in names]
+        assert (sources, targets) == (sent, controls)
+
+
+def test_what_cannot_be_read_from_an_infotext_names_itself(host):
+    script = host.script.Accordion()
+    reading = dict(zip(script.ui(False), script.paste_field_names, strict=True))
+    strength = next(r for c, r in reading.items() if c.label == "Strength 1")
+    with pytest.raises(PatchError, match="^DMP strength: expected a number .* found 'much'"):
+        strength({"DMP patch": "ink", "DMP strength": "much"})
 
 
 def test_what_is_written_is_restored(host):
@@ -416,7 +476,6 @@ def test_what_is_written_is_restored(host):
     controls = script.ui(False)
     restored = {component: read(texts) for component, read in script.infotext_fields}
     assert [restored[c] for c in controls] == [True, *values, *DEFAULTS[len(values) :]]
-    assert set(texts) <= set(script.paste_field_names)
     switch, *others = [read({}) for _, read in script.infotext_fields]
     assert switch is False and set(others) == {None}  # what the user has set there stays
 

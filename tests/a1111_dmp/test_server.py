@@ -379,6 +379,22 @@ def test_a_hires_checkpoint_of_another_base_is_left_alone(server, foreign):
     differ(made, server.make(hr_checkpoint_name=foreign, **HIRES))
 
 
+def test_tags_go_with_the_prompt_to_another_checkpoint(server, other):
+    settings = {"refiner_checkpoint": other, "refiner_switch_at": 0.5, "steps": 6}
+    _, calls = server.log(prompt=f"a cat<dmp:{A}>", **settings)
+    assert set(attached(calls)) == {1} and len(by_checkpoint(calls)) == 2
+    made, calls = server.log(hr_prompt=f"a cat<dmp:{A}>", hr_checkpoint_name=other, **HIRES)
+    seen = by_checkpoint(calls)
+    assert seen.pop(other) == {1}
+    assert list(seen.values()) == [{0}]
+    assert f'DMP hashes: "{A}: ' in made.infotext
+    _, calls = server.log(prompt=f"a cat<dmp:{A}><dmp:test-sdxl>", **settings)
+    assert set(attached(calls)) == {1}
+    assert "expected a model of the patch's base sdxl" in server.told()
+    with pytest.raises(FailedError, match="expected a model of the patch's base sdxl"):
+        server.make(prompt="a cat<dmp:test-sdxl>", steps=6)
+
+
 def picture(size: int = 64) -> str:
     return encoded(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8))
 
@@ -446,6 +462,24 @@ def test_batch_items_are_as_if_made_alone(server):
         assert np.abs(one.astype(int) - two.astype(int)).max() <= 2  # rounding of batched products
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_each_picture_of_a_batch_has_the_patches_of_its_own_prompt(server, plain, joined):
+    """The prompt matrix makes one prompt of each combination of its parts."""
+    alone = {"override_settings": {"batch_cond_uncond": joined}}
+    matrix = {
+        "script_name": "prompt matrix",
+        "script_args": [False, False, "positive", "comma", 0],
+        "prompt": f"a cat|<dmp:{A}>|<dmp:{B}:0.5>",
+        "batch_size": 4,
+    }
+    made = server.make(**matrix, **alone)
+    tags = ("", f"<dmp:{A}>", f"<dmp:{B}:0.5>", f"<dmp:{A}>, <dmp:{B}:0.5>")
+    for found, tag in zip(made.images[-4:], tags, strict=True):
+        wanted = server.make(prompt=f"a cat, {tag}" if tag else "a cat").image
+        assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 2
+    assert np.abs(made.images[-3].astype(int) - plain.image.astype(int)).max() > 20
+
+
 def test_a_replaced_unet_is_told_of(server, plain):
     labels = {"override_settings": {"sd_unet": "Simulated engine"}}
     made, calls = server.log(A, **labels)
@@ -507,7 +541,7 @@ def test_the_infotext_of_the_script(server):
     assert f"DMP script patch: {A}" in text
     assert "Script: DMP script" in text
     fields = server.post("/dmp-test/paste", text=text)["fields"]
-    assert (fields["dmp script/Patch 1"], fields["dmp script/Strength 1"]) == (A, 0.8)
+    assert [fields[f"dmp script/{name} 1 (script)"] for name in ("Patch", "Strength")] == [A, 0.8]
     assert fields["dmp/DMP"] is False
 
 
