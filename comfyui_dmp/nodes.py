@@ -12,61 +12,18 @@ import comfy.samplers
 import numpy as np
 import torch
 from comfy_api.latest import ComfyExtension, io
+from torch import Tensor
 
-from comfyui_dmp import files, host
+from comfyui_dmp import files, host, inputs
+from comfyui_dmp.inputs import DmpPatch
+from comfyui_dmp.stack import Stack
 from dmp_common.attach.record import PatchRecord
+from dmp_common.tools import written
 from dmp_common.tools.heatmap import choose_sites, gate_heatmap
 from dmp_common.tools.inspect import as_text, inspect_file
 
-CATEGORY = "DMP"
-DmpPatch = io.Custom("DMP_PATCH")
 _LISTED = 80  # sites of a patch that its description lists
 _LABEL = "Only for patches whose gate sees the class (condition t+y)."
-
-
-def _model_input() -> io.Model.Input:
-    tooltip = "The model to patch. It must be of the base the patch was trained for."
-    return io.Model.Input("model", tooltip=tooltip)
-
-
-def _model_output() -> io.Model.Output:
-    return io.Model.Output(display_name="model", tooltip="The patched model.")
-
-
-def _patch_input() -> Any:
-    tooltip = "A patch from Load DMP Patch, or its settings from DMP Gate Strength."
-    return DmpPatch.Input("dmp_patch", tooltip=tooltip)
-
-
-def _file_input() -> io.Combo.Input:
-    tooltip = "A .safetensors file of models/dmp. Press R after adding a file."
-    return io.Combo.Input("patch_name", options=files.patch_files(), tooltip=tooltip)
-
-
-def _strength_input() -> io.Float.Input:
-    return io.Float.Input(
-        "strength",
-        default=1.0,
-        min=-10.0,
-        max=10.0,
-        step=0.01,
-        tooltip="Multiplies what the patch adds. 0 is exactly the plain model, 1 as trained.",
-    )
-
-
-def _temperature_input() -> io.Float.Input:
-    tooltip = "Of the gate: above 1 all prompts speak more evenly, below 1 fewer."
-    limits = {"default": 1.0, "min": 0.05, "max": 20.0, "step": 0.05}
-    return io.Float.Input("temperature", **limits, tooltip=tooltip)
-
-
-def _percent(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
-
-
-def _factor(name: str, when: str) -> io.Float.Input:
-    tooltip = f"Multiplies the strength {when}; linear in between. 1, 1, 1 is no curve."
-    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
 
 
 class LoadPatch(io.ComfyNode):
@@ -74,12 +31,12 @@ class LoadPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return inputs.schema(
+            aliases="dmp, load patch, lora, prompt patch, model patch",
             node_id="DMP_Load",
             display_name="Load DMP Patch",
-            category=CATEGORY,
             description="Loads a DMP patch file. Connect it to Apply DMP.",
-            inputs=[_file_input()],
+            inputs=[inputs.file_input()],
             outputs=[DmpPatch.Output(display_name="dmp_patch", tooltip="The patch, as trained.")],
         )
 
@@ -97,25 +54,34 @@ class Apply(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return inputs.schema(
+            aliases="dmp, apply patch, lora, model patch, guidance, repair",
             node_id="DMP_Apply",
             display_name="Apply DMP",
-            category=CATEGORY,
             description=(
                 "Puts a patch on a model: at every noise level it adds the prompts that its gate "
                 "chooses to the inputs of the model's blocks. Chain several; they add. The model "
                 "itself stays as it is, so other branches of the workflow are not affected."
             ),
             inputs=[
-                _model_input(),
-                _patch_input(),
+                inputs.model_input(),
+                inputs.patch_input(),
+                inputs.mask_input("It takes the place of a mask of DMP Gate Strength."),
+                inputs.keyframes_input("They take the place of the curve of DMP Gate Strength."),
             ],
-            outputs=[_model_output()],
+            outputs=[inputs.model_output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, dmp_patch: PatchRecord) -> io.NodeOutput:
-        return io.NodeOutput(host.attach(model, dmp_patch))
+    def execute(
+        cls, model: Any, dmp_patch: PatchRecord, mask: Tensor | None = None, keyframes: str = ""
+    ) -> io.NodeOutput:
+        points, record = written.keyframes(keyframes), dmp_patch
+        if points:
+            record = dataclasses.replace(record, keyframes=points, curve=(1.0, 1.0, 1.0))
+        if mask is not None:
+            record = dataclasses.replace(record, mask=mask)
+        return io.NodeOutput(host.attach(model, record))
 
 
 class LoadApply(io.ComfyNode):
@@ -123,27 +89,36 @@ class LoadApply(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return inputs.schema(
+            aliases="dmp, load patch, apply patch, lora, load lora, model patch",
             node_id="DMP_LoadApply",
             display_name="Load & Apply DMP",
-            category=CATEGORY,
             description="Loads a patch file and puts it on a model, in one node.",
             inputs=[
-                _model_input(),
-                _file_input(),
-                _strength_input(),
+                inputs.model_input(),
+                inputs.file_input(),
+                inputs.strength_input(),
+                *inputs.range_inputs(optional=True),
             ],
-            outputs=[_model_output()],
+            outputs=[inputs.model_output()],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: Any, patch_name: str, strength: float) -> str:
+    def fingerprint_inputs(cls, patch_name: str, **others: Any) -> str:
         return files.fingerprint(patch_name)
 
     @classmethod
-    def execute(cls, model: Any, patch_name: str, strength: float) -> io.NodeOutput:
-        record = dataclasses.replace(files.load(patch_name), strength=strength)
-        return io.NodeOutput(host.attach(model, record))
+    def execute(
+        cls,
+        model: Any,
+        patch_name: str,
+        strength: float,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+    ) -> io.NodeOutput:
+        record = files.load(patch_name)
+        used = {"strength": strength, "start": start_percent, "end": end_percent}
+        return io.NodeOutput(host.attach(model, dataclasses.replace(record, **used)))
 
 
 class GateStrength(io.ComfyNode):
@@ -151,33 +126,36 @@ class GateStrength(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return inputs.schema(
+            aliases="dmp, patch strength, patch schedule, keyframes, mask",
             node_id="DMP_GateStrength",
             display_name="DMP Gate Strength",
-            category=CATEGORY,
             description=(
                 "How strongly, when and where a patch acts. The curve multiplies the strength: "
                 "early at the start of denoising, middle half-way, late at its end, and in "
                 "between by interpolation. It replaces settings made before it."
             ),
             inputs=[
-                _patch_input(),
-                _strength_input(),
-                _percent("start_percent", 0.0, "When the patch begins to act: 0 is pure noise."),
-                _percent("end_percent", 1.0, "When it stops: 1 is the finished picture."),
-                _factor("early", "at the start of denoising, where the composition forms"),
-                _factor("middle", "half-way"),
-                _factor("late", "at the end of denoising, where details form"),
-                _temperature_input(),
+                inputs.patch_input(),
+                inputs.strength_input(),
+                *inputs.range_inputs(),
+                inputs.factor("early", "at the start of denoising, where the composition forms"),
+                inputs.factor("middle", "half-way"),
+                inputs.factor("late", "at the end of denoising, where details form"),
+                inputs.temperature_input(),
                 io.String.Input(
                     "sites",
                     default="all",
                     tooltip=(
                         "Which block inputs the patch acts on: all, a named set (encoder, "
-                        "decoder, blocks), or names with commas (in.1, mid). DMP Patch Info "
-                        "lists them."
+                        "decoder, blocks), or names with commas (in.1-3, mid, out.*). DMP Patch "
+                        "Info lists them."
                     ),
+                    extra_dict=inputs.ADVANCED,
                 ),
+                inputs.site_strengths_input(),
+                inputs.keyframes_input("They take the place of early, middle and late."),
+                inputs.mask_input(),
             ],
             outputs=[DmpPatch.Output(display_name="dmp_patch", tooltip="The patch, used so.")],
         )
@@ -194,6 +172,9 @@ class GateStrength(io.ComfyNode):
         late: float,
         temperature: float,
         sites: str,
+        site_strengths: str = "",
+        keyframes: str = "",
+        mask: Tensor | None = None,
     ) -> io.NodeOutput:
         patch, chosen = dmp_patch.loaded.patch, choose_sites(dmp_patch.loaded.patch, sites)
         record = PatchRecord(
@@ -204,6 +185,9 @@ class GateStrength(io.ComfyNode):
             curve=(early, middle, late),
             temperature=temperature,
             sites=None if len(chosen) == len(patch.sites) else frozenset(chosen),
+            keyframes=written.keyframes(keyframes),
+            site_strengths=written.site_strengths(patch, site_strengths),
+            mask=mask,
         )
         return io.NodeOutput(record)
 
@@ -213,16 +197,16 @@ class GateHeatmap(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return inputs.schema(
+            aliases="dmp, gate, plot, visualise",
             node_id="DMP_GateHeatmap",
             display_name="DMP Gate Heatmap",
-            category=CATEGORY,
             description=(
                 "Draws which prompts the gate of a patch lets speak at each step of a scheduler: a "
                 "row for each site, by prompt and as maps over the picture."
             ),
             inputs=[
-                _patch_input(),
+                inputs.patch_input(),
                 io.Model.Input(
                     "model", tooltip="The model whose time embedding the gate sees; not changed."
                 ),
@@ -273,12 +257,12 @@ class PatchInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return inputs.schema(
+            aliases="dmp, metadata, hash, patch info",
             node_id="DMP_PatchInfo",
             display_name="DMP Patch Info",
-            category=CATEGORY,
             description="What a patch is made of, as text: base, hash, sites, data and steps.",
-            inputs=[_patch_input()],
+            inputs=[inputs.patch_input()],
             outputs=[io.String.Output(display_name="text", tooltip="Connect Preview as Text.")],
             is_output_node=True,
         )
@@ -295,4 +279,4 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files.register_folder()
-        return [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo]
+        return [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo, Stack]

@@ -28,6 +28,7 @@ NAMES = {
     "DMP_LoadApply": "Load & Apply DMP",
     "DMP_GateHeatmap": "DMP Gate Heatmap",
     "DMP_PatchInfo": "DMP Patch Info",
+    "DMP_Stack": "Stack DMP Patches",
 }
 
 
@@ -85,6 +86,44 @@ def test_everything_is_described(nodes, folder):
         for port in (*schema.inputs, *schema.outputs):
             assert port.tooltip, f"{name}: {port.id}"
         json.dumps(cls.GET_NODE_INFO_V1())
+
+
+def test_translations_have_every_input(nodes, folder):
+    """The English ones say what the schemas say; ComfyUI shows them in its place."""
+    english, chinese = (
+        json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
+        for language in ("en", "zh")
+    )
+    assert list(english) == list(chinese)
+    for name, cls in nodes.items():
+        schema, told = cls.GET_SCHEMA(), english[name]
+        assert (told["display_name"], told["description"]) == (NAMES[name], schema.description)
+        tooltips = {port.id: port.tooltip for port in schema.inputs}
+        assert {key: text["tooltip"] for key, text in told["inputs"].items()} == tooltips
+        assert set(chinese[name]["inputs"]) == set(tooltips)
+
+
+def test_a_search_finds_the_nodes(nodes, folder):
+    """ComfyUI 0.8 has no aliases: there the schemas leave them out."""
+    found = {name: cls.GET_NODE_INFO_V1().get("search_aliases") for name, cls in nodes.items()}
+    if not hasattr(nodes["DMP_Load"].GET_SCHEMA(), "search_aliases"):
+        assert set(found.values()) == {None}
+        return
+    for name in ("DMP_Load", "DMP_LoadApply", "DMP_Stack"):
+        assert {"lora", "load patch"} <= set(found[name])
+    assert all("dmp" in aliases for aliases in found.values())
+
+
+def test_rare_inputs_are_advanced(nodes, folder):
+    info = nodes["DMP_GateStrength"].INPUT_TYPES()
+    rare = {
+        name
+        for inputs in info.values()
+        for name, (_, options) in inputs.items()
+        if options.get("advanced")
+    }
+    assert {"start_percent", "early", "temperature", "sites", "keyframes"} <= rare
+    assert not {"dmp_patch", "strength", "mask"} & rare
 
 
 def test_folder_is_registered_with_a_filter(nodes, comfyui_path):
@@ -148,7 +187,36 @@ def test_load_and_apply_is_both_in_one(nodes, folder, sd15, run):
     out = run.call(one, sd15, sigmas)
     assert torch.equal(run.call(two, sd15, sigmas), out)
     off = run_node(both, model=plain, patch_name="p.safetensors", strength=0.0)
-    assert torch.equal(run.call(off, sd15, sigmas), run.call(plain, sd15, sigmas))
+    alone = run.call(plain, sd15, sigmas)
+    assert torch.equal(run.call(off, sd15, sigmas), alone)
+    values = {"model": plain, "patch_name": "p.safetensors", "strength": 1.0}
+    late = run_node(both, **values, start_percent=0.8)
+    assert torch.equal(run.call(late, sd15, sigmas), alone)
+    assert torch.equal(run.call(run_node(both, **values, end_percent=0.9), sd15, sigmas), out)
+
+
+def test_a_stack_is_the_nodes_one_after_the_other(nodes, folder, sd15, run):
+    for name, seed in (("a", 1), ("b", 2)):
+        sd15.patch(seed).save(folder / f"{name}.safetensors")
+    plain, sigmas, stack = sd15.comfy(), torch.tensor([2.0]), nodes["DMP_Stack"]
+    rows = {
+        f"{key}_{row}": value
+        for row in range(1, 5)
+        for key, value in {"on": True, "patch": "None", "strength": 1.0}.items()
+    }
+    assert run_node(stack, model=plain, **rows) is plain
+    rows |= {"patch_1": "a.safetensors", "patch_3": "b.safetensors", "strength_3": 0.5}
+    mark = stack.fingerprint_inputs(**rows)
+    both = nodes["DMP_LoadApply"]
+    chained = run_node(both, model=plain, patch_name="a.safetensors", strength=1.0)
+    one = run.call(chained, sd15, sigmas)
+    chained = run_node(both, model=chained, patch_name="b.safetensors", strength=0.5)
+    out = run.call(run_node(stack, model=plain, **rows), sd15, sigmas)
+    assert torch.equal(out, run.call(chained, sd15, sigmas))
+    rows["on_3"] = False
+    assert torch.equal(run.call(run_node(stack, model=plain, **rows), sd15, sigmas), one)
+    sd15.patch(3).save(folder / "b.safetensors")
+    assert stack.fingerprint_inputs(**rows) != mark
 
 
 def test_gate_strength_sets_what_it_says(nodes, run, sd15):
@@ -173,6 +241,14 @@ def test_gate_strength_sets_what_it_says(nodes, run, sd15):
     assert every.sites is None
     with pytest.raises(PatchError, match="expected sites of this patch"):
         run_node(nodes["DMP_GateStrength"], dmp_patch=record, **{**settings, "sites": "nowhere"})
+    plain = dict.fromkeys(("early", "middle", "late"), 1.0)
+    texts = {"keyframes": "0: 1, 1: 0", "site_strengths": "IN.1: 0.5", "mask": torch.ones(1, 8, 8)}
+    told = run_node(nodes["DMP_GateStrength"], dmp_patch=record, **{**settings, **plain, **texts})
+    assert told.keyframes == ((0.0, 1.0), (1.0, 0.0))
+    assert told.site_strengths == (("in.1", 0.5),)
+    assert told.mask is texts["mask"]
+    with pytest.raises(PatchError, match=r"test.safetensors.*either keyframes or the factors"):
+        run_node(nodes["DMP_GateStrength"], dmp_patch=record, **settings, keyframes="0: 1")
     with pytest.raises(PatchError, match=r"test.safetensors.*start <= end"):
         run_node(nodes["DMP_GateStrength"], dmp_patch=record, **{**settings, "start_percent": 0.95})
 

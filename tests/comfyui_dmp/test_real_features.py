@@ -240,6 +240,8 @@ def test_compiled_graphs_are_told_apart(real, run, host, name, broken):
     records = [whole, run.record(family.patch(7, sites="all", std=0.1), strength=0.5), fading]
     variants = [plain, *(host.attach(plain, record) for record in records), plain]
     variants.insert(2, host.attach(variants[1], whole))
+    masks = torch.eye(2)[:, None]  # the upper half of the first item, the lower of the second
+    variants.insert(-1, host.attach(plain, run.record(patch, mask=masks.mT)))
     for noise in (sigmas, 1.5 * sigmas):  # the second finds the graphs of the first
         for variant in variants:
             eager = run.call(variant, family, noise)
