@@ -12,6 +12,7 @@ from dmp_common import Patch
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 
 FOLDER = "dmp"  # The folder of patches in ComfyUI's models folder.
+_LISTED = 10  # names of files that a message lists
 
 _loaded: weakref.WeakValueDictionary[tuple[object, ...], LoadedPatch] = (
     weakref.WeakValueDictionary()
@@ -33,6 +34,24 @@ def patch_files() -> list[str]:
     """Lists the patch files that users can choose from, as paths inside the folder."""
     names: list[str] = folder_paths.get_filename_list(FOLDER)
     return names
+
+
+def refusal(*names: str | None) -> str | None:
+    """Returns what to tell a user of a workflow whose patch files are missing, None if all exist.
+
+    Args:
+        names: the files that the workflow names; None for those that another node will give.
+    """
+    known = patch_files()
+    missing = [str(name) for name in names if name is not None and name not in known]
+    if not missing:
+        return None
+    listed = ", ".join(known[:_LISTED]) + ", ..." * (len(known) > _LISTED) or "no patch at all"
+    return (
+        f"expected {' and '.join(missing)} in {folder_paths.get_folder_paths(FOLDER)[0]}, found "
+        f"{listed}: get the file from where the workflow came from, or make a patch for your model "
+        "(docs/TRAINING.md of this pack), put it there and press R; or choose another one."
+    )
 
 
 def load(name: str) -> PatchRecord:

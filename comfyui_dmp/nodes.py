@@ -41,6 +41,10 @@ class LoadPatch(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, patch_name: str | None = None) -> bool | str:
+        return files.refusal(patch_name) or True
+
+    @classmethod
     def fingerprint_inputs(cls, patch_name: str) -> str:
         return files.fingerprint(patch_name)
 
@@ -102,6 +106,10 @@ class LoadApply(io.ComfyNode):
             ],
             outputs=[inputs.model_output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, patch_name: str | None = None) -> bool | str:
+        return files.refusal(patch_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, patch_name: str, **others: Any) -> str:

@@ -34,6 +34,17 @@ class Stack(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        patch_1: str | None = None,
+        patch_2: str | None = None,
+        patch_3: str | None = None,
+        patch_4: str | None = None,
+    ) -> bool | str:
+        names = patch_1, patch_2, patch_3, patch_4
+        return files.refusal(*(None if name == NONE else name for name in names)) or True
+
+    @classmethod
     def fingerprint_inputs(cls, **values: Any) -> str:
         # ComfyUI does not give the values of connected inputs here.
         names = [values.get(f"patch_{row}") for row in range(1, ROWS + 1)]

@@ -177,6 +177,32 @@ def test_a_replaced_file_is_read_again(nodes, folder, sd15):
     assert load.fingerprint_inputs(patch_name="gone.safetensors") == ""
 
 
+def test_a_workflow_with_a_missing_file_says_which_and_what_to_do(nodes, folder, monkeypatch):
+    """Through ComfyUI's own check of a workflow, which would name no remedy."""
+    import execution
+    import nodes as core
+
+    monkeypatch.setattr(core, "NODE_CLASS_MAPPINGS", core.NODE_CLASS_MAPPINGS | nodes)
+    (folder / "here.safetensors").write_text("its content is read at the run")
+
+    def told(kind: str, **inputs: Any) -> str:
+        graph = {"1": {"class_type": kind, "inputs": inputs}}
+        valid, errors, _ = asyncio.run(execution.validate_inputs("id", graph, "1", {}))
+        assert valid is not bool(errors)
+        return " ".join(error["details"] for error in errors)
+
+    assert told("DMP_Load", patch_name="here.safetensors") == ""
+    text = told("DMP_Load", patch_name="../gone.safetensors")
+    for part in ("../gone.safetensors", str(folder), "found here.safetensors", "TRAINING.md"):
+        assert part in text
+    assert nodes["DMP_LoadApply"].validate_inputs() is True  # another node gives the name
+    rows = dict.fromkeys(("patch_1", "patch_2", "patch_3", "patch_4"), "None")
+    validate = nodes["DMP_Stack"].validate_inputs
+    assert validate(**rows) is True
+    rows |= {"patch_2": "a.safetensors", "patch_4": "b.safetensors"}
+    assert "expected a.safetensors and b.safetensors in" in validate(**rows)
+
+
 def test_load_and_apply_is_both_in_one(nodes, folder, sd15, run):
     sd15.patch().save(folder / "p.safetensors")
     plain, sigmas = sd15.comfy(), torch.tensor([2.0])
