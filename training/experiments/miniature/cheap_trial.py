@@ -95,14 +95,14 @@ class Cheap:
         if path.is_file():
             return RepairMeasures(**load_file(path))
         subject = self.open()
-        exact, cheap = self._models(subject, call)
+        exact, cheap = self.models(subject, call)
         context: AbstractContextManager[object] = nullcontext()
         if remedy == "bias correction" and guidance_of(call) == 1:
             correct_biases(cheap, exact, _batches(subject, exact))
         elif remedy in REMEDIES:
             options = REMEDIES[remedy].all_options(call, rate, seed, self.steps)
             context = load_compared(train_trial(subject, options, folder)).on(cheap)
-        bare = self._models(subject, call)[1]
+        bare = self.models(subject, call)[1]
         with context as used:
             judged = used if isinstance(used, FrozenBase) else cheap
             models = exact, bare, judged
@@ -111,7 +111,8 @@ class Cheap:
         save_file({name: value.contiguous() for name, value in vars(found).items()}, path)
         return found
 
-    def _models(self, subject: Subject, call: str) -> tuple[FrozenBase, FrozenBase]:
+    def models(self, subject: Subject, call: str) -> tuple[FrozenBase, FrozenBase]:
+        """The base as it is, and a second one for the cheap call, which patches may be put on."""
         options: dict[str, Any] = {"base": subject.base, **call_options(call)}
         config = TrainConfig(pretrained_model_name_or_path=str(subject.weights), **options)
         exact = load_frozen(config)
