@@ -168,10 +168,11 @@ class Attachment:
     def calls(self) -> int:
         """The number of forward calls in which the model embedded its timestep.
 
+        Calls in compiled code are not counted one by one: all together they are one.
         Hosts warn if it is 0, because an engine that replaces the model (TensorRT) calls the
         denoiser but none of its parts.
         """
-        return self._hooks.calls
+        return self._hooks.calls + self._hooks.compiled
 
     @property
     def active(self) -> bool:

@@ -106,7 +106,9 @@ class Call:
             call = ModelCall(self.args, self.kwargs)
             latent = hooks.base.latent[hooks.naming](hooks.base, call, hooks.denoiser())
             e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 too, after the items
-        if not is_compiling():
+        if is_compiling():
+            hooks.compiled = True  # The graph does so in each call; a sum would be fixed in it.
+        else:
             hooks.calls += 1
         conditional = None
         if hooks.runtime.patch.variant.guidance is not None:

@@ -46,7 +46,9 @@ class CallHooks(InCall):
         item_strengths: factors of the strength of each item (B,), None where all are 1.
         conditional: tells which of B items are conditional, for guidance patches.
         enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
-        calls: the number of forward calls in which the model embedded its timestep.
+        calls: the number of forward calls in which the model embedded its timestep, without those
+            in compiled code.
+        compiled: whether compiled code embedded the timestep.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class CallHooks(InCall):
         self.here = threading.local()
         self.active = True
         self.calls = 0
+        self.compiled = False
         self.item_strengths: Tensor | None = None
         self.conditional: Conditional | None = None
         self.base = patch.base

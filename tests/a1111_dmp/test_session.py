@@ -243,6 +243,14 @@ def test_a_replaced_unet_is_told_of(host):
     assert session.unused == ""
 
 
+def test_compiled_calls_count(host):
+    """Forge Neo compiles the model; the flag is what compiled code sets instead of counting."""
+    with host.session(record()) as session:
+        ((_, attachment),) = session._attachments
+        attachment._hooks.compiled = True
+    assert session.unused == ""
+
+
 def test_a_model_whose_forward_is_replaced_is_told_of(host):
     host.unet.forward = lambda *args, **kwargs: torch.zeros(1)
     with host.session(record()) as session:

@@ -51,6 +51,7 @@ def check_compiled(tiny: Tiny, backend: str, fullgraph: bool, size: tuple[int, i
     compiled = torch.compile(model, dynamic=False, fullgraph=fullgraph, backend=backend)
     with torch.no_grad():
         assert close(tiny.run(compiled, size=size), expected)
+        assert attachment.calls == 1
         assert close(tiny.run(compiled, **other), second)  # the graph holds no weights of a step
         with torch.no_grad():
             patch.pool(next(iter(patch.sites))).prompts.mul_(-2.0)
