@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modules import paths, script_callbacks, sd_models, sd_unet, shared
+from modules import paths, script_callbacks, sd_unet, shared
 from PIL import Image
 
 from a1111_dmp.choice import Choice, to_infotext
 from a1111_dmp.conditions import pictures_of
-from a1111_dmp.files import NONE, Folder, marked
+from a1111_dmp.files import Folder
 from a1111_dmp.session import Model, Session
-from dmp_common import Base, PatchError, get_base
+from dmp_common import Base, PatchError
 from dmp_common.attach.record import PatchRecord
-from dmp_common.bases.detect import find_denoiser, naming_of, prediction_of
+from dmp_common.bases.detect import find_denoiser, prediction_of
 from dmp_common.tools.heatmap import even_timesteps, gate_heatmap, time_embedding_of
 
 _PREDICTIONS = {
@@ -191,37 +191,6 @@ def tell(p: Any, text: str) -> None:
     _log.warning(text)
     if hasattr(p, "comment"):
         p.comment(text)
-
-
-def choices() -> list[str]:
-    """Lists the patches for the controls; those of another base than the loaded model's are marked.
-
-    They are marked like checkpoints with their hash, "oil [sdxl]". Such a text is a name too.
-    """
-    known = folder()
-    denoiser = _loaded_denoiser()
-    result = [NONE]
-    for name, path in known.files().items():
-        try:
-            base = known.described(path)["base"]
-        except PatchError:
-            result.append(marked(name, "unusable"))
-            continue
-        fits = denoiser is None or naming_of(denoiser, get_base(base)) is not None
-        result.append(name if fits else marked(name, base))
-    return result
-
-
-def _loaded_denoiser() -> Any:
-    """Returns the denoiser of the loaded model, None without one. It never loads one."""
-    # The host makes its tabs while it loads its first model; `shared.sd_model` would wait for it.
-    model = getattr(getattr(sd_models, "model_data", None), "sd_model", None)
-    if getattr(model, "sd_checkpoint_info", None) is None:
-        return None
-    try:
-        return find_denoiser(model)
-    except PatchError:
-        return None
 
 
 def _tell(p: Callable[[], Any], text: str) -> None:

@@ -12,7 +12,7 @@ from modules.processing import process_images
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
-from a1111_dmp import axes, cards, host, tags
+from a1111_dmp import axes, cards, host, listing, tags
 from a1111_dmp.choice import (
     FIELDS,
     SLOTS,
@@ -65,7 +65,7 @@ class Controls:
 
     def build(self) -> None:
         """Makes the controls of all slots, and the button that draws the heat map."""
-        choices = host.choices()
+        choices = listing.choices()
         self._patches = [
             gr.Dropdown(
                 label=self._label("Patch", slot),
@@ -102,7 +102,7 @@ class Controls:
                 create_refresh_button(
                     self._patches,
                     lambda: None,
-                    lambda: {"choices": host.choices()},
+                    lambda: {"choices": listing.choices()},
                     self._id("refresh", slot),
                 )
             strength = self._slider("strength", slot)
@@ -267,3 +267,4 @@ def register() -> None:
     host.register()
     cards.register()
     axes.register()
+    listing.register()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-OURS = ("host", "axes", "tags", "cards", "script")  # what imports the host
+OURS = ("host", "axes", "tags", "cards", "listing", "script")  # what imports the host
 
 
 class Component:
@@ -139,7 +139,13 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
     called: dict[str, list[Any]] = {}
     callbacks = {
         name: called.setdefault(name, []).append
-        for name in ("on_cfg_denoiser", "on_script_unloaded", "on_before_ui", "on_infotext_pasted")
+        for name in (
+            "on_cfg_denoiser",
+            "on_script_unloaded",
+            "on_before_ui",
+            "on_infotext_pasted",
+            "on_app_started",
+        )
     }
     pages: list[Any] = []
     networks: list[Any] = []
@@ -182,6 +188,9 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
         {kind: type(kind, (Component,), {}) for kind in kinds}, Error=ToastError, update=dict
     )
     monkeypatch.setitem(sys.modules, "gradio", gradio)
+    fastapi = types.ModuleType("fastapi")
+    vars(fastapi).update(FastAPI=object)
+    monkeypatch.setitem(sys.modules, "fastapi", fastapi)
     for name in OURS:
         monkeypatch.delitem(sys.modules, f"a1111_dmp.{name}", raising=False)
     ours = {name: importlib.import_module(f"a1111_dmp.{name}") for name in OURS}

@@ -434,6 +434,17 @@ def test_patches_of_another_base_are_marked_and_one_button_refreshes_all_lists(h
         "xl [tiny-sdxl]",
     ]
     assert host.host.folder().full_name("deep/oil [sdxl]") == "deep/oil"
+    added: dict[str, Any] = {}
+    app = SimpleNamespace(
+        add_api_route=lambda path, function, methods: added.update({path: function})
+    )
+    for callback in host.called["on_app_started"]:
+        callback(None, app)
+    assert set(added) == {"/dmp/patches", "/dmp/refresh"}
+    broken, _, ink, xl = added["/dmp/patches"]()
+    assert set(broken) == {"name", "error"}
+    assert (ink["name"], ink["base"], ink["fits_loaded_model"]) == ("ink", TINY.base.name, True)
+    assert (xl["name"], xl["fits_loaded_model"]) == ("xl", False)
     p = Processing()
     accordion(host, p, "ink [sdxl]")
     p.sample()

@@ -630,6 +630,15 @@ def test_metadata_of_the_cards(server):
     assert isinstance(answer, dict)
 
 
+def test_the_api_lists_patches(server, folder):
+    listed = {patch["name"]: patch for patch in server.get("/dmp/patches")}
+    assert listed[A]["base"] == base_name() and listed[A]["fits_loaded_model"] is True
+    assert listed["test-sdxl"]["fits_loaded_model"] is False
+    assert listed["test-cut"]["error"].startswith("test-cut.safetensors: expected")
+    assert str(folder) not in json.dumps(listed)
+    assert {patch["name"] for patch in server.post("/dmp/refresh")} == set(listed)
+
+
 def test_memory_and_hooks_over_many_generations(server, plain):
     count = int(os.environ.get("WEBUI_GENERATIONS", "40"))
     sizes = []
