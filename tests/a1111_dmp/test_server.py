@@ -252,7 +252,7 @@ def test_the_three_ways_are_the_same_and_add(server):
         ),
     ],
 )
-def test_errors_fail_the_generation(server, patch, says):
+def test_errors_fail_the_generation(server, folder, patch, says):
     found = get_base(base_name()).prediction
     says = says.format(base=base_name(), expected=other_prediction(), found=found)
     for settings in (
@@ -260,8 +260,9 @@ def test_errors_fail_the_generation(server, patch, says):
         script(patch),
         {"prompt": f"a cat <dmp:{patch}:1>"},
     ):
-        with pytest.raises(FailedError, match=says):
+        with pytest.raises(FailedError, match=says) as raised:
             server.make(**settings)
+        assert str(folder) not in str(raised.value)
 
 
 def test_wrong_values_fail_the_generation(server):

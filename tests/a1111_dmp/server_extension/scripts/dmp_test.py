@@ -66,7 +66,7 @@ def know_narrow_flux(sizes, guesses, loader) -> None:
     loader.read_arbitrary_config = lambda folder: read(folder) | sizes.T5
 
 
-class Replaced(sd_unet.SdUnet):
+class Replaced(getattr(sd_unet, "SdUnet", torch.nn.Module)):  # Forge Neo has none
     """Stands for an engine: calculates something, without the model's modules."""
 
     def forward(self, x, timesteps, context, *args, **kwargs):
