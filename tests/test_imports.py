@@ -21,6 +21,7 @@ HOSTS = {
 }
 HOST_FILES = {
     *("comfyui_dmp/nodes.py", "comfyui_dmp/host.py", "comfyui_dmp/files.py"),
+    *("comfyui_dmp/inputs.py", "comfyui_dmp/stack.py", "comfyui_dmp/masks.py"),
     *("a1111_dmp/script.py", "a1111_dmp/host.py"),
     *("a1111_dmp/cards.py", "a1111_dmp/axes.py"),
 }
