@@ -12,13 +12,16 @@ COMFYUI_URL=...    a running server instead; with COMFYUI_MODELS, its models fol
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import importlib.util
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +29,8 @@ import torch
 from dmp_common import Patch
 from tests.comfyui_dmp.server import Server, made, save_random, started
 from training.options.presets import STAGES
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 collect_ignore = [
     "family.py",
@@ -74,6 +79,34 @@ def host(comfyui_path: Path) -> ModuleType:
 def run(real: ModuleType) -> ModuleType:
     """`running.py`: calls of these models, and whole samplings."""
     return importlib.import_module("tests.comfyui_dmp.running")
+
+
+@pytest.fixture(scope="session")
+def nodes(comfyui_path: Path) -> dict[str, Any]:
+    """The node classes by id, through the pack's entry point, as ComfyUI gets them."""
+    spec = importlib.util.spec_from_file_location("a.b_c-d/pack", _ROOT / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    async def classes() -> list[Any]:
+        extension = await module.comfy_entrypoint()
+        return await extension.get_node_list()
+
+    return {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(classes())}
+
+
+@pytest.fixture
+def folder(nodes, tmp_path, monkeypatch) -> Path:
+    """A models/dmp folder of its own."""
+    import folder_paths
+
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "dmp", ([str(tmp_path)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.pop("dmp", None)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
