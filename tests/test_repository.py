@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmp_common import Patch, get_base
+from training.options.command_line import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +19,9 @@ def test_readme_has_exactly_two_commands_to_set_up() -> None:
     blocks = re.findall(r"<!-- command: (\w+) -->\n```\n(.*?)\n```", README, flags=re.DOTALL)
     assert [name for name, _ in blocks] == ["quickstart", "test"]
     assert all("\n" not in command for _, command in blocks)
-    assert "python training/train_dmp.py --base digits" in blocks[0][1]
+    options = blocks[0][1].partition("python training/train_dmp.py ")[2].split()
+    config = parse_arguments(options)
+    assert (config.base, config.recipe, config.student_quantization) == ("digits", "repair", "rtn3")
     assert (ROOT / ".ci" / "run").read_text().count("README.md") >= 1
 
 
@@ -35,6 +38,17 @@ def test_parameter_counts_of_the_readme() -> None:
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+def test_training_commands_of_readme_and_patches_are_complete() -> None:
+    """Each names a base, data and a recipe; only paths are missing."""
+    text = README + (ROOT / "docs" / "PATCHES.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python training/train_dmp\.py ((?:[^`\n]*\\\n)*[^`\n]*)", text)
+    assert len(commands) >= 4
+    for command in commands:
+        config = parse_arguments(command.replace("\\\n", " ").split())
+        assert config.recipe in ("repair", "guidance"), command
+        assert config.dataset_name or config.train_data_dir or config.state_captions, command
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(found: Resolved) -> None:
     """Adds what the options cannot know by themselves; imported late, for the same reason."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("loading torch and diffusers", flush=True)  # which takes some seconds
     from training.run.checking import check_run
 
     check_run(found)

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from dmp_common import Patch
 from training.options.command_line import parse_arguments
 from training.train_dmp import main
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ["--base", "digits", "--recipe", "repair", "--student_quantization", "rtn3"]
 SHORT = [
     "--base", "digits", "--max_train_steps", "3", "--validate_every_n_steps", "3",
     "--train_batch_size", "16", "--max_validation_images", "32", "--validation_draws", "1",
@@ -42,32 +42,42 @@ def test_quickstart_leaves_everything_it_promises(
 ) -> None:
     """From another folder, so that nothing depends on where it is called."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.run.digits_report._DRAWS", 1)
-    assert main([*SHORT, "--output_dir", "out", "--report_samples", "360"]) == 0
+    monkeypatch.setattr("training.objective.relative.IMAGES", 32)
+    monkeypatch.setattr("training.run.repair_report._STRIP", 3)
+    monkeypatch.setattr("training.run.repair_report._STEPS", 4)
+    line = [*QUICKSTART, "--max_train_steps", "12", "--validate_every_n_steps", "12"]
+    line += ["--max_validation_images", "32", "--validation_bins", "2", "--report_samples", "20"]
+    line += ["--train_batch_size", "16"]
+    assert main([*line, "--output_dir", "out"]) == 0
     printed = capsys.readouterr().out
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "digits-dmp.safetensors", "digits-dmp-gate.png", "digits-dmp.toml", "digits-dmp.json",
-        "gate.png",
         "report.json", "report.md", "samples.png",
     }  # fmt: skip
     patch = Patch.load(out / "digits-dmp.safetensors")
-    assert patch.metadata["ss_seed"] == "0"
+    assert patch.variant.mix == "modulate"
     assert "ss_network_module" not in patch.metadata
     report = json.loads((out / "report.json").read_text())
-    assert len(report["base"]["loss_by_bin"]) == 10
-    assert report["base"]["frechet_distance"] > report["frechet_distance_of_training_images"] > 0
-    assert "Frechet distance" in (out / "report.md").read_text()
-    for name in ("samples.png", "gate.png"):
-        with Image.open(out / name) as picture:
-            assert min(picture.size) > 300
-            assert len(picture.convert("L").getcolors(1 << 16) or []) > 2
-    # The first screen says what it does; the last has a verdict, and three lines that run.
-    first, verdict, told = (printed.index(x) for x in ("recipe: ", "verdict: ", "To use it:"))
-    assert first < printed.index("data: digits") < verdict < told
-    lines = [line[4:] for line in printed[told:].splitlines() if line.startswith("    ")]
-    assert len(lines) == 3
-    exec(compile("\n".join(lines), "lines", "exec"), {})
+    assert report["pictures"] == 20
+    assert 0 < report["distance_after"] < report["distance_before"]
+    gone = report["share_gone"]
+    assert gone["low"] < gone["mean"] < gone["high"]
+    assert gone["mean"] == pytest.approx(1 - report["distance_after"] / report["distance_before"])
+    assert report["patch_bytes"] == (out / "digits-dmp.safetensors").stat().st_size
+    told = (out / "report.md").read_text()
+    assert f"{report['patch_bytes']:,} bytes" in told and "Now your model." in told
+    # The first line comes before torch; the last lines have a verdict, and lines that run.
+    signs = ("loading torch", "recipe: repair", "data: digits", "pictures: 20", "verdict: ",
+             "To use it:", "Now your model.")  # fmt: skip
+    places = [printed.index(sign) for sign in signs]
+    assert places == sorted(places) and printed.startswith(signs[0])
+    use = printed[places[-2] : places[-1]].splitlines()
+    exec(compile("\n".join(x[4:] for x in use if x.startswith("    ")), "lines", "exec"), {})
+    # The commands for one's own model are complete: only paths are missing.
+    own = [x.split() for x in printed[places[-1] :].splitlines() if "python training/" in x]
+    recipes = [parse_arguments(command[2:]).recipe for command in own]
+    assert recipes == ["repair", "guidance"]
 
 
 @pytest.mark.slow

@@ -249,13 +249,29 @@ def _scalars(config: TrainConfig) -> dict[str, Any]:
 def _after(run: Run, events: TrainingEvents) -> None:
     """Report, hub, and how to go on."""
     config, path = run.config, events.outputs.path()
-    if config.report_samples and run.frozen.base.name == "digits":
-        from training.run.digits_report import write_digits_report
-
-        write_digits_report(config, run.frozen, Patch.load(path), run.history, path.parent)
+    next_lines = _report(run, path)
     if config.huggingface_repo_id is not None:
         print(f"pushed to {push(config, run, path)}")
     if events.verdict is not None:
         print("\n" + events.verdict.text())
     lines = "\n    ".join(use_lines(config, run.frozen, path))
     print(f"\nThe result is {path.as_posix()}. To use it:\n\n    {lines}\n")
+    if next_lines:
+        print(next_lines)
+
+
+def _report(run: Run, path: Path) -> str:
+    """Writes the report of the digits base, where it is asked for; returns how to go on."""
+    config = run.config
+    if not config.report_samples or run.frozen.base.name != "digits":
+        return ""
+    # With guidance the exact call is not the full model's alone, which this report compares with.
+    if config.has_student and config.guidance_range is None:
+        from training.run.repair_report import NEXT, write_repair_report
+
+        write_repair_report(config, run.frozen, run.exact, path, Telling(run.accelerator))
+        return NEXT
+    from training.run.digits_report import write_digits_report
+
+    write_digits_report(config, run.frozen, Patch.load(path), run.history, path.parent)
+    return ""

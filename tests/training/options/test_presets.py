@@ -29,6 +29,24 @@ def test_digits_and_cifar_keep_what_was_measured() -> None:
         assert config.global_batch_size is None
 
 
+def test_the_quickstart_has_settings_of_its_own() -> None:
+    """A repair of the digits is short; elsewhere the recipe is as it was, and data is the paper's
+    objective."""
+    rounded = {"base": "digits", "student_quantization": "rtn3"}
+    for options in ({"recipe": "repair"}, {"objective": "distill"}):
+        config = resolve({**rounded, **options})
+        sizes = (config.max_train_steps, config.train_batch_size, config.report_samples)
+        assert (config.recipe, sizes) == ("repair", (200, 64, 200))
+        assert "changed by you" not in " ".join(recipe_lines(config))
+    assert resolve({**rounded, "recipe": "repair", "max_train_steps": 7}).max_train_steps == 7
+    other = {"base": "sd15", "train_data_dir": "x", "student_quantization": "rtn3"}
+    assert resolve({**other, "recipe": "repair"}).max_train_steps == 1000
+    assert (
+        resolve({"base": "digits", "objective": "data"}).recorded()
+        == resolve({"base": "digits"}).recorded()
+    )
+
+
 def test_recipe_none_gives_the_plain_defaults() -> None:
     config = resolve({"base": "sd15", "recipe": "none"})
     assert (config.learning_rate, config.max_train_steps, config.ema_decay) == (1e-3, 1600, 0.99)
