@@ -51,6 +51,13 @@ def test_training_commands_of_readme_and_patches_are_complete() -> None:
         assert config.dataset_name or config.train_data_dir or config.state_captions, command
 
 
+def test_the_example_patch_is_what_the_page_says() -> None:
+    patch = Patch.load(ROOT / "docs" / "patches" / "digits-repair-rtn3.safetensors")
+    use = json.loads(patch.metadata["dmp.use"])
+    assert (patch.variant.mix, use["cheap"]["quantization"]) == ("modulate", "rtn3")
+    assert use["share_repaired"]["low"] > 0.8
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
