@@ -1,7 +1,8 @@
 """The A1111 / Forge extension.
 
 `script.py` makes the controls in the tabs, `cards.py` the extra networks tab and the prompt syntax,
-`axes.py` the axes of the X/Y/Z plot. `host.py` finds the model and attaches patches inside
-`p.sample`. Only these import the host. `choice.py`, `files.py` and `session.py` follow its
-conventions but do not need its code.
+`axes.py` the axes of the X/Y/Z plot. `tags.py` reads the prompts of a batch, and `listing.py` lists
+the patches for controls and API. `host.py` finds the model and attaches patches inside `p.sample`.
+Only these import the host. `choice.py`, `chosen.py`, `conditions.py`, `files.py` and `session.py`
+follow its conventions but do not need its code.
 """

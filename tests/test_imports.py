@@ -23,7 +23,7 @@ HOST_FILES = {
     *("comfyui_dmp/nodes.py", "comfyui_dmp/host.py", "comfyui_dmp/files.py"),
     *("comfyui_dmp/inputs.py", "comfyui_dmp/stack.py", "comfyui_dmp/masks.py"),
     *("a1111_dmp/script.py", "a1111_dmp/host.py"),
-    *("a1111_dmp/cards.py", "a1111_dmp/axes.py"),
+    *("a1111_dmp/cards.py", "a1111_dmp/axes.py", "a1111_dmp/listing.py", "a1111_dmp/tags.py"),
 }
 # The floors of the core, lowest first; a module imports its own floor and those below.
 FLOORS = ("", "bases", "patch", "attach", "tools")
