@@ -282,7 +282,7 @@ def test_a_compiled_model_is_not_recompiled_for_another_strength(tiny: Tiny, dyn
 
 
 @pytest.mark.slow
-@some(small_unet(), DIT)
+@some(DIT)
 def test_a_plain_graph_of_another_model_serves_no_patched_one(tiny: Tiny, dynamo: None) -> None:
     """The compiler shares graphs between models of a class, and does not look at hooks."""
     one, two = make(tiny, 1), make(tiny, 2)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-import dmp_common as dmp
 from dmp_common import Patch, PatchError, Schedule, attach
 from tests.dmp_common.attaching import (
     DIT,
@@ -72,37 +68,9 @@ def _eager(tiny: Tiny, patch: Patch, run: dict, schedule: Schedule) -> Tensor:
 @pytest.mark.slow
 @some(*COMPILED)
 def test_compile_after_attach(tiny, dynamo):
-    check_compiled(tiny, "aot_eager", fullgraph=ONE_GRAPH and tiny is not FLUX, size=(8, 8))
-
-
-def _shallow_dit() -> Tiny:
-    base = dmp.register_base(
-        dmp.bases.dit("tiny-inductor", depth=1, width=32, patch_size=2, frequency_shift=1.0)
-    )
-
-    def build() -> nn.Module:
-        return diffusers.DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            num_layers=1,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=10,
-        )
-
-    return dataclasses.replace(DIT, name="shallow-dit", base=base, build=build)
-
-
-@pytest.mark.slow
-def test_compile_with_the_default_backend(dynamo):
-    """One block: nearly all of the time is the C++ compiler's."""
-    tiny = _shallow_dit()
-    model, patch = tiny.model(), make(tiny)
-    with attach(model, patch), torch.no_grad():
-        expected = tiny.run(model)
-        compiled = torch.compile(model, dynamic=False, fullgraph=ONE_GRAPH)
-        assert close(tiny.run(compiled), expected)
+    # What the backend makes of a graph is the same for all families: one of them takes longer.
+    backend = "aot_eager" if tiny is DIT else "eager"
+    check_compiled(tiny, backend, fullgraph=ONE_GRAPH and tiny is not FLUX, size=(8, 8))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from dmp_common import Patch
 from tests.training.tinybases import make_base, make_pictures
 from training.run.scale import accumulation
+from training.train_dmp import main
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
@@ -30,24 +31,27 @@ Launch = Callable[..., Path]
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Runs the trainer in so many processes of this machine; returns the folder of its output."""
+    """Runs the trainer in so many processes of this machine; returns the folder of its output.
+
+    One process is this one, which has imported everything.
+    """
 
     def launch(name: str, processes: int, *options: str, says: str = "") -> Path:
         out = tmp_path / name
+        if processes == 1:
+            assert main(["--cpu", "--output_dir", str(out), *options]) == 0
+            return out
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         started = []
         for rank in range(processes):
-            shared = {}
-            if processes > 1:
-                shared = {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
-                    "CCL_WORKER_COUNT": "1",
-                }  # fmt: skip
+            shared = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "CCL_WORKER_COUNT": "1",
+            }  # fmt: skip
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-c", LAUNCHED, "--cpu", "--output_dir", str(out), *options],
