@@ -13,6 +13,7 @@ from modules.ui_extra_networks import quote_js
 
 from a1111_dmp import host, tags
 from a1111_dmp.choice import from_prompt, hashes_text, read_hashes
+from a1111_dmp.session import PROMPT
 from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord
 from dmp_common.errors import printable, unmarked
@@ -39,17 +40,17 @@ class Network(extra_networks.ExtraNetwork):  # type: ignore[misc]
         if not any(both_passes) and not hasattr(p, "dmp_session"):
             return
         session = host.session_of(p)
-        session.fail("prompt", PatchError("the prompt could not be read; the console says why."))
+        session.fail(PROMPT, PatchError("the prompt could not be read; the console says why."))
         hashes: dict[str, str] = {}
         try:
             # An error in the second pass's prompt is reported at once.
             loaded = [self._records(picture, hashes) for picture in both_passes]
         except PatchError as error:
-            session.fail("prompt", error)
+            session.fail(PROMPT, error)
             return
         if hashes:
             p.extra_generation_params[_HASHES] = hashes_text(hashes)
-        session.choose("prompt", *loaded[: len(pictures)])
+        session.choose(PROMPT, *loaded[: len(pictures)])
 
     def deactivate(self, p: Any) -> None:
         """Does nothing, because patches are on the model only while it samples."""

@@ -22,9 +22,8 @@ from dmp_common.attach.record import PatchRecord
 from dmp_common.tools.use import cheap_types, unlike_cheap
 from dmp_common.tools.weighttypes import weight_types
 
-_PROMPT = (
-    "prompt"  # The source whose patches go with the prompt to each model that it is used with.
-)
+# The source whose patches go with the prompt to each model that it is used with.
+PROMPT = "prompt"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Session:
             pictures: the patches of each picture of the batch, or one list for all pictures.
         """
         self._errors.pop(source, None)
-        self._sources[source] = tuple(of_pictures(pictures, source == _PROMPT))
+        self._sources[source] = tuple(of_pictures(pictures, source == PROMPT))
         if self.running:
             self.follow()
 

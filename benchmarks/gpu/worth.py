@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.picturebase import RECIPE, TINY, image_folders, pretrain, registered
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.subjects import Setup
+from dmp_common.patch.objectives import squared_distance
 from training.base.cheap import cheap_base
 from training.base.frozen import FrozenBase, load_frozen
 from training.evaluation.models import Spec, load_compared
@@ -167,13 +168,13 @@ def _compare(
 ) -> None:
     """Trains each remedy of a cheap call and compares pictures with those of the exact one."""
     target = worth.exact_pictures(scale)
-    before = _distances(worth.drawn(cheap), target)
+    before = squared_distance(worth.drawn(cheap), target)
     part.add(f"{name}: distance of the cheap call's pictures", float(before.mean()))
     found: dict[str, Tensor] = {}
     for remedy, (options, rate) in REMEDIES.items():
         spec = worth.trained(f"{name} {remedy}", {**task, **options}, rate)
         with load_compared(spec).on(cheap) as used:
-            found[remedy] = _distances(worth.drawn(used), target)
+            found[remedy] = squared_distance(worth.drawn(used), target)
         gone = 1 - float(found[remedy].mean() / before.mean())
         part.add(f"{name}: gone with {remedy}", gone, "share of the picture distance")
     for remedy in list(REMEDIES)[:2]:
@@ -195,11 +196,6 @@ def further(worth: Worth, objective: str, part: Part) -> None:
         mean, low, high = (100 * v / float(base.mean()) for v in paired_interval(base, losses))
         note = f"% of the base's, 95 % [{low:+.3f}, {high:+.3f}]"
         part.add(f"{objective}: held-out loss with {remedy}", mean, note)
-
-
-def _distances(pictures: Tensor, others: Tensor) -> Tensor:
-    """The mean squared distance of each picture to another one (B,), float64."""
-    return (pictures - others).double().square().flatten(1).mean(1)
 
 
 def stages(setup: Setup, out: Path) -> list[tuple[str, float, Callable[[Part], None], bool]]:

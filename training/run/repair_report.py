@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import Attachment, Patch, attach
+from dmp_common.patch.objectives import squared_distance
 from training.base.frozen import FrozenBase, load_frozen
 from training.data.sources.digits_images import NUM_CLASSES
 from training.objective.intervals import Interval, ratio_interval
@@ -87,13 +88,13 @@ def write_repair_report(
     labels = torch.arange(NUM_CLASSES).repeat(-(-config.report_samples // NUM_CLASSES))
     with tell.timed(f"drawing {len(labels)} pictures with three models"):
         full, damaged = (_drawn(frozen, labels) for frozen in (exact, cheap))
-        distances = _distances(damaged, full)
+        distances = squared_distance(damaged, full)
         shown = _most_damaged(distances)
         middle = int(shown[distances[shown].median(dim=0).indices])
         with attach(cheap.model, patch) as attachment:
             patched = _drawn(cheap, labels)
             strip = _strip(cheap, attachment, labels, middle)
-    repair = PictureRepair(distances, _distances(patched, full))
+    repair = PictureRepair(distances, squared_distance(patched, full))
     told = _told(config, path, repair)
     picture = repair_picture(
         full[shown],
@@ -141,11 +142,6 @@ def _most_damaged(distances: Tensor) -> Tensor:
     """Of each class the place (classes,) of the picture with the largest of distances (B,)."""
     by_class = distances.unflatten(0, (-1, NUM_CLASSES))  # (pictures of a class, classes)
     return by_class.argmax(dim=0) * NUM_CLASSES + torch.arange(NUM_CLASSES)
-
-
-def _distances(pictures: Tensor, others: Tensor) -> Tensor:
-    """The mean squared distance of each picture to another one, (B,) float64."""
-    return (pictures - others).double().square().flatten(1).mean(1)
 
 
 def _told(config: TrainConfig, path: Path, repair: PictureRepair) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmp_common.patch.objectives import guided
+from dmp_common.patch.objectives import guided, squared_distance
 from training.base.cheap import cheap_base
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase, load_frozen
@@ -151,10 +151,10 @@ def _judged(
     }
     gaps = torch.stack(_gaps(subject, exact, (bare, judged), split, scale))
     return RepairMeasures(
-        pictures=_distance(own, drawn["full"]),
+        pictures=squared_distance(own, drawn["full"]).double(),
         gaps=gaps,
         frechet=torch.tensor([distances["full"], distances["own"]], dtype=torch.float64),
-        before=_distance(drawn["cheap"], drawn["full"]),
+        before=squared_distance(drawn["cheap"], drawn["full"]).double(),
         frechet_before=torch.tensor([distances["cheap"]], dtype=torch.float64),
     )
 
@@ -164,11 +164,6 @@ def _pictures(subject: Subject, frozen: FrozenBase, split: SplitName, scale: flo
     return labelled_samples(
         frozen, labels, seed=_SAMPLE_SEED, steps=STEPS, sampler=SAMPLER, scale=scale
     ).contiguous()  # fmt: skip
-
-
-def _distance(pictures: Tensor, others: Tensor) -> Tensor:
-    """The mean squared distance of each picture to another one."""
-    return (pictures - others).double().square().flatten(1).mean(1)
 
 
 def _gaps(

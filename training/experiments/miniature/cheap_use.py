@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import Patch, attach
+from dmp_common.patch.objectives import squared_distance
 from training.base.frozen import FrozenBase
 from training.experiments.miniature.cheap_trial import Cheap
 from training.objective.intervals import paired_interval
@@ -81,8 +82,8 @@ class RepairInUse:
         """
         own = scale if called is None else called
         target = self.pictures("exact", (), scale, sampler, steps)
-        before = distances(self.pictures("cheap", (), own, sampler, steps), target)
-        after = distances(self.pictures(which, patches, own, sampler, steps), target)
+        before = squared_distance(self.pictures("cheap", (), own, sampler, steps), target)
+        after = squared_distance(self.pictures(which, patches, own, sampler, steps), target)
         mean, low, high = paired_interval(before, after)  # after - before
         whole = float(before.mean())
         gone = f"{-mean / whole:.1%} [{-high / whole:.1%}, {-low / whole:.1%}]"
@@ -109,11 +110,6 @@ class RepairInUse:
                     self.row(f"one call, guided {w:g}: {name}", patches, scale=w, called=1.0)
                 )
         return found
-
-
-def distances(pictures: Tensor, others: Tensor) -> Tensor:
-    """The mean squared distance of each picture to another one (B,), float64."""
-    return (pictures - others).double().square().flatten(1).mean(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
