@@ -22,6 +22,7 @@ from dmp_common import Patch, attach
 from dmp_common.patch.objectives import squared_distance
 from training.base.frozen import FrozenBase
 from training.experiments.miniature.cheap_trial import Cheap
+from training.experiments.miniature.remedies import CALLS, guidance_of
 from training.objective.intervals import paired_interval
 from training.objective.labelled import labelled_samples
 
@@ -116,7 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("subject", choices=("digits", "cifar10-s"))
-    parser.add_argument("--call", default="rtn3-group32", help="the patch was trained on it")
+    calls = [call for call in CALLS if guidance_of(call) == 1]
+    parser.add_argument(
+        "--call", choices=calls, default="rtn3-group32", help="the patch was trained on it"
+    )
     parser.add_argument("--patch", required=True, help="a repair patch")
     parser.add_argument("--guidance_patch", help="a guidance patch of the same base")
     parser.add_argument("--data", type=Path, help="folder that make_cifar filled")
