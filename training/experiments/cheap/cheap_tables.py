@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from training.experiments.miniature.cheap_trial import RepairMeasures
+from training.experiments.cheap.cheap_trial import RepairMeasures
 from training.objective.intervals import t_interval
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from dmp_common import Patch
-from training.experiments.miniature.cheap_trial import Cheap
-from training.experiments.miniature.cheap_use import RepairInUse
+from training.experiments.cheap.cheap_trial import Cheap
+from training.experiments.cheap.cheap_use import RepairInUse
 
 
 def share_gone(row: str) -> float:

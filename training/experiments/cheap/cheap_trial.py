@@ -20,9 +20,9 @@ from training.base.frozen import FrozenBase, load_frozen
 from training.base.rounding import correct_biases
 from training.data.draws import generator
 from training.evaluation.models import load_compared
+from training.experiments.cheap.remedies import REMEDIES, call_options, guidance_of
 from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.pretraining import as_float
-from training.experiments.miniature.remedies import REMEDIES, call_options, guidance_of
 from training.experiments.miniature.subjects import Subject, open_subject
 from training.experiments.miniature.trial import train_trial
 from training.objective.frechet import frechet_distance

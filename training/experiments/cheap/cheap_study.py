@@ -1,7 +1,7 @@
 r"""Compare what repairs a cheap call: patches, LoRA and bias correction, on pictures and numbers.
 
-    python -m training.experiments.miniature.cheap_study digits tune confirm --out DIR
-    python -m training.experiments.miniature.cheap_study cifar10-s tune confirm \
+    python -m training.experiments.cheap.cheap_study digits tune confirm --out DIR
+    python -m training.experiments.cheap.cheap_study cifar10-s tune confirm \
         --data DIR --out DIR --only repair lora --calls rtn3
 
 `tune` tries two learning rates for each remedy on validation, with seed 0, on the first of the
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from training.experiments.miniature.cheap_tables import rates_table, repair_table
-from training.experiments.miniature.cheap_trial import Cheap, RepairMeasures, SplitName
-from training.experiments.miniature.remedies import CALLS, REMEDIES
+from training.experiments.cheap.cheap_tables import rates_table, repair_table
+from training.experiments.cheap.cheap_trial import Cheap, RepairMeasures, SplitName
+from training.experiments.cheap.remedies import CALLS, REMEDIES
 
 SEEDS = (1, 2, 3)
 

@@ -1,6 +1,6 @@
 """A repair patch in use: strength, guidance, samplers, the full model, a guidance patch beside it.
 
-    python -m training.experiments.miniature.cheap_use digits --call rtn3-group32 \\
+    python -m training.experiments.cheap.cheap_use digits --call rtn3-group32 \\
         --patch repair.safetensors --guidance_patch guidance.safetensors
 
 Prints the mean squared distance of each picture to the full model's from the same noise, and which
@@ -21,8 +21,8 @@ from torch import Tensor
 from dmp_common import Patch, attach
 from dmp_common.patch.objectives import squared_distance
 from training.base.frozen import FrozenBase
-from training.experiments.miniature.cheap_trial import Cheap
-from training.experiments.miniature.remedies import CALLS, guidance_of
+from training.experiments.cheap.cheap_trial import Cheap
+from training.experiments.cheap.remedies import CALLS, guidance_of
 from training.objective.intervals import paired_interval
 from training.objective.labelled import labelled_samples
 

@@ -1,0 +1,1 @@
+"""What repairs a cheap call: patches and their controls, on small bases (docs/RESULTS.md)."""
