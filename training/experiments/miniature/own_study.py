@@ -11,15 +11,12 @@ Source: Ning et al. 2024, arXiv 2308.15321 (epsilon scaling: the predicted noise
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dmp_common import Patch, attach
 from training.base.frozen import FrozenBase, load_frozen
@@ -29,6 +26,7 @@ from training.experiments.miniature.subjects import Subject, digits
 from training.experiments.miniature.trial import train_trial
 from training.objective.frechet import frechet_distance
 from training.objective.labelled import labelled_samples
+from training.objective.scaling import epsilon_scaled
 from training.options.config import TrainConfig
 
 STEPS, SAMPLES = 10, 1000
@@ -53,21 +51,6 @@ TRAINING: dict[str, Any] = {
     "report_samples": 0,
     "own_steps": STEPS,
 }
-
-
-class Scaled(nn.Module):
-    """A base whose predicted noise is multiplied by a factor."""
-
-    def __init__(self, base: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.base, self.factor = base, factor
-        self.config, self.dtype = base.config, base.dtype
-
-    def forward(self, *inputs: Any, **given: Any) -> Any:
-        """The base's output with its sample scaled."""
-        output = copy.copy(self.base(*inputs, **given))
-        output["sample"] = self.factor * output.sample
-        return output
 
 
 def distance(subject: Subject, frozen: FrozenBase, split: SplitName) -> float:
@@ -104,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     frozen = load_frozen(TrainConfig(base="digits", pretrained_model_name_or_path=place))
 
     def scaled(factor: float, split: SplitName) -> float:
-        model = Scaled(frozen.model, factor).eval()
-        return distance(subject, replace(frozen, model=model), split)
+        with epsilon_scaled(frozen, 1 / factor):
+            return distance(subject, frozen, split)
 
     rows: dict[str, list[tuple[float, float, float]]] = {
         "base": [best_dial(scaled, [1.0])],
