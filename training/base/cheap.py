@@ -69,13 +69,14 @@ def student_facts(cheap: FrozenBase, config: TrainConfig) -> dict[str, Any]:
 
     Returns:
         "quantization": as --student_quantization names it, or of a file the type of most values
-        in fewer bits; "types": for each type of numbers how many values of weights have it, see
-        `weight_types`; and of a file "file": its "name" and the first 10 digits of its "sha256".
+        in fewer bits (of all values where none is in fewer); "types": for each type of numbers how
+        many values of weights have it, see `weight_types`; and of a file "file": its "name" and
+        the first 10 digits of its "sha256".
     """
     file = _file(config)
     if file is not None:
         types = stored_types(file)
-        few = {kind: count for kind, count in types.items() if kind not in FLOATS}
+        few = {kind: count for kind, count in types.items() if kind not in FLOATS} or types
         return {
             "quantization": max(few, key=lambda kind: few[kind]).lower(),
             "types": types,

@@ -7,6 +7,7 @@ model, not how much memory or time it takes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,15 +50,35 @@ def round_groups(weight: Tensor, bits: int, size: int = GROUP) -> Tensor:
         (O, I), in the precision of the weight.
     """
     groups = weight.float().split(size, dim=1)
-    return torch.cat([_between_extremes(group, bits) for group in groups], dim=1).to(weight.dtype)
+    return torch.cat([Levels.of(group, bits).nearest(group) for group in groups], dim=1).to(
+        weight.dtype
+    )
 
 
-def _between_extremes(group: Tensor, bits: int) -> Tensor:
-    """Rounds each row (I,) of a group (O, I) to 2^bits levels from its minimum to its maximum."""
-    lowest, highest = group.amin(dim=1, keepdim=True), group.amax(dim=1, keepdim=True)
-    scale = (highest - lowest) / (2**bits - 1)
-    steps = torch.where(scale > 0, scale, 1.0)
-    return ((group - lowest) / steps).round() * scale + lowest
+@dataclass(frozen=True)
+class Levels:
+    """2^bits levels of each row, from its minimum to its maximum.
+
+    Args:
+        lowest, scale: the first level and the distance of two (O, 1).
+        count: 2^bits.
+    """
+
+    lowest: Tensor
+    scale: Tensor
+    count: int
+
+    @staticmethod
+    def of(group: Tensor, bits: int) -> Levels:
+        """The levels between the extremes of each row of a group (O, I)."""
+        lowest, highest = group.amin(dim=1, keepdim=True), group.amax(dim=1, keepdim=True)
+        return Levels(lowest, (highest - lowest) / (2**bits - 1), 2**bits)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Returns the nearest level to each of the values (O, I)."""
+        steps = torch.where(self.scale > 0, self.scale, 1.0)
+        numbers = ((values - self.lowest) / steps).round().clamp(0, self.count - 1)
+        return numbers * self.scale + self.lowest
 
 
 @torch.no_grad()

@@ -71,7 +71,9 @@ def stored_types(path: Path) -> dict[str, int]:
     """Returns for each type of numbers how many values of the denoiser in a file have it.
 
     Raises:
-        PatchError: no tensor is in fewer bits, or one is in a type that cannot be read.
+        PatchError: a tensor is in a type that cannot be read, or no tensor of a GGUF file is in
+            fewer bits. A .safetensors file may be in full precision: it can hold another model of
+            the same shapes, such as one rounded by GPTQ, pruned or merged.
     """
     counts: Counter[str] = Counter()
     if path.suffix == GGUF:
@@ -88,7 +90,8 @@ def stored_types(path: Path) -> dict[str, int]:
             for name in filter(_is_weight, _of_denoiser(file.keys())):
                 stored = file.get_slice(name)
                 counts[stored.get_dtype()] += math.prod(stored.get_shape())
-    if not set(counts) & few or set(counts) - few - set(FLOATS):
+    enough = few if path.suffix == GGUF else few | set(FLOATS)
+    if not set(counts) & enough or set(counts) - few - set(FLOATS):
         raise file_error(
             path, f"a model in {', '.join(sorted(few))}, besides {', '.join(FLOATS)}",
             ", ".join(sorted(counts)) or "no tensors", "choose another file of the same model",

@@ -105,7 +105,8 @@ class ModelOptions(Options):
         "model",
         None,
         "Train on the cheap model in this file, beside the exact base: the same base in fewer "
-        "bits, a .gguf file (as ComfyUI-GGUF reads them) or a .safetensors file in fp8.",
+        "bits, a .gguf file (as ComfyUI-GGUF reads them) or a .safetensors file in fp8, or another "
+        "model of the same shapes in a .safetensors file.",
     )
     student_quantization: Quantization | None = option(
         "model",

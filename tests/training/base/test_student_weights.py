@@ -192,12 +192,24 @@ def test_files_that_are_no_students(folders: Folders, tmp_path: Path) -> None:
         (tinyggufs.write_gguf(tmp_path / "a.gguf", dit), "base tiny-sd15, found those of tiny-dit"),
         (ggufs["F16"], "expected a model in IQ4_NL.*found F16, F32"),
         (ggufs["TQ2_0"], "expected a model in .*found F32, TQ2_0"),
-        (tinyfiles.save(tmp_path / "d.safetensors", sd15), "expected a model in F8_E4M3"),
+        (
+            tinyfiles.save(tmp_path / "i.safetensors", {**sd15, "a.weight": torch.ones(2).int()}),
+            "expected a model in F8_E4M3.*found F32, I32",
+        ),
         (pickled, "expected a file ending in .gguf or .safetensors, found .ckpt"),
         (tmp_path / "none.gguf", "expected a file for --student_weights, found nothing"),
     ):
         with pytest.raises(PatchError, match=message):
             both("sd15", folders("sd15"), student_weights=str(path))
+
+
+def test_another_model_in_full_precision_is_a_student(folders: Folders, tmp_path: Path) -> None:
+    """One that was rounded elsewhere, pruned or merged: its shapes are the base's."""
+    weights = tinyfiles.weights_of(folders("dit") / "transformer")
+    path = tinyfiles.save(tmp_path / "other.safetensors", {n: w / 2 for n, w in weights.items()})
+    cheap = both("dit", folders("dit"), student_weights=str(path))[1]
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    assert torch.equal(cheap.model.state_dict()[name], weights[name] / 2)
 
 
 def test_scales_of_nothing_are_refused(folders: Folders, tmp_path: Path) -> None:
