@@ -107,6 +107,7 @@ class Worth:
             options={"train_data_dir": str(images / "train"), "train_batch_size": self._batch},
             split=lambda which: load_exported(images, which),
             features=_no_features,
+            classes=_no_features,
             samples=self.pictures,
             samplers=SAMPLERS,
             draws=1,

@@ -1,105 +1,132 @@
-r"""Compare what repairs a cheap call: patches, LoRA and bias correction, on pictures and numbers.
+r"""Compare what repairs a cheap call: patches, LoRA and controls without training.
 
-    python -m training.experiments.cheap.cheap_study digits tune confirm --out DIR
-    python -m training.experiments.cheap.cheap_study cifar10-s tune confirm \
-        --data DIR --out DIR --only repair lora --calls rtn3
+    python -m training.experiments.cheap.cheap_study digits tune primary --out OUT
+    python -m training.experiments.cheap.cheap_study cifar10-s tune primary --data DIR --out OUT
+    python -m training.experiments.cheap.cheap_study digits explore --only methods bits --out OUT
+    python -m training.experiments.cheap.cheap_tables OUT --write docs/results/cheap-calls.json
 
-`tune` tries two learning rates for each remedy on validation, with seed 0, on the first of the
-chosen cheap calls; `--rate` says one for all instead. `confirm` trains the best one with three
-other seeds and judges it on the test split. What is done is kept in `--out`, and a study that was
-stopped goes on from there.
-
-Everything is measured against the full model: the distance of each picture to the full model's from
-the same noise, the share of the gap of the predictions that is repaired, and the Frechet distance.
+`tune` chooses the learning rate of each method on validation, with seed 0, by the gap of the
+predictions that is left; the grid grows where its edge would be chosen. `primary` trains with five
+other seeds and judges on the test split; `explore` does the rest with one seed, `steps` with other
+lengths. What is done is kept in `--out`, and a study that was stopped goes on from there. plan.py
+says what is compared.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from training.experiments.cheap.cheap_tables import rates_table, repair_table
-from training.experiments.cheap.cheap_trial import Cheap, RepairMeasures, SplitName
-from training.experiments.cheap.remedies import CALLS, REMEDIES
+from dmp_common.patch.serialize import write_atomically
+from training.experiments.cheap import plan
+from training.experiments.cheap.cheap_trial import CheapTrial
+from training.experiments.cheap.measures import Job, Measures
+from training.experiments.cheap.remedies import RATES, REMEDIES
 
-SEEDS = (1, 2, 3)
+_STAGES = ("tune", "primary", "explore", "steps")
+_LENGTHS = (50, 100, 200, 1000)  # of trainings, beside the usual one
+_PRIMARY = ("repair", "lora", "modulation", "gated-small", "ungated-small")
 
 
-@dataclass(frozen=True)
-class Repair:
-    """One training on a cheap call, or none, and its judgement.
+def tuned(trial: CheapTrial, call: str, method: str, steps: int) -> dict[float, float]:
+    """The gap left on validation at each rate that was tried; the best is never at an edge.
 
-    Args:
-        call: --student_quantization.
-        remedy: its name; "none" and "bias correction" are not trained.
-        rate: learning rate.
-        seed: of the training.
-        split: to judge on.
+    Raises:
+        ValueError: the best rate is the last of all rates.
     """
-
-    call: str
-    remedy: str
-    rate: float
-    seed: int
-    split: SplitName
-
-
-def done(cheap: Cheap, repair: Repair) -> RepairMeasures:
-    """Trains and judges, in a process of its own, unless that was done before."""
     torch.set_num_threads(1)
-    return cheap.found(repair.call, repair.remedy, repair.rate, repair.seed, repair.split)
-
-
-def all_done(cheap: Cheap, repairs: list[Repair], processes: int) -> dict[Repair, RepairMeasures]:
-    """All repairs, several at once; the first error ends the study, what is done stays."""
-    found = {}
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(done, cheap, repair) for repair in repairs]
-        for number, (repair, future) in enumerate(zip(repairs, waiting, strict=True), 1):
-            found[repair] = future.result()
-            print(
-                f"{number} of {len(repairs)}: {repair.call} {repair.remedy} {repair.rate:g} "
-                f"seed {repair.seed}: gap repaired {found[repair].share:.3f}",
-                flush=True,
-            )
+    found: dict[float, float] = {}
+    start = RATES.index(REMEDIES[method].start)
+    waiting = [start - 1, start, start + 1]
+    while waiting:
+        for number in waiting:
+            if not 0 <= number < len(RATES):
+                raise ValueError(f"expected the best rate of {method} within {RATES}")
+            job = Job(trial.subject, call, method, RATES[number], steps, 0, "validation")
+            found[RATES[number]] = trial.gap(job)
+        tried = sorted(found)
+        best = min(tried, key=lambda rate: found[rate])
+        low, high = RATES.index(tried[0]), RATES.index(tried[-1])
+        waiting = [low - 1] if best == tried[0] else [high + 1] if best == tried[-1] else []
     return found
 
 
-def best_rates(cheap: Cheap, call: str, names: Iterable[str], processes: int) -> dict[str, float]:
-    """The rate of each remedy that repairs most of the gap on validation."""
-    jobs = [
-        Repair(call, name, rate, 0, "validation") for name in names for rate in REMEDIES[name].rates
-    ]
-    found = all_done(cheap, jobs, processes)
-    print(rates_table({(job.remedy, job.rate): one.share for job, one in found.items()}))
-    best: dict[str, tuple[float, float]] = {}
-    for job, one in found.items():
-        if job.remedy not in best or one.share > best[job.remedy][0]:
-            best[job.remedy] = one.share, job.rate
-    return {name: rate for name, (_, rate) in best.items()}
+def tune(trial: CheapTrial, wanted: Iterable[tuple[str, str]], options: Options) -> None:
+    """Chooses the rates of some methods on some calls, and keeps them in a file."""
+    path = trial.out / trial.subject / "rates.json"
+    known = read_rates(path)
+    left = [one for one in wanted if one not in known]
+    with _pool(options.processes) as pool:
+        waiting = {pool.submit(tuned, trial, *one, options.steps): one for one in left}
+        for future in as_completed(waiting):
+            call, method = waiting[future]
+            known[call, method] = future.result()
+            entries = [[*key, sorted(value.items())] for key, value in sorted(known.items())]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(entries, indent=1).encode())
+            print(f"{call} {method}: gap left at each rate {known[call, method]}", flush=True)
 
 
-def tables_of(
-    cheap: Cheap, calls: Iterable[str], rates: dict[str, float], processes: int
-) -> list[str]:
-    """A table of each cheap call on the test split."""
-    tables = []
-    for call in calls:
-        jobs = [Repair(call, name, 0.0, 0, "test") for name in ("none", "bias correction")]
-        jobs += [Repair(call, n, rates[n], seed, "test") for n in rates for seed in SEEDS]
-        found = all_done(cheap, jobs, processes)
-        of_remedy: dict[str, list[RepairMeasures]] = {}
-        for job, one in found.items():
-            of_remedy.setdefault(job.remedy, []).append(one)
-        tables.append(repair_table(call, of_remedy))
-        print(tables[-1], flush=True)
-    return tables
+def read_rates(path: Path) -> dict[tuple[str, str], dict[float, float]]:
+    """What `tune` found: the gap left at each rate, by call and method."""
+    if not path.is_file():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {(call, method): dict(map(tuple, tried)) for call, method, tried in entries}
+
+
+def chosen(path: Path) -> dict[tuple[str, str], float]:
+    """The best rate of each method on each call."""
+    found = read_rates(path)
+    return {key: min(tried, key=lambda rate: tried[rate]) for key, tried in found.items()}
+
+
+def judge_all(trial: CheapTrial, jobs: Sequence[Job], processes: int) -> None:
+    """Does all jobs, several at once; an error ends the study, what is done stays."""
+    with _pool(processes) as pool:
+        waiting = {pool.submit(_done, trial, job): job for job in dict.fromkeys(jobs)}
+        for number, future in enumerate(as_completed(waiting), 1):
+            job, found = waiting[future], future.result()
+            print(
+                f"{number} of {len(waiting)}: {job.call} {job.method} seed {job.seed}: pixels "
+                f"{found.pixels:.5f}, Frechet {found.frechet:.3f}, gap {found.gap:.6f}",
+                flush=True,
+            )
+
+
+def _done(trial: CheapTrial, job: Job) -> Measures:
+    torch.set_num_threads(1)
+    return trial.done(job)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+
+
+class Options(argparse.Namespace):
+    """The command line."""
+
+    subject: str
+    stages: list[str]
+    data: Path | None
+    out: Path
+    steps: int
+    processes: int
+    only: list[str]
+    methods: list[str]
+
+
+def _wanted(options: Options) -> list[tuple[str, str]]:
+    """What is tuned: the methods asked for on the calls of their kind."""
+    if options.methods:
+        return [(options.call, method) for method in options.methods]
+    return [*((plan.BITS_3, method) for method in _PRIMARY), (plan.GUIDED, "repair")]
 
 
 def main() -> None:
@@ -107,27 +134,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("subject", choices=("digits", "cifar10-s"))
-    parser.add_argument("stages", nargs="+", choices=("tune", "confirm"))
+    parser.add_argument("subject", choices=plan.SUBJECTS)
+    parser.add_argument("stages", nargs="+", choices=_STAGES)
     parser.add_argument("--data", type=Path, help="folder that make_cifar filled")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=plan.STEPS, help="of each training")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=REMEDIES, default=list(REMEDIES))
-    parser.add_argument("--rate", type=float, help="for all, instead of tuning")
-    parser.add_argument("--calls", nargs="+", default=list(CALLS))
-    options = parser.parse_args()
-    cheap = Cheap(options.subject, options.data, options.out, options.steps)
+    parser.add_argument("--methods", nargs="+", choices=REMEDIES, default=[], help="to tune")
+    parser.add_argument("--call", default=plan.BITS_3, help="on which these methods are tuned")
+    parser.add_argument(
+        "--only", nargs="+", choices=plan.EXPLORED, default=list(plan.EXPLORED), help="to explore"
+    )
+    options = parser.parse_args(namespace=Options())
+    trial = CheapTrial(options.subject, options.data, options.out)
     try:
-        cheap.open()
+        trial.open()
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    rates = dict.fromkeys(options.only, options.rate)
-    if options.rate is None:
-        rates = best_rates(cheap, options.calls[0], options.only, options.processes)
-    if "confirm" in options.stages:
-        tables = tables_of(cheap, options.calls, rates, options.processes)
-        (options.out / f"{options.subject}.md").write_text("\n\n".join(tables), encoding="utf-8")
+    if "tune" in options.stages:
+        tune(trial, _wanted(options), options)
+    rates = chosen(options.out / options.subject / "rates.json")
+    jobs = plan.primary(options.subject, rates) if "primary" in options.stages else []
+    if "explore" in options.stages:
+        for name in options.only:
+            jobs += plan.explored(options.subject, name, rates)
+    if "steps" in options.stages:
+        jobs += plan.trained_longer(options.subject, rates, _LENGTHS)
+    judge_all(trial, jobs, options.processes)
 
 
 if __name__ == "__main__":

@@ -1,81 +1,284 @@
-"""Tables of the study of cheap calls, in Markdown."""
+r"""Tables and the figure of the study of cheap calls, from its measures.
+
+    python -m training.experiments.cheap.cheap_tables OUT --write docs/results/cheap-calls.json
+    python -m training.experiments.cheap.cheap_tables docs/results/cheap-calls.json \
+        --update docs/RESULTS.md --figure docs/images/results-cheap-calls.png
+
+The first collects the measures of folders of `cheap_study`; the second puts the tables into a text,
+between comments that name them, and draws the figure. Without options the tables are printed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training.experiments.cheap.cheap_trial import RepairMeasures
-from training.objective.intervals import t_interval
+from training.experiments.cheap import plan
+from training.experiments.cheap.calls import CheapCall
+from training.experiments.cheap.cheap_figure import draw_figure
+from training.experiments.cheap.measures import (
+    USUAL,
+    Measures,
+    Results,
+    UseOfModel,
+    collected,
+    read_results,
+    write_results,
+)
+from training.experiments.cheap.plan import Comparison, Model
+from training.objective.intervals import Interval, t_interval
+from training.objective.multiple import holm, t_test
+
+_BLOCK = "<!-- table: {} -->\n"
+_END = "<!-- end of table -->"
+_MISSING = "not measured"
 
 
-def rates_table(shares: Mapping[tuple[str, float], float]) -> str:
-    """The share of the gap on validation that each remedy repairs at each rate."""
-    rows: dict[str, list[str]] = {}
-    for (name, rate), share in shares.items():
-        rows.setdefault(name, []).append(f"{rate:g}: {share:.3f}")
-    lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(
-        ["| remedy | rate: share of the gap repaired | |", "|---|---|---|---|", *lines]
-    )
+class Found:
+    """The measures by model: what tables ask for."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+
+    def of(self, subject: str, model: Model, steps: int | None = None) -> dict[int, Measures]:
+        """The measures of a model on the test split by seed; with `steps` of that training alone.
+
+        Otherwise of the study's own number of steps.
+        """
+        lengths = (0, plan.STEPS if steps is None else steps)
+        return {
+            job.seed: measures
+            for job, measures in sorted(self.results.items())
+            if (job.subject, job.call, job.method, job.use, job.split)
+            == (subject, model.call, model.method, model.use, "test")
+            and job.steps in lengths
+        }
+
+    def values(self, subject: str, model: Model, measure: str) -> Tensor:
+        """One measure of a model, a value for each seed (seeds,), float64."""
+        found = [getattr(one, measure) for one in self.of(subject, model).values()]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def left(self, subject: str, model: Model, measure: str = "pixels") -> Tensor:
+        """What is left of the damage of the cheap call as it is, a share for each seed (seeds,).
+
+        Distances are shares of the cheap call's; of a Frechet distance the full model's is taken
+        off from both.
+        """
+        own = self.values(subject, model, measure)
+        seeds = list(self.of(subject, model))
+        plain = self.of(subject, Model(model.call, "none"))
+        broken = torch.tensor([getattr(plain[s], measure) for s in seeds], dtype=torch.float64)
+        floor: Tensor | float = 0.0
+        if measure.startswith("frechet"):
+            guidance = CheapCall(model.call).guidance
+            exact = Model(model.call, "full model", _full_use(guidance))
+            full = self.of(subject, exact)
+            floor = torch.tensor([getattr(full[s], measure) for s in seeds], dtype=torch.float64)
+        return (own - floor) / (broken - floor).mean()
 
 
-def repair_table(call: str, found: Mapping[str, Sequence[RepairMeasures]]) -> str:
-    """What each remedy leaves of the damage on the test split.
+def _full_use(guidance: float) -> UseOfModel:
+    return USUAL if guidance == 1 else UseOfModel(guidance=guidance)
 
-    The distance of the pictures and its share are over seeds and pictures; the interval of the
-    share is that of the mean over pictures. The last columns are over seeds.
-    """
-    first = found["none"][0]
-    full, broken = float(first.frechet[0]), float(first.frechet[1])
+
+def goals_table(found: Found) -> str:
+    """What a repair leaves of the damage at 4 and at 3 bits, beside the goals."""
     lines = [
-        f"{call}: Frechet distance of the full model {full:.3f}, of the cheap call {broken:.3f}; "
-        f"squared distance of its pictures to the full model's {float(first.pictures.mean()):.4f}",
-        "",
-        "| remedy | distance of pictures | gone | gap repaired | Frechet distance | "
-        "minus full, share of the damage | distance minus LoRA's |",
+        "| base | bits | pixels: left | features | Frechet distance | in random features | goal |",
         "|---|---|---|---|---|---|---|",
     ]
-    lora = found.get("lora")
-    for name, several in found.items():
-        own = torch.stack([one.pictures for one in several]).mean(0)  # (pictures,)
-        gone = 1 - own.mean() / first.pictures.mean()
-        shares = [one.share for one in several]
-        frechet = torch.stack([one.frechet[1] for one in several])
-        against = "" if lora is None or name in ("lora", "none") else _minus(own, lora)
-        lines.append(
-            f"| {name} | {float(own.mean()):.4f} | {_share(own, first.pictures, float(gone))} | "
-            f"{sum(shares) / len(shares):.3f} | {_mean(frechet)} | "
-            f"{_damage(frechet - full, broken - full)} | {against} |"
-        )
+    for subject in plan.SUBJECTS:
+        for call, goal in plan.GOALS.items():
+            model = Model(call, "repair")
+            if len(found.of(subject, model)) < 2:
+                lines.append(f"| {subject} | {call} | {_MISSING} | | | | |")
+                continue
+            cells = [
+                _share(t_interval(found.left(subject, model, measure)))
+                for measure in ("pixels", "features", "frechet", "frechet_random")
+            ]
+            lines.append(
+                f"| {subject} | {CheapCall(call).bits} | {' | '.join(cells)} | {goal:.0%} |"
+            )
     return "\n".join(lines)
 
 
-def _share(own: Tensor, before: Tensor, gone: float) -> str:
-    """A share 1 - mean(own) / mean(before) with the interval of a ratio of means over pictures."""
-    ratio = 1 - gone
-    spread = t_interval(own - ratio * before)
-    half = (spread.high - spread.mean) / float(before.mean())
-    return f"{100 * gone:.1f} ± {100 * half:.1f} %"
+def primary_table(found: Found) -> str:
+    """The primary comparisons: what each of the two leaves of the damage, and the difference.
+
+    The p-value of a comparison is the larger of the two bases', corrected by Holm's method for the
+    number of comparisons.
+    """
+    adjusted = holm(
+        {
+            one.name: max(_p_value(found, subject, one) for subject in plan.SUBJECTS)
+            for one in plan.COMPARISONS
+            if all(_measured(found, subject, one) for subject in plan.SUBJECTS)
+        }
+    )
+    lines = [
+        "| compared with | base | ours: left | the other: left | ours minus the other | p | "
+        "p, corrected |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in plan.COMPARISONS:
+        for number, subject in enumerate(plan.SUBJECTS):
+            if not _measured(found, subject, one):
+                lines.append(f"| {one.name} | {subject} | {_MISSING} | | | | |")
+                continue
+            ours, other = (found.left(subject, model) for model in (one.ours, one.other))
+            difference = _share(t_interval(ours - other), signed=True)
+            corrected = _p(adjusted[one.name]) if one.name in adjusted and number else ""
+            lines.append(
+                f"| {'' if number else one.name} | {subject} | {ours.mean():.1%} | "
+                f"{other.mean():.1%} | {difference} | {_p(_p_value(found, subject, one))} | "
+                f"{corrected} |"
+            )
+    return "\n".join(lines)
 
 
-def _minus(own: Tensor, lora: Sequence[RepairMeasures]) -> str:
-    """The mean difference of the pictures' distances to LoRA's, with its interval."""
-    other = torch.stack([one.pictures for one in lora]).mean(0)
-    mean, low, high = t_interval(own - other)
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+def _measured(found: Found, subject: str, one: Comparison) -> bool:
+    return all(len(found.of(subject, model)) > 1 for model in (one.ours, one.other))
 
 
-def _mean(values: Tensor) -> str:
-    return f"{float(values.mean()):.3f}"
+def _p_value(found: Found, subject: str, one: Comparison) -> float:
+    ours, other = (found.values(subject, model, "pixels") for model in (one.ours, one.other))
+    return t_test(ours - other)
 
 
-def _damage(left: Tensor, damage: float) -> str:
-    """What is left of the damage to the Frechet distance, as a share, with its interval."""
-    shares = left / damage
-    if len(shares) < 2:
-        return f"{100 * float(shares.mean()):.0f} %"
-    mean, low, high = t_interval(shares)
-    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] %"
+def explored_table(found: Found, subject: str, models: Sequence[Model]) -> str:
+    """One row for each model with all its measures; means over the seeds that there are."""
+    lines = [
+        "| call | what | use | pixels: left | features | gap | Frechet | random | precision | "
+        "recall | class | calls | KB added |",
+        "|---" * 13 + "|",
+    ]
+    lines += [_row(found, subject, model, None) for model in models if found.of(subject, model)]
+    return "\n".join(lines)
+
+
+def steps_table(found: Found, subject: str) -> str:
+    """What a repair leaves after other numbers of steps."""
+    model, rows = Model(plan.BITS_3, "repair"), []
+    lengths = {job.steps for job in found.results if job.method == "repair" and job.steps}
+    for steps in sorted(lengths):
+        measured = found.of(subject, model, steps)
+        plain = found.of(subject, Model(model.call, "none"))
+        if plan.SEEDS[0] in measured:
+            one, bare = measured[plan.SEEDS[0]], plain[plan.SEEDS[0]]
+            rows.append(f"| {steps} | {one.pixels / bare.pixels:.1%} | {one.gap / bare.gap:.1%} |")
+    return "\n".join(["| steps | pixels: left | gap: left |", "|---|---|---|", *rows])
+
+
+def _row(found: Found, subject: str, model: Model, steps: int | None) -> str:
+    measured = found.of(subject, model, steps)
+    plain = found.of(subject, Model(model.call, "none"))
+    broken = [plain[seed] for seed in measured if seed in plain]
+
+    def share(measure: str) -> str:
+        mine = sum(getattr(one, measure) for one in measured.values())
+        bare = sum(getattr(one, measure) for one in broken)
+        return f"{mine / bare:.1%}" if bare > 0 and len(broken) == len(measured) else ""
+
+    def mean(measure: str, digits: int = 3) -> str:
+        values = [getattr(one, measure) for one in measured.values()]
+        return f"{sum(values) / len(values):.{digits}f}"
+
+    first = next(iter(measured.values()))
+    cells = [
+        model.call, model.method, _use(model), share("pixels"), share("features"), share("gap"),
+        mean("frechet"), mean("frechet_random"), mean("precision"), mean("recall"),
+        mean("accuracy"), str(first.evaluations), f"{first.added_bytes / 1000:.0f}",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _use(model: Model) -> str:
+    use, found = model.use, []
+    if use.strength != 1:
+        found.append(f"strength {use.strength:g}")
+    if use.epsilon_scale != 1:
+        found.append(f"epsilon / {use.epsilon_scale:g}")
+    if use.sampler != USUAL.sampler:
+        found.append(use.sampler)
+    if use.steps != USUAL.steps:
+        found.append(f"{use.steps} steps")
+    if use.guidance != 1:
+        found.append(f"guided {use.guidance:g}")
+    return ", ".join(found)
+
+
+def _share(one: Interval, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{100 * one.mean:{sign}.1f} [{100 * one.low:{sign}.1f}, {100 * one.high:{sign}.1f}] %"
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def tables(results: Results) -> dict[str, str]:
+    """All tables by name."""
+    found = Found(results)
+    made = {"goals": goals_table(found), "primary": primary_table(found)}
+    for subject in plan.SUBJECTS:
+        for name, models in plan.EXPLORED.items():
+            made[f"{name}, {subject}"] = explored_table(found, subject, models)
+        made[f"steps, {subject}"] = steps_table(found, subject)
+    return made
+
+
+def updated(text: str, made: dict[str, str]) -> str:
+    """A text with its tables made anew.
+
+    Raises:
+        ValueError: it has a table of another name.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in made:
+            raise ValueError(f"expected a table of {', '.join(made)}, found {name!r}")
+        return f"{_BLOCK.format(name)}\n{made[name]}\n\n{_END}"
+
+    pattern = re.escape(_BLOCK).replace(r"\{\}", "([^>]*?)") + ".*?" + re.escape(_END)
+    return re.sub(pattern, table, text, flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measures", type=Path, nargs="+", help="JSON files, or folders of a study")
+    parser.add_argument("--write", type=Path, help="collect the measures in this file")
+    parser.add_argument("--update", type=Path, help="put the tables into this text")
+    parser.add_argument("--figure", type=Path, help="draw the figure")
+    options = parser.parse_args(arguments)
+    results: Results = {}
+    try:
+        for path in options.measures:
+            results |= collected([path]) if path.is_dir() else read_results(path)
+        made = tables(results)
+        if options.update is not None:
+            text = updated(options.update.read_text(encoding="utf-8"), made)
+            options.update.write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if options.write is not None:
+        write_results(results, options.write)
+    if options.figure is not None:
+        draw_figure(results, options.figure)
+    if not (options.write or options.update or options.figure):
+        for name, table in made.items():
+            print(f"## {name}\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,8 +21,7 @@ from torch import Tensor
 from dmp_common import Patch, attach
 from dmp_common.patch.objectives import squared_distance
 from training.base.frozen import FrozenBase
-from training.experiments.cheap.cheap_trial import Cheap
-from training.experiments.cheap.remedies import CALLS, guidance_of
+from training.experiments.cheap.cheap_trial import CheapTrial
 from training.objective.intervals import paired_interval
 from training.objective.labelled import labelled_samples
 
@@ -117,16 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("subject", choices=("digits", "cifar10-s"))
-    calls = [call for call in CALLS if guidance_of(call) == 1]
     parser.add_argument(
-        "--call", choices=calls, default="rtn3-group32", help="the patch was trained on it"
+        "--call", default="rtn3-group32", help="the model in few bits that the patch was trained on"
     )
     parser.add_argument("--patch", required=True, help="a repair patch")
     parser.add_argument("--guidance_patch", help="a guidance patch of the same base")
     parser.add_argument("--data", type=Path, help="folder that make_cifar filled")
     parser.add_argument("--pictures", type=int, default=500)
     options = parser.parse_args(arguments)
-    cheap = Cheap(options.subject, options.data, Path(), 0)
+    cheap = CheapTrial(options.subject, options.data, Path())
     subject = cheap.open()
     labels = subject.labels("test")[: options.pictures]
     guidance = None if options.guidance_patch is None else Patch.load(options.guidance_patch)

@@ -1,19 +1,18 @@
-"""What the study of cheap calls compares: cheap calls, and what is trained to repair them."""
+"""What is trained to repair a cheap call, and what it is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-# The cheap calls: --student_quantization, or guidance of a scale without its second call.
-CALLS = ("rtn3-group32", "rtn3", "rtn4", "guidance-2")
-_GUIDANCE = "guidance-"
+from training.experiments.cheap.calls import EXACT
+from training.options import presets
+
 # All that is trained has this in common. Timesteps are weighted by 1 / the gap: plainly weighted,
 # the least noisy ones, where the gap is largest, hide the others, on which pictures depend.
+_DISTILLED: dict[str, Any] = {"objective": "distill", "teacher_weighting": "gap"}
 _SHARED: dict[str, Any] = {
-    "objective": "distill",
-    "teacher_weighting": "gap",
     "train_batch_size": 64,
     "lr_scheduler": "cosine",
     "ema_decay": 0.0,
@@ -22,6 +21,7 @@ _SHARED: dict[str, Any] = {
     "load_weight": 0.0,
 }
 _OUTPUTS = ",".join(f"block.{n}.{layer}" for n in range(6) for layer in ("to_out", "ff.out"))
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -30,56 +30,64 @@ class Remedy:
 
     Args:
         options: the trainer's, besides those that all share.
-        rates: learning rates to choose from on validation, as many for each.
+        start: the learning rate of `RATES` at which tuning begins.
     """
 
-    options: Mapping[str, Any]
-    rates: tuple[float, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    start: float = 1e-2
 
-    def all_options(self, call: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-        """The trainer's options for a cheap call, a rate and a seed."""
+    def all_options(
+        self, call: str, made: Mapping[str, Any], rate: float, seed: int, steps: int
+    ) -> dict[str, Any]:
+        """The trainer's options for a cheap call, a rate and a seed.
+
+        Args:
+            made: the trainer's options that make the cheap call.
+        """
+        aim = {} if call == EXACT else _DISTILLED
+        found = {**_SHARED, "lr_warmup_steps": min(20, steps // 10), **aim, **self.options}
         return {
-            **_SHARED, **self.options, **call_options(call), "learning_rate": rate,
-            "seed": seed, "max_train_steps": steps, "lr_warmup_steps": min(20, steps // 10),
+            **found, **made,
+            "learning_rate": rate, "seed": seed, "max_train_steps": steps,
         }  # fmt: skip
-
-
-def guidance_of(call: str) -> float:
-    """The scale of the guidance that a cheap call lacks; 1 for those with weights of their own."""
-    return float(call.removeprefix(_GUIDANCE)) if call.startswith(_GUIDANCE) else 1.0
-
-
-def call_options(call: str) -> dict[str, Any]:
-    """The trainer's options that make a cheap call and its exact one."""
-    if call.startswith(_GUIDANCE):
-        return {"teacher_guidance_scale": call.removeprefix(_GUIDANCE)}
-    return {"student_quantization": call}
 
 
 # Sizes are those of bases of six blocks of width 64: digits and cifar10-s.
 REMEDIES: dict[str, Remedy] = {
     # --recipe repair: four pairs of a scale and a shift for each channel of the linear layers and
     # the modulation layers, each pair for a part of the timesteps (46,080 values, gate 260).
-    "repair": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated"}, (5e-3, 1e-2)),
-    # A LoRA of that size (46,080).
-    "lora": Remedy({"method": "lora", "network_dim": 15}, (1e-2, 3e-2)),
-    # The same at the modulation layers alone, where a change is one of vectors and costs next to
-    # nothing (18,432 values, gate 260); without a gate (4,608); and a LoRA of the first's size.
-    "modulation": Remedy(
-        {"method": "dmp", "mix": "modulate", "dmp_sites": "modulation"}, (1e-2, 3e-2)
-    ),
+    "repair": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated"}),
+    # One pair at the same layers: learned scales and shifts that do not see the timestep (11,520).
+    "ungated": Remedy({"method": "prompt", "mix": "modulate", "dmp_sites": "modulated"}),
+    # Two pairs and eight.
+    "repair-2": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated", "grids": 2}),
+    "repair-8": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated", "grids": 8}),
+    # A LoRA of the size of "repair" (46,080).
+    "lora": Remedy({"method": "lora", "network_dim": 15}, 3e-2),
+    # All weights of the cheap model, and with that no cheap model any more.
+    "full": Remedy({"method": "full"}, 3e-4),
+    # The modulation layers alone, where a change is one of vectors and costs next to nothing
+    # (18,432 values, gate 260); without a gate (4,608); and a LoRA of the first's size.
+    "modulation": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulation"}),
     "modulation-ungated": Remedy(
-        {"method": "prompt", "mix": "modulate", "dmp_sites": "modulation"}, (1e-2, 3e-2)
+        {"method": "prompt", "mix": "modulate", "dmp_sites": "modulation"}
     ),
-    "lora-modulation": Remedy({"method": "lora", "network_dim": 6}, (1e-2, 3e-2)),
+    "lora-modulation": Remedy({"method": "lora", "network_dim": 6}, 3e-2),
     # With a gate and without, at one size: four pairs at the outputs of attention and feed-forward
     # (6,144, gate 260), or one at every linear layer (6,912).
-    "gated-small": Remedy(
-        {"method": "dmp", "mix": "modulate", "dmp_sites": _OUTPUTS}, (1e-2, 3e-2)
+    "gated-small": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": _OUTPUTS}),
+    "ungated-small": Remedy({"method": "prompt", "mix": "modulate"}),
+    "lora-small": Remedy({"method": "lora", "network_dim": 2}, 3e-2),
+    # Prompts at block inputs: the paper's gate as it is with its balancing losses and constant
+    # rate, the same tuned, stages, residual, and no gate (6,144 values, gates 260 to 1,056).
+    "paper": Remedy({"method": "dmp", **presets.RECIPES["paper"], "train_batch_size": 64}, 1e-2),
+    "prompts": Remedy({"method": "dmp"}),
+    "prompts-stages": Remedy({"method": "dmp", **presets.STAGES}),
+    "prompts-residual": Remedy({"method": "dmp", "gate_form": "residual", "gate_init": "random"}),
+    "prompts-ungated": Remedy({"method": "prompt"}),
+    # What the full model gains from a patch of the same size on its own data: is a repair a repair?
+    "data": Remedy(
+        {"method": "dmp", "mix": "modulate", "dmp_sites": "modulated", "ema_decay": 0.99}, 3e-4
     ),
-    "ungated-small": Remedy({"method": "prompt", "mix": "modulate"}, (1e-2, 3e-2)),
-    "lora-small": Remedy({"method": "lora", "network_dim": 2}, (1e-2, 3e-2)),
-    # The paper's prompts at block inputs, with its gate and without (7,200 and 6,144).
-    "prompts": Remedy({"method": "dmp"}, (1e-2, 3e-2)),
-    "prompts-ungated": Remedy({"method": "prompt"}, (3e-3, 1e-2)),
+    "clean": Remedy({"method": "dmp", **presets.RECIPES["clean"], "ema_decay": 0.99}, 3e-4),
 }

@@ -92,6 +92,12 @@ def features_of(model: CifarClassifier, images: Tensor, batch_size: int = 500) -
     return torch.cat([model.features(as_float(part)) for part in images.split(batch_size)])
 
 
+@torch.no_grad()
+def classes_of(model: CifarClassifier, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Classes (B,) of images, uint8 or in [-1, 1]."""
+    return torch.cat([model(as_float(part)).argmax(1) for part in images.split(batch_size)])
+
+
 def load_cifar_classifier(path: Path) -> CifarClassifier:
     """A classifier from its file, in eval mode and frozen.
 

@@ -16,6 +16,7 @@ from training.data.sources.digits_images import load_digits_split
 from training.experiments.miniature.cifar import SIZE, SplitName, load_exported
 from training.experiments.miniature.cifar_classifier import (
     CifarClassifier,
+    classes_of,
     features_of,
     load_cifar_classifier,
 )
@@ -49,6 +50,7 @@ class Subject:
         options: of the trainer: its data, and what all methods share.
         split: gives "train", "validation" or "test".
         features: of images (B, C, H, W) in [-1, 1], (B, F).
+        classes: that a classifier finds in such images, (B,).
         samples: generated images for one Frechet distance; labels are the split's, repeated.
         samplers: deterministic ones, with their steps.
         draws: of timestep and noise for each held-out image and bin.
@@ -60,6 +62,7 @@ class Subject:
     options: Mapping[str, Any]
     split: Callable[[SplitName], Split]
     features: Callable[[Tensor], Tensor]
+    classes: Callable[[Tensor], Tensor]
     samples: int
     samplers: Mapping[str, int]
     draws: int
@@ -86,6 +89,7 @@ def digits() -> Subject:
         options={"dataset_name": "digits", "train_batch_size": 128},
         split=load_digits_split,
         features=features,
+        classes=lambda images: classifier(images).argmax(1),
         samples=2000,
         samplers=SAMPLERS,
         draws=10,
@@ -146,6 +150,7 @@ def cifar10(name: str, folder: Path) -> Subject:
         },
         split=split,
         features=lambda pictures: features_of(classifier(), _enlarged(pictures)),
+        classes=lambda pictures: classes_of(classifier(), _enlarged(pictures)),
         samples=2500,
         samplers=SAMPLERS,
         draws=1,

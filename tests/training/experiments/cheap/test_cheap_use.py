@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from dmp_common import Patch
-from training.experiments.cheap.cheap_trial import Cheap
+from training.experiments.cheap.cheap_trial import CheapTrial
 from training.experiments.cheap.cheap_use import RepairInUse
 
 
@@ -14,7 +14,7 @@ def share_gone(row: str) -> float:
 
 
 def test_rows_compare_with_the_full_model():
-    cheap = Cheap("digits", None, Path(), 0)
+    cheap = CheapTrial("digits", None, Path())
     exact, rounded = cheap.models(cheap.open(), "rtn3")
     used = RepairInUse(exact, rounded, torch.tensor([0, 7]))
     nothing = Patch.create("digits", mix="modulate")
