@@ -24,7 +24,8 @@ from training.base.dit_folders import TEXT_FILE, TIME_FILE
 from training.base.families.dit import DiT
 from training.base.frozen import FrozenBase
 from training.methods.full import DIFFUSERS_SHIFT, JointMethod
-from training.methods.lora import remove_lora
+from training.methods.lora import MIN_DIM, lora_layers, remove_lora
+from training.methods.lora_ranks import Handles, limit_ranks
 
 KINDS = ("dmp", "prompt", "lora", "full", "joint")
 BASE = "base"  # the label of the base itself
@@ -146,6 +147,7 @@ class LoraModel(Compared):
 
         model, prefix = frozen.model, f"{frozen.family.denoiser}."
         state = {name.removeprefix(prefix): value for name, value in self.tensors.items()}
+        handles: Handles = []
         config = LoraConfig(**{n: self.config[n] for n in ("r", "lora_alpha", "target_modules")})
         inject_adapter_in_model(config, model)
         try:
@@ -161,8 +163,13 @@ class LoraModel(Compared):
                 )
             set_peft_model_state_dict(model, state)
             model.requires_grad_(False)
+            if MIN_DIM in self.metadata:
+                smallest = int(self.metadata[MIN_DIM])
+                handles += limit_ranks(frozen, lora_layers(model), self.config["r"], smallest)
             yield frozen
         finally:
+            for handle in handles:
+                handle.remove()
             remove_lora(model)
 
 

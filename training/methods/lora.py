@@ -15,9 +15,11 @@ from torch import Tensor
 from dmp_common import Patch, PatchError
 from dmp_common.patch.serialize import serialize, write_atomically
 from training.base.frozen import FrozenBase
+from training.methods.lora_ranks import Handles, limit_ranks
 from training.methods.method import Method
 from training.options.config import TrainConfig
 
+MIN_DIM = "ss_dmp_network_min_dim"  # entry of the header of a T-LoRA
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections
 
 
@@ -33,6 +35,8 @@ class LoraMethod(Method):
                 "expected the package peft for --method lora, found none: pip install peft."
             ) from error
         rank = config.network_dim or _equal_rank(frozen, config)
+        self._smallest = config.network_min_dim
+        self._handles: Handles = []
         self.config = LoraConfig(
             r=rank,
             lora_alpha=config.network_alpha or rank,
@@ -41,6 +45,9 @@ class LoraMethod(Method):
         )
         inject_adapter_in_model(self.config, frozen.model)
         frozen.model.requires_grad_(False)
+        if config.network_min_dim is not None:
+            layers = lora_layers(frozen.model)
+            self._handles = limit_ranks(frozen, layers, rank, config.network_min_dim)
         self._names = [n for n, _ in frozen.model.named_parameters() if "lora_" in n]
         own = dict(frozen.model.named_parameters())
         for name in self._names:
@@ -97,10 +104,14 @@ class LoraMethod(Method):
         }
         told = json.dumps({f"{prefix}.{k}": v for k, v in described.items()})
         header = {**metadata, "format": "pt", "lora_adapter_metadata": told}
+        if self._smallest is not None:
+            header[MIN_DIM] = str(self._smallest)
         write_atomically(path, serialize(tensors, header))
 
     def remove(self) -> None:
         """Puts the original layers back."""
+        for handle in self._handles:
+            handle.remove()
         remove_lora(self.frozen.model)
 
 

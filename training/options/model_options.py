@@ -250,6 +250,14 @@ class PatchOptions(Options):
         "as the patch.",
         ge=1,
     )
+    network_min_dim: int | None = option(
+        "patch",
+        None,
+        "Let the rank of --method lora fall with the noise, from --network_dim without noise to "
+        "this at the noisiest timestep (T-LoRA). No host applies such a file: it is for "
+        "comparisons.",
+        ge=1,
+    )
     network_alpha: float | None = option(
         "patch", None, "Give the LoRA of --method lora this alpha. By default it is the rank.", gt=0
     )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from safetensors import safe_open
 
-from dmp_common import Patch, attach
+from dmp_common import Patch, PatchError, attach
 from tests.tiny import FAMILIES
 from tests.training.conftest import Folders, Train
+from training.base.frozen import load_frozen
+from training.evaluation.models import Spec, load_compared
 from training.methods.known import METHODS
+from training.methods.lora import LoraMethod
+from training.methods.lora_ranks import ranks_at
 from training.methods.method import Method
+from training.options.config import TrainConfig
 from training.options.model_options import Method as MethodName
 
 
@@ -52,6 +58,42 @@ def test_lora(name: str, train: Train, folders: Folders) -> None:
         before = FAMILIES[name].run(model)
         model.load_lora_adapter(tensors, prefix="unet")
         assert not torch.equal(FAMILIES[name].run(model), before)
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit"])
+def test_ranks_of_a_lora_fall_with_the_noise(name: str, folders: Folders, tmp_path: Path) -> None:
+    """T-LoRA: the last ranks are off where there is much noise, in training and afterwards."""
+    assert ranks_at(torch.tensor([0.0, 500.0, 999.0, 1000.0]), 8, 2).tolist() == [8, 5, 2, 2]
+    options = {"method": "lora", "network_dim": 4, "network_min_dim": 1}
+    path = str(folders(name))
+    config = TrainConfig(base=f"tiny-{name}", pretrained_model_name_or_path=path, **options)
+    frozen = load_frozen(config)
+
+    def output(t: float) -> torch.Tensor:
+        inputs = FAMILIES[name].inputs(torch.tensor([t]), (8, 8), frozen.dtype, 0)
+        found: torch.Tensor = frozen.model(**inputs).sample.detach()
+        return found
+
+    before = output(900.0)
+    method = LoraMethod(frozen, config)
+    for matrix in method.trainable().values():
+        torch.nn.init.normal_(matrix, generator=torch.Generator().manual_seed(len(matrix)))
+    saved = tmp_path / "t-lora.safetensors"
+    method.save(saved, {}, torch.float32)
+    trained = output(900.0)
+    whole = output(0.0)
+    for key, matrix in method.trainable().items():
+        if "lora_A" in key:
+            matrix.data[1:] = 0  # what is off at 900 changes nothing there, but without noise
+    assert torch.equal(output(900.0), trained)
+    assert not torch.equal(output(0.0), whole)
+    method.remove()
+    assert torch.equal(output(900.0), before)
+    with load_compared(Spec("t", "lora", str(saved))).on(frozen):
+        assert torch.equal(output(900.0), trained)
+    assert torch.equal(output(900.0), before)
+    with pytest.raises(PatchError, match="network_min_dim of at most"):
+        LoraMethod(frozen, config.model_copy(update={"network_min_dim": 5}))
 
 
 @pytest.mark.parametrize("name", ["sd15", "dit"])

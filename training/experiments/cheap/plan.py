@@ -89,7 +89,7 @@ def kind(call: str) -> str:
 # Exploration: one seed on test, rates chosen as for the primary comparisons.
 _CONTROLS = ("none", "bias correction", "channel fit", "gptq", "repair", "lora", "modulation")
 _METHODS = (
-    "ungated", "modulation-ungated", "lora-modulation", "full", "repair-2", "repair-8",
+    "ungated", "modulation-ungated", "lora-modulation", "t-lora", "full", "repair-2", "repair-8",
     "lora-small", "prompts", "prompts-stages", "prompts-residual", "prompts-ungated", "paper",
     "gptq", "mixed precision 92680",
 )  # fmt: skip

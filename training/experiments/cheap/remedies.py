@@ -64,6 +64,8 @@ REMEDIES: dict[str, Remedy] = {
     "repair-8": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated", "grids": 8}),
     # A LoRA of the size of "repair" (46,080).
     "lora": Remedy({"method": "lora", "network_dim": 15}, 3e-2),
+    # The same whose rank falls with the noise (T-LoRA).
+    "t-lora": Remedy({"method": "lora", "network_dim": 15, "network_min_dim": 7}, 3e-2),
     # All weights of the cheap model, and with that no cheap model any more.
     "full": Remedy({"method": "full"}, 3e-4),
     # The modulation layers alone, where a change is one of vectors and costs next to nothing
