@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.evaluation.comparison import Difference, bootstrap_interval, over_seeds
 from training.evaluation.metrics import METRICS, Measured
-from training.evaluation.models import BASE
+from training.evaluation.spec import BASE
 from training.objective.intervals import Interval, t_interval
 
 

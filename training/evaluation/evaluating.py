@@ -10,10 +10,12 @@ from dmp_common import PatchError, get_base
 from training.base.frozen import find_base
 from training.evaluation.controls import Controls, check_controls
 from training.evaluation.differences import Judged, differences
-from training.evaluation.measure import Evaluation, measure, prepare_evaluation
-from training.evaluation.models import BASE, Compared, Spec, load_compared
+from training.evaluation.measure import measure
+from training.evaluation.models import Compared, load_compared
+from training.evaluation.prepare import Evaluation, prepare_evaluation
 from training.evaluation.report import Report, write_json, write_report
 from training.evaluation.settings import EvaluationOptions
+from training.evaluation.spec import BASE, Spec
 from training.options.command_line import with_base
 from training.options.config import TrainConfig
 from training.options.data_options import SOURCES

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +23,14 @@ from dmp_common.patch.serialize import opened, parse_json
 from training.base.dit_folders import TEXT_FILE, TIME_FILE
 from training.base.families.dit import DiT
 from training.base.frozen import FrozenBase
+from training.evaluation.spec import Spec
 from training.methods.full import DIFFUSERS_SHIFT, JointMethod
 from training.methods.lora import MIN_DIM, lora_layers, remove_lora
 from training.methods.lora_ranks import Handles, limit_ranks
 
-KINDS = ("dmp", "prompt", "lora", "full", "joint")
-BASE = "base"  # the label of the base itself
+__all__ = ["Compared", "FullModel", "LoraModel", "PatchModel", "Spec", "load_compared"]
+
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One --model LABEL=KIND:PATH.
-
-    Args:
-        label: name in the report; the same label several times means several seeds.
-        kind: one of `KINDS`.
-        path: of a file, or of a folder for full and joint.
-    """
-
-    label: str
-    kind: str
-    path: str
-
-    @staticmethod
-    def parse(text: str) -> Spec:
-        """Reads a value of --model.
-
-        Raises:
-            PatchError: it is not LABEL=KIND:PATH.
-        """
-        label, equals, rest = text.partition("=")
-        kind, colon, path = rest.partition(":")
-        if not (label.strip() and equals and colon and path) or kind not in KINDS:
-            raise PatchError(
-                f"expected --model LABEL=KIND:PATH with KIND {', '.join(KINDS)}, found {text!r}: "
-                "for example --model DMP=dmp:output/digits/digits-dmp.safetensors."
-            )
-        if label.strip() == BASE:
-            raise PatchError(f"expected another label than {BASE}, found {text!r}: rename it.")
-        return Spec(label.strip(), kind, path)
 
 
 class Compared(ABC):

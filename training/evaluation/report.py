@@ -18,7 +18,8 @@ from training.evaluation.comparison import Difference
 from training.evaluation.controls import Controls
 from training.evaluation.differences import Judged
 from training.evaluation.metrics import HIGHER_IS_BETTER, METRICS
-from training.evaluation.models import BASE, Compared, base_parameters
+from training.evaluation.models import Compared, base_parameters
+from training.evaluation.spec import BASE
 from training.objective.pictures import as_image
 
 FORMAT = 1
