@@ -8,22 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from dmp_common import PatchError
 from dmp_common.patch.serialize import write_atomically
 from training.evaluation.comparison import Difference
 from training.evaluation.controls import Controls
 from training.evaluation.differences import Judged
 from training.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from training.evaluation.models import Compared, base_parameters
+from training.evaluation.plots import plot_losses, sample_grid
 from training.evaluation.spec import BASE
-from training.objective.pictures import as_image
 
 FORMAT = 1
-_SMALLEST = 64  # pixels of a side in the grid of samples
 _NAMES = {
     "loss": "held-out loss",
     "fid": "FID",
@@ -69,7 +65,7 @@ def write_report(report: Report, folder: Path) -> None:
         sample_grid([images for _, images in pictures]).save(folder / "samples.png")
     markdown = as_markdown(report, data, [label for label, _ in pictures] if drawn else [])
     write_atomically(folder / "evaluation.md", markdown.encode("utf-8"))
-    plot_losses(report, folder / "loss_by_bin.png")
+    plot_losses(report.judged, report.differences, folder / "loss_by_bin.png")
 
 
 def write_json(report: Report, folder: Path) -> dict[str, Any]:
@@ -219,63 +215,3 @@ def _bins(models: Mapping[str, Any]) -> list[str]:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
-def plot_losses(report: Report, path: Path) -> None:
-    """The loss by timestep, and below its difference to the base with intervals over images.
-
-    Raises:
-        PatchError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PatchError(
-            "expected the package matplotlib for loss_by_bin.png, found none: pip install "
-            "matplotlib; the figures themselves are written."
-        ) from error
-    base = report.judged[BASE].losses.mean(0).tolist()
-    bins = len(base)
-    middles = [1000 * (number + 0.5) / bins for number in range(bins)]
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    for label, found in report.judged.items():
-        above.plot(middles, found.losses.mean(0).tolist(), marker="o", label=label)
-    above.set_yscale("log")
-    above.set_ylabel("held-out loss")
-    above.legend()
-    below.axhline(0, color="grey", linewidth=1)
-    below.plot([], [])  # the base's colour
-    for label in list(report.judged)[1:]:
-        of_bins = [
-            one
-            for one in report.differences
-            if one.model == label and one.against == BASE and one.measure.startswith("loss_bin_")
-        ]
-        means = [100 * one.mean / loss for one, loss in zip(of_bins, base, strict=True)]
-        # The interval is symmetric: it is Student's.
-        reach = [
-            100 * (one.high - one.mean) / loss for one, loss in zip(of_bins, base, strict=True)
-        ]
-        below.errorbar(middles, means, yerr=reach, marker="o", capsize=3, label=label)
-    below.set_ylabel("difference to the base, % of its loss\n(95 % intervals over images)")
-    below.set_xlabel("timestep (0 is the picture)")
-    figure.savefig(path, dpi=120)
-
-
-def sample_grid(columns: Sequence[Sequence[Tensor]]) -> Image.Image:
-    """Rows of pictures from equal noise, one column a model, the base first.
-
-    Args:
-        columns: pictures (C, H, W) in [-1, 1]; those of another size than the first are left out.
-    """
-    shape = columns[0][0].shape
-    factor = max(1, _SMALLEST // shape[1])
-    rows = [row for row in zip(*columns, strict=True) if row[0].shape == shape]
-    gap = max(1, factor * shape[1] // 16)
-    cells = []
-    for row in rows:
-        large = [p.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for p in row]
-        framed = [nn.functional.pad(p, (gap,) * 4, value=1.0) for p in large]
-        cells.append(torch.cat(framed, dim=2))
-    return as_image(torch.cat(cells, dim=1))
