@@ -9,7 +9,7 @@ from typing import Any
 from training.base.rounding import GROUP
 
 EXACT = "exact"  # the base as it is, for controls
-_GUIDANCE = "guidance-"
+_GUIDANCE, _SKIPPED = "guidance-", re.compile(r"skip(\d)")
 _ROUNDED = re.compile(rf"rtn(\d)(-group{GROUP})?|gptq(\d)-group{GROUP}")
 _SCALES = 2 * 16  # bits of a group's scale and minimum
 
@@ -19,8 +19,8 @@ class CheapCall:
     """A cheap call, and the exact one that it stands for.
 
     Args:
-        name: as on the command line: rtn3-group32, gptq3-group32, guidance-2, one of these with
-            guidance and a plus between, or exact.
+        name: as on the command line: rtn3-group32, gptq3-group32, skip2 (without the third
+            block), guidance-2, one of these with guidance and a plus between, or exact.
     """
 
     name: str
@@ -28,7 +28,12 @@ class CheapCall:
     def __post_init__(self) -> None:
         if self.name == EXACT:
             return
-        wrong = [part for part in self._parts if not (_ROUNDED.fullmatch(part) or _scale(part))]
+        known = _ROUNDED, _SKIPPED
+        wrong = [
+            part
+            for part in self._parts
+            if not (_scale(part) or any(pattern.fullmatch(part) for pattern in known))
+        ]
         if wrong:
             raise ValueError(
                 f"expected a cheap call such as rtn3-group{GROUP}, rtn4, guidance-2 or "
@@ -56,6 +61,12 @@ class CheapCall:
         return (self.quantization or "").startswith("gptq")
 
     @property
+    def skipped(self) -> int | None:
+        """The number of the block that is left out."""
+        found = (_SKIPPED.fullmatch(part) for part in self._parts)
+        return next((int(one[1]) for one in found if one is not None), None)
+
+    @property
     def guidance(self) -> float:
         """The scale of the exact call's guidance; 1 for none."""
         return next((scale for part in self._parts if (scale := _scale(part))), 1.0)
@@ -63,7 +74,7 @@ class CheapCall:
     @property
     def options(self) -> dict[str, Any]:
         """The trainer's options that make the cheap call and its exact one, but for a file of
-        GPTQ's weights."""
+        weights, where one must be made."""
         found: dict[str, Any] = {}
         if self.quantization is not None and not self.by_gptq:
             found["student_quantization"] = self.quantization

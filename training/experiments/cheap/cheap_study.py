@@ -8,8 +8,8 @@ r"""Compare what repairs a cheap call: patches, LoRA and controls without traini
 `tune` chooses the learning rate of each method on validation, with seed 0, by the gap of the
 predictions that is left; the grid grows where its edge would be chosen. `primary` trains with five
 other seeds and judges on the test split; `explore` does the rest with one seed, `steps` with other
-lengths. What is done is kept in `--out`, and a study that was stopped goes on from there. plan.py
-says what is compared.
+lengths, `scale` with a factor of epsilon scaling that is chosen on validation. What is done is kept
+in `--out`, and a study that was stopped goes on from there. plan.py says what is compared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,35 +27,50 @@ import torch
 
 from dmp_common.patch.serialize import write_atomically
 from training.experiments.cheap import plan
-from training.experiments.cheap.cheap_trial import CheapTrial
+from training.experiments.cheap.cheap_trial import SIBLING, CheapTrial
 from training.experiments.cheap.measures import Job, Measures
-from training.experiments.cheap.remedies import RATES, REMEDIES
+from training.experiments.cheap.plan import Model, Rates
+from training.experiments.cheap.remedies import REMEDIES
+from training.objective.grid_search import Choice, best_inside
 
-_STAGES = ("tune", "primary", "explore", "steps")
+_STAGES = ("tune", "primary", "explore", "steps", "scale", "sibling")
 _LENGTHS = (50, 100, 200, 1000)  # of trainings, beside the usual one
 _PRIMARY = ("repair", "lora", "modulation", "gated-small", "ungated-small")
 
 
-def tuned(trial: CheapTrial, call: str, method: str, steps: int) -> dict[float, float]:
+def tuned(trial: CheapTrial, call: str, method: str, steps: int) -> Choice:
     """The gap left on validation at each rate that was tried; the best is never at an edge.
 
     Raises:
-        ValueError: the best rate is the last of all rates.
+        ValueError: no grid of a reasonable size has the best rate inside.
     """
     torch.set_num_threads(1)
-    found: dict[float, float] = {}
-    start = RATES.index(REMEDIES[method].start)
-    waiting = [start - 1, start, start + 1]
-    while waiting:
-        for number in waiting:
-            if not 0 <= number < len(RATES):
-                raise ValueError(f"expected the best rate of {method} within {RATES}")
-            job = Job(trial.subject, call, method, RATES[number], steps, 0, "validation")
-            found[RATES[number]] = trial.gap(job)
-        tried = sorted(found)
-        best = min(tried, key=lambda rate: found[rate])
-        low, high = RATES.index(tried[0]), RATES.index(tried[-1])
-        waiting = [low - 1] if best == tried[0] else [high + 1] if best == tried[-1] else []
+
+    def gap(rate: float) -> float:
+        return trial.gap(Job(trial.subject, call, method, rate, steps, 0, "validation"))
+
+    return _inside(best_inside(gap, _around(REMEDIES[method].start, 0.3, 3)), method)
+
+
+def scaled(trial: CheapTrial, model: Model, rates: Rates) -> Choice:
+    """The Frechet distance on validation at each factor of epsilon scaling that was tried."""
+    torch.set_num_threads(1)
+
+    def distance(factor: float) -> float:
+        use = replace(model.use, epsilon_scale=factor)
+        job = plan.job(trial.subject, replace(model, use=use), rates, 0)
+        return trial.done(replace(job, split="validation")).frechet
+
+    return _inside(best_inside(distance, (0.995, 1.0, 1.005)), model.method)
+
+
+def _around(start: float, *factors: float) -> list[float]:
+    return [float(f"{start * factor:g}") for factor in (1, *factors)]
+
+
+def _inside(found: Choice, what: str) -> Choice:
+    if not found.inside:
+        raise ValueError(f"expected a best value for {what} inside a grid, tried {found.tried}")
     return found
 
 
@@ -66,7 +83,7 @@ def tune(trial: CheapTrial, wanted: Iterable[tuple[str, str]], options: Options)
         waiting = {pool.submit(tuned, trial, *one, options.steps): one for one in left}
         for future in as_completed(waiting):
             call, method = waiting[future]
-            known[call, method] = future.result()
+            known[call, method] = future.result().tried
             entries = [[*key, sorted(value.items())] for key, value in sorted(known.items())]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(entries, indent=1).encode())
@@ -85,6 +102,18 @@ def chosen(path: Path) -> dict[tuple[str, str], float]:
     """The best rate of each method on each call."""
     found = read_rates(path)
     return {key: min(tried, key=lambda rate: tried[rate]) for key, tried in found.items()}
+
+
+def scaled_jobs(trial: CheapTrial, rates: Rates, processes: int) -> list[Job]:
+    """Jobs on test with epsilon scaling, each model with its best factor on validation."""
+    with _pool(processes) as pool:
+        found = list(pool.map(partial(scaled, trial, rates=rates), plan.SCALED))
+    jobs = []
+    for model, choice in zip(plan.SCALED, found, strict=True):
+        print(f"{model.call} {model.method}: distance at each factor {choice.tried}", flush=True)
+        use = replace(model.use, epsilon_scale=choice.best)
+        jobs.append(plan.job(trial.subject, replace(model, use=use), rates, plan.SEEDS[0]))
+    return jobs
 
 
 def judge_all(trial: CheapTrial, jobs: Sequence[Job], processes: int) -> None:
@@ -160,7 +189,13 @@ def main() -> None:
             jobs += plan.explored(options.subject, name, rates)
     if "steps" in options.stages:
         jobs += plan.trained_longer(options.subject, rates, _LENGTHS)
+    if "scale" in options.stages:
+        jobs += scaled_jobs(trial, rates, options.processes)
     judge_all(trial, jobs, options.processes)
+    if "sibling" in options.stages:
+        sibling = CheapTrial(f"{options.subject}{SIBLING}", options.data, options.out)
+        sibling.open()  # fine-tunes it, once for all processes
+        judge_all(sibling, plan.on_sibling(options.subject, rates), options.processes)
 
 
 if __name__ == "__main__":

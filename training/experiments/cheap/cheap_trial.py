@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +18,14 @@ from dmp_common.patch.serialize import write_atomically
 from training.base.cheap import cheap_base
 from training.base.frozen import FrozenBase, load_frozen
 from training.base.rounding import GROUP, correct_biases
-from training.evaluation.models import PatchModel, load_compared
-from training.experiments.cheap.calls import CheapCall
+from training.evaluation.models import PatchModel, Spec, load_compared
+from training.experiments.cheap.calls import EXACT, CheapCall
 from training.experiments.cheap.judging import Judge, calibration, stored_bytes
 from training.experiments.cheap.measures import Job, Measures, read_results, write_results
 from training.experiments.cheap.quantisers import (
     Batches,
     fit_channels,
+    leave_out,
     mixed_bits,
     use_bits,
     use_gptq,
@@ -37,6 +39,12 @@ from training.options.config import TrainConfig
 # "mixed precision BYTES" has so many bytes more than the rounded model.
 FITTED = ("none", "full model", "bias correction", "channel fit", "gptq")
 MIXED = "mixed precision "
+BASES_PATCH = "repair of the base"  # on a sibling
+SIBLING = "-sibling"  # behind the name of a base: a fine-tune of it
+_FINE_TUNING: dict[str, Any] = {
+    "method": "full", "objective": "data", "learning_rate": 3e-4, "max_train_steps": 400,
+    "lr_warmup_steps": 20, "seed": 7, "ema_decay": 0.0, "train_batch_size": 64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,14 @@ class CheapTrial:
 
     def open(self) -> Subject:
         """The subject that the study is about."""
-        return open_subject(self.subject, self.data)
+        if not self.subject.endswith(SIBLING):
+            return open_subject(self.subject, self.data)
+        base = open_subject(self.subject.removesuffix(SIBLING), self.data)
+        spec = train_trial(base, _FINE_TUNING, self.out / self.subject / "fine-tuning")
+        scheduler = Path(spec.path) / "scheduler"
+        if not scheduler.is_dir():
+            shutil.copytree(base.weights / "scheduler", scheduler)
+        return replace(base, weights=Path(spec.path))
 
     def done(self, job: Job) -> Measures:
         """Trains and judges, unless that was done before."""
@@ -76,7 +91,7 @@ class CheapTrial:
 
     def gap(self, job: Job) -> float:
         """Trains, unless that was done before, and returns the gap of the predictions that is
-        left."""
+        left; of the exact call, which has none, the loss on held-out images."""
         path = self.out / job.folder / f"{job.split}-gap.txt"
         if not path.is_file():
             subject = self.open()
@@ -84,8 +99,8 @@ class CheapTrial:
             kept = self.out / "pictures" / self.subject
             judge = Judge(subject, exact, CheapCall(job.call), job.split, job.seed, kept)
             with self._repaired(subject, job, exact, cheap) as (judged, _):
-                found = judge.gaps(judged, job.use)
-            write_atomically(path, f"{sum(found) / len(found):.6g}\n".encode())
+                lost = judge.loss(judged) if job.call == EXACT else judge.gap(judged, job.use)
+            write_atomically(path, f"{lost:.6g}\n".encode())
         return float(path.read_text(encoding="utf-8"))
 
     def models(self, subject: Subject, call: str) -> tuple[FrozenBase, FrozenBase]:
@@ -101,16 +116,21 @@ class CheapTrial:
         return exact, cheap_base(exact, config)
 
     def _options(self, subject: Subject, call: str) -> dict[str, Any]:
-        """The trainer's options that make a cheap call; a file of GPTQ's weights is made here."""
+        """The trainer's options that make a cheap call; a file of its weights is made here where
+        no option of the trainer's makes them."""
         cheap = CheapCall(call)
-        if not cheap.by_gptq:
+        if not cheap.by_gptq and cheap.skipped is None:
             return cheap.options
-        path = self.out / subject.base / f"gptq{cheap.bits}.safetensors"
+        path = self.out / self.subject / f"{call}.safetensors"
         if not path.is_file():
-            exact, rounded = self.models(subject, f"rtn{cheap.bits}-group{GROUP}")
-            use_gptq(exact, rounded, calibration(subject, exact), cheap.bits or 0)
-            state = {name: t.clone() for name, t in rounded.model.state_dict().items()}
-            write_atomically(path, save(state))
+            like = f"rtn{cheap.bits}-group{GROUP}" if cheap.by_gptq else EXACT
+            exact, made = self.models(subject, like)
+            if cheap.by_gptq:
+                use_gptq(exact, made, calibration(subject, exact), cheap.bits or 0)
+            if cheap.skipped is not None:
+                leave_out(made, cheap.skipped)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save({n: t.clone() for n, t in made.model.state_dict().items()}))
         return {**cheap.options, "student_weights": str(path)}
 
     @contextmanager
@@ -118,12 +138,8 @@ class CheapTrial:
         self, subject: Subject, job: Job, exact: FrozenBase, cheap: FrozenBase
     ) -> Iterator[tuple[FrozenBase, int]]:
         """The model of a job, and how many bytes it has more than the cheap one."""
-        if job.method in REMEDIES:
-            made = self._options(subject, job.call)
-            options = REMEDIES[job.method].all_options(
-                job.call, made, job.rate, job.seed, job.steps
-            )
-            compared = load_compared(train_trial(subject, options, self.out / job.folder))
+        if job.method in (*REMEDIES, BASES_PATCH):
+            compared = load_compared(self._trained(subject, job))
             added = 2 * compared.parameters
             if isinstance(compared, PatchModel):
                 with attach(cheap.model, compared.patch, strength=job.use.strength):
@@ -133,6 +149,15 @@ class CheapTrial:
                     yield used, added
             return
         yield self._fitted(subject, job, exact, cheap)
+
+    def _trained(self, subject: Subject, job: Job) -> Spec:
+        """What a job trains; of a sibling with the base's own patch, what was trained there."""
+        if job.method == BASES_PATCH:
+            other = replace(job, subject=self.subject.removesuffix(SIBLING), method="repair")
+            return CheapTrial(other.subject, self.data, self.out)._trained(subject, other)
+        made = self._options(subject, job.call)
+        options = REMEDIES[job.method].all_options(job.call, made, job.rate, job.seed, job.steps)
+        return train_trial(subject, options, self.out / job.folder)
 
     def _fitted(
         self, subject: Subject, job: Job, exact: FrozenBase, cheap: FrozenBase

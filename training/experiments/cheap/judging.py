@@ -25,7 +25,7 @@ from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.pretraining import as_float
 from training.experiments.miniature.subjects import Subject
 from training.objective.frechet import frechet_distance
-from training.objective.labelled import labelled_samples
+from training.objective.labelled import labelled_losses, labelled_samples
 from training.objective.noising import process_of
 from training.objective.scaling import epsilon_scaled
 from training.options.config import TrainConfig
@@ -118,6 +118,17 @@ class Judge:
                 drawing, self.labels, seed=_FIRST_SEED[self.split] + self.seed,
                 steps=use.steps, sampler=use.sampler, scale=use.guidance,
             )  # fmt: skip
+
+    def gap(self, model: FrozenBase, use: UseOfModel) -> float:
+        """The mean of `gaps`."""
+        return sum(self.gaps(model, use)) / BINS
+
+    @torch.no_grad()
+    def loss(self, model: FrozenBase) -> float:
+        """The squared error of the predicted noise on held-out images."""
+        held_out = self.subject.split(self.split)
+        images, labels = as_float(held_out.images)[:_HELD_OUT], held_out.labels[:_HELD_OUT]
+        return float(labelled_losses(model, images, labels, draws=2, seed=self.seed).mean())
 
     @torch.no_grad()
     def gaps(self, model: FrozenBase, use: UseOfModel) -> list[float]:

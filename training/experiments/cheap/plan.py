@@ -112,6 +112,12 @@ EXPLORED: dict[str, list[Model]] = {
         Model("guidance-1.5", "full model", UseOfModel(steps=10, guidance=1.5)),
         *(Model(f"{BITS_3}+{GUIDED}", name) for name in ("none", "repair")),
     ],
+    "other calls": [
+        *(Model("skip2", name) for name in ("none", "repair", "lora")),
+        *(Model("gptq3-group32", name) for name in ("none", "repair", "modulation")),
+        *(Model("gptq2-group32", name) for name in ("none", "repair")),
+        *(Model(f"rtn{n}-group32", "none") for n in (5, 6)),
+    ],
     "full model": [
         Model(EXACT, "none"), Model(EXACT, "data"), Model(EXACT, "clean"),
     ],
@@ -120,9 +126,24 @@ EXPLORED: dict[str, list[Model]] = {
 }  # fmt: skip
 
 
+# Controls with epsilon scaling, whose factor is chosen on validation.
+SCALED = (Model(EXACT, "none"), Model(BITS_3, "none"), Model(BITS_3, "repair"))
+
+
 def explored(subject: str, name: str, rates: Rates) -> list[Job]:
     """The jobs of a part of the exploration."""
     return [job(subject, model, rates, SEEDS[0]) for model in EXPLORED[name]]
+
+
+def on_sibling(subject: str, rates: Rates) -> list[Job]:
+    """A fine-tune of the base in few bits: as it is, with the base's patch, with one of its own."""
+    names = ("none", "bias correction", "repair", "repair of the base")
+    found = [job(subject, Model(BITS_3, name), rates, SEEDS[0]) for name in names]
+    rate = rates[BITS_3, "repair"]
+    return [
+        replace(one, subject=f"{subject}-sibling") if one.method != "repair of the base"
+        else replace(one, subject=f"{subject}-sibling", rate=rate, steps=STEPS) for one in found
+    ]  # fmt: skip
 
 
 def trained_longer(subject: str, rates: Rates, steps: tuple[int, ...]) -> list[Job]:

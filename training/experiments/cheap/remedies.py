@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.experiments.cheap.calls import EXACT
+from dmp_common import get_base
+from training.experiments.cheap.calls import EXACT, CheapCall
 from training.options import presets
 
 # All that is trained has this in common. Timesteps are weighted by 1 / the gap: plainly weighted,
@@ -21,7 +22,6 @@ _SHARED: dict[str, Any] = {
     "load_weight": 0.0,
 }
 _OUTPUTS = ",".join(f"block.{n}.{layer}" for n in range(6) for layer in ("to_out", "ff.out"))
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Remedy:
 
     Args:
         options: the trainer's, besides those that all share.
-        start: the learning rate of `RATES` at which tuning begins.
+        start: the learning rate at which tuning begins; it also tries about a third and three times
+            of it.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,10 +47,20 @@ class Remedy:
         """
         aim = {} if call == EXACT else _DISTILLED
         found = {**_SHARED, "lr_warmup_steps": min(20, steps // 10), **aim, **self.options}
+        skipped = CheapCall(call).skipped
+        if skipped is not None and found.get("dmp_sites") in get_base("digits").output_sets:
+            found["dmp_sites"] = _without(str(found["dmp_sites"]), f"block.{skipped}.")
         return {
             **found, **made,
             "learning_rate": rate, "seed": seed, "max_train_steps": steps,
         }  # fmt: skip
+
+
+def _without(named: str, prefix: str) -> str:
+    """The sites of a named set but for those of a block that is left out, which a shift of its
+    modulation layer would bring back."""
+    base = get_base("digits")  # cifar10-s has the same sites
+    return ",".join(site for site in base.output_sets[named] if not site.startswith(prefix))
 
 
 # Sizes are those of bases of six blocks of width 64: digits and cifar10-s.

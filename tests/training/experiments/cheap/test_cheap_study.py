@@ -1,5 +1,6 @@
 """The study of cheap calls: controls that keep what they promise, measures, tables and choices."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from training.base.cheap import open_cheap
 from training.base.layers import linear_layers
 from training.base.rounding import round_groups
-from training.experiments.cheap import cheap_study, judging, plan
+from training.experiments.cheap import cheap_study, cheap_trial, judging, plan
 from training.experiments.cheap.calls import CheapCall, weight_bytes
 from training.experiments.cheap.cheap_figure import draw_figure
 from training.experiments.cheap.cheap_tables import Found, main, tables, updated
@@ -29,7 +30,7 @@ from training.experiments.cheap.quantisers import (
     mixed_bits,
     use_bits,
 )
-from training.experiments.cheap.remedies import RATES, REMEDIES
+from training.experiments.cheap.remedies import REMEDIES
 
 
 @pytest.fixture(scope="module")
@@ -156,24 +157,48 @@ def test_gptq_calls_train_on_gptq_weights(tmp_path):
     assert not torch.equal(layer.weight, nearest)
 
 
+def test_a_block_that_is_left_out_gives_what_it_gets(tmp_path):
+    trial = CheapTrial("digits", None, tmp_path)
+    exact, cheap = trial.models(trial.open(), "skip2")
+    blocks = exact.model.transformer_blocks
+    del blocks[2]
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    given = {"timestep": t, "class_labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        torch.testing.assert_close(cheap.model(x, **given).sample, exact.model(x, **given).sample)
+    made = REMEDIES["repair"].all_options("skip2", {}, 1e-2, 0, 1)
+    assert "block.1.mod" in made["dmp_sites"]
+    assert "block.2." not in made["dmp_sites"]
+
+
+def test_a_sibling_takes_the_patch_of_the_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "PICTURES", 10)
+    monkeypatch.setattr(judging, "_HELD_OUT", 16)
+    monkeypatch.setitem(cheap_trial._FINE_TUNING, "max_train_steps", 2)
+    monkeypatch.setattr(plan, "STEPS", 1)
+    jobs = plan.on_sibling("digits", {(plan.BITS_3, "repair"): 1e-2})
+    assert [job.method for job in jobs][-1] == cheap_trial.BASES_PATCH
+    found = CheapTrial("digits-sibling", None, tmp_path).done(jobs[-1])
+    assert found.pixels > 0
+    trained = Job("digits", plan.BITS_3, "repair", 1e-2, 1, plan.SEEDS[0]).folder
+    assert (tmp_path / trained / "trained.safetensors").is_file()
+
+
 def test_rates_grow_until_the_best_is_inside():
     class Trial:
         subject = "digits"
 
         def __init__(self, best):
-            self.best, self.seen = best, []
+            self.best = best
 
         def gap(self, job):
-            self.seen.append(job.rate)
-            return abs(RATES.index(job.rate) - RATES.index(self.best))
+            return abs(math.log(job.rate / self.best))
 
-    trial = Trial(1e-4)
-    found = cheap_study.tuned(trial, plan.BITS_3, "repair", 1)
-    assert min(found, key=found.get) == 1e-4
-    assert sorted(found)[0] == 3e-5
-    assert len(trial.seen) == len(set(trial.seen))
-    with pytest.raises(ValueError, match="expected the best rate"):
-        cheap_study.tuned(Trial(0.3), plan.BITS_3, "repair", 1)
+    found = cheap_study.tuned(Trial(1e-4), plan.BITS_3, "repair", 1)
+    assert found.best == pytest.approx(1e-4, rel=0.5)
+    assert min(found.tried) < found.best < max(found.tried)
+    with pytest.raises(ValueError, match="expected a best value"):
+        cheap_study.tuned(Trial(1e9), plan.BITS_3, "repair", 1)
 
 
 def measures(pixels, frechet=1.0):
