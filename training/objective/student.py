@@ -8,12 +8,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dmp_common.patch.levels import RelativeWeights
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
 from training.methods.method import Method
 from training.objective.error import huber_threshold, masked_mean, prediction_error
 from training.objective.noising import Process
-from training.objective.relative import RelativeWeights
 from training.options.config import TrainConfig
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
+from dmp_common.patch.levels import BINS, RelativeWeights
 from training.base.cheap import cheap_base
 from training.base.families.family import Given
 from training.base.memory import give_back
 from training.data.batch import Data
-from training.objective.relative import BINS, RelativeWeights, relative_config, warn_of_rounding
+from training.objective.relative import relative_config, warn_of_rounding
 from training.objective.stored_aims import StoredData
 from training.objective.student import Student
 from training.run.filling import Filling

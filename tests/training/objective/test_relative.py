@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from training.objective.relative import BINS, RelativeWeights, relative_config, warn_of_rounding
+from dmp_common.patch.levels import BINS, RelativeWeights
+from training.objective.relative import relative_config, warn_of_rounding
 
 
 def test_the_weighted_loss_of_the_base_is_its_mean_at_every_timestep():
