@@ -42,3 +42,34 @@ class RelativeWeights:
         low = place.floor().long().clamp(max=max(bins - 2, 0))
         high = (low + 1).clamp(max=bins - 1)
         return torch.lerp(logs[low], logs[high], place - low).exp()
+
+
+def level_means(t: Tensor, values: Tensor, bins: int = BINS) -> Tensor:
+    """Mean values in equal ranges of timesteps (bins,), float64; 0 where a range has no timestep.
+
+    Args:
+        t: (N,), on the scale 0..1000.
+        values: (N,).
+
+    >>> level_means(torch.tensor([100.0, 200.0, 900.0]), torch.tensor([1.0, 3.0, 5.0]), bins=2)
+    tensor([2., 5.], dtype=torch.float64)
+    """
+    places = (t.float() * bins / 1000).long().clamp(max=bins - 1)
+    sums = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, values.double())
+    counts = torch.zeros(bins, dtype=torch.float64).index_add_(
+        0, places, torch.ones_like(values, dtype=torch.float64)
+    )
+    return sums / counts.clamp(min=1)
+
+
+def gap_weights(gaps: Tensor) -> RelativeWeights:
+    """Weights with which the gap of a cheap call counts alike at every noise level.
+
+    Args:
+        gaps: mean gaps in equal ranges of timesteps (bins,), least noisy first. A gap of 0, as
+            outside of an interval of guidance, gets the mean of the others.
+    """
+    positive = gaps > 0
+    if not bool(positive.any()):
+        return RelativeWeights(torch.ones_like(gaps))
+    return RelativeWeights(torch.where(positive, gaps, gaps[positive].mean()))

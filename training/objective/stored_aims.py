@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmp_common.patch.levels import level_means
 from training.data.batch import Batch, Data, Position
 from training.data.order import Order, share
 from training.data.summary import BucketRow, DataSummary
@@ -110,21 +111,18 @@ class StoredData(Data):
             precision: the context of its forward passes.
             most: aims that are looked at.
         """
-        sums, counts = torch.zeros(bins, dtype=torch.float64), torch.zeros(bins)
-        size, seen = min(64, self.size or 1), 0
+        size, times, errors = min(64, self.size or 1), list[Tensor](), list[Tensor]()
         for batch in self.batches(global_batch=size):
             assert isinstance(batch, StoredBatch)
             assert batch.aim is not None
             aim = batch.aim.to(device)
             with precision():
-                errors = student.squared_error(aim.noisy, aim.t, aim.given, aim.target)
-            places = (aim.t.float() * bins / 1000).long().clamp(max=bins - 1).cpu()
-            sums.index_add_(0, places, errors.double().cpu())
-            counts.index_add_(0, places, torch.ones(len(places)))
-            seen += len(places)
-            if seen >= most or batch.next.epoch > 0:
+                found = student.squared_error(aim.noisy, aim.t, aim.given, aim.target)
+            times.append(aim.t.cpu())
+            errors.append(found.cpu())
+            if len(times) * size >= most or batch.next.epoch > 0:
                 break
-        return sums / counts.clamp(min=1)
+        return level_means(torch.cat(times), torch.cat(errors), bins)
 
     def _read(self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Aim:
         """Aims of one shape, which may be of several stores."""

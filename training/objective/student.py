@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common.patch.levels import RelativeWeights
+from dmp_common.patch.objectives import squared_distance
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
 from training.methods.method import Method
@@ -100,7 +101,7 @@ class Student(nn.Module):
         It is the same for every --loss_type, so that runs with different ones can be compared.
         """
         prediction = self.prediction(noisy, t, given, target.shape[1])
-        return masked_mean((prediction - target).square(), masks)
+        return squared_distance(prediction, target, masks)
 
     def prediction(self, noisy: Tensor, t: Tensor, given: Given, channels: int) -> Tensor:
         """The prediction (B, channels, H, W), float32, without a learned variance."""

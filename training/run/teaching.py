@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
-from dmp_common.patch.levels import BINS, RelativeWeights
+from dmp_common.patch.levels import BINS, RelativeWeights, gap_weights
 from training.base.cheap import cheap_base
 from training.base.families.family import Given
 from training.base.memory import give_back
@@ -122,10 +122,7 @@ def _weights(parts: Parts, data: Data) -> RelativeWeights | None:
 
 
 def _gap_weights(parts: Parts, data: Data) -> RelativeWeights:
-    """The weights of timesteps by the gap of the cheap call as it is.
-
-    The gap is 0 in ranges outside of an interval, which get the mean.
-    """
+    """The weights of timesteps by the gap of the cheap call as it is."""
     student = parts.untrained()
     if isinstance(data, StoredData):
         gaps = data.gaps(student, parts.device, parts.accelerator.autocast, BINS)
@@ -136,10 +133,7 @@ def _gap_weights(parts: Parts, data: Data) -> RelativeWeights:
             return teacher(noisy, t, given)
 
         gaps = Validation(parts, data, target, config).images(student).mean(0)
-    positive = gaps > 0
-    if not bool(positive.any()):
-        return RelativeWeights(torch.ones_like(gaps))
-    return RelativeWeights(torch.where(positive, gaps, gaps[positive].mean()))
+    return gap_weights(gaps)
 
 
 def require_gap(gaps: Tensor) -> None:
