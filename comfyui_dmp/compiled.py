@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 
+import torch
 import torch.nn as nn
 
-from dmp_common import PatchError
+from dmp_common import Context, PatchError
+from dmp_common.attach.masking import MaskedContext
 
 _MANY = 2048  # How many methods are kept. Graphs of one that was dropped are compiled again.
 _GRAPH = "dmp_graph"  # The attribute of our methods that tells whose graphs they have.
@@ -76,3 +79,18 @@ def _copied(function: FunctionType, graph: str) -> FunctionType:
     copy.__kwdefaults__ = function.__kwdefaults__
     vars(copy)[_GRAPH] = graph
     return copy
+
+
+def for_compiled(context: Context | MaskedContext) -> tuple[Context | MaskedContext, object]:
+    """Prepares a context for a compiled graph, which would make numbers and cached fields fixed.
+
+    Returns:
+        The context, and the facts that its graph depends on.
+    """
+    if isinstance(context, MaskedContext):
+        inner, facts = for_compiled(context.context)
+        return context.around(inner), (facts, context.mask.shape)
+    strength = torch.as_tensor(context.strength)
+    facts = context.weights.shape, strength.shape
+    plain = dataclasses.replace(context, strength=strength, remembered=None, cache=None, key=None)
+    return plain, facts

@@ -8,7 +8,6 @@ host's `ModelPatcher`. The model itself is shared by all clones, so it is never 
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -19,7 +18,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from comfyui_dmp.checks import require_fitting, require_not_compiled
-from comfyui_dmp.compiled import own_graph
+from comfyui_dmp.compiled import for_compiled, own_graph
 from comfyui_dmp.hooks import adding, modulating
 from comfyui_dmp.masks import MaskOfCalls
 from comfyui_dmp.model import (
@@ -165,7 +164,7 @@ class Wrapper:
         else:
             context = prepare(time_embedding(model, self._base, timesteps))
             if compiled:
-                context, facts = _for_compiled(context)
+                context, facts = for_compiled(context)
                 facts = settings, facts
             if self._slot == "dit":
                 options = dit_options(options, self._keys, context)
@@ -242,21 +241,6 @@ class Wrapper:
             return prepare
         stride = None if self._base.layout == "map" else self._base.sites[0].stride
         return lambda e: MaskedContext(prepare(e), mask, stride)
-
-
-def _for_compiled(context: Context | MaskedContext) -> tuple[Context | MaskedContext, object]:
-    """Prepares a context for a compiled graph, which would make numbers and cached fields fixed.
-
-    Returns:
-        The context, and the facts that its graph depends on.
-    """
-    if isinstance(context, MaskedContext):
-        inner, facts = _for_compiled(context.context)
-        return context.around(inner), (facts, context.mask.shape)
-    strength = torch.as_tensor(context.strength)
-    facts = context.weights.shape, strength.shape
-    plain = dataclasses.replace(context, strength=strength, remembered=None, cache=None, key=None)
-    return plain, facts
 
 
 def gate_embedding(
