@@ -39,11 +39,8 @@ class FrozenEncoders:
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Moments (B, 2C, h, w), float32, on the VAE's device."""
-        vae = self.frozen.vae
-        like = next(vae.parameters())
-        with torch.no_grad():
-            latent = vae.encode(pixels.to(like.device, like.dtype)).latent_dist
-        return torch.cat([latent.mean, latent.std], dim=1).float()
+        assert self.frozen.space is not None
+        return self.frozen.space.moments(pixels)
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """See `Encoders.encode_text`."""

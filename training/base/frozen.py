@@ -22,6 +22,7 @@ from training.base.dit_folders import set_time_embedding, text_dit, text_facts
 from training.base.families import dit
 from training.base.families.family import Family
 from training.base.families.table import family_of
+from training.base.latents import LatentSpace, space_of
 from training.base.loading import Blueprint, Loader, Said
 from training.base.option_checks import require_fitting
 from training.base.places import find_source
@@ -81,9 +82,8 @@ class FrozenBase:
     @property
     def prediction(self) -> str:
         """epsilon, v_prediction, sample or flow."""
-        if is_flow(self.scheduler):
-            return "flow"
-        return str(self.scheduler.config.prediction_type)
+        flow = is_flow(self.scheduler)
+        return "flow" if flow else str(self.scheduler.config.prediction_type)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -94,10 +94,15 @@ class FrozenBase:
         }
 
     @property
+    def space(self) -> LatentSpace | None:
+        """The space of its latents; None for a base of pixels."""
+        return None if self.vae is None else space_of(self.vae)
+
+    @property
     def channels(self) -> int:
         """Of the latent, or of the pixels of a base without VAE."""
-        if self.vae is not None:
-            return int(self.vae.config.latent_channels)
+        if self.space is not None:
+            return self.space.channels
         config: Any = self.model.config
         return int(config.in_channels)
 
@@ -122,7 +127,7 @@ class FrozenBase:
     @property
     def factor(self) -> int:
         """Pixels of a side over cells of the latent."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.space is None else self.space.factor
 
     @property
     def kind(self) -> DataKind:
@@ -147,23 +152,15 @@ class FrozenBase:
             moments: (B, 2C, h, w), means and standard deviations.
             noise: (B, C, h, w), standard normal.
         """
+        assert self.space is not None
         mean, std = moments.chunk(2, dim=1)
-        config = self.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        scaled: Tensor = (mean + std * noise - shift) * config.scaling_factor
-        return scaled
+        return self.space.scaled(mean + std * noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1], float32 on the CPU, of what the model made."""
-        if self.vae is None:
+        if self.space is None:
             return latents.float().clamp(-1, 1).cpu()
-        config, like = self.vae.config, next(self.vae.parameters())
-        z = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        with torch.no_grad():
-            images = [
-                self.vae.decode(one.unsqueeze(0).to(like.device, like.dtype)).sample for one in z
-            ]
-        return torch.cat(images).float().clamp(-1, 1).cpu()
+        return self.space.decode(latents)
 
     def pipeline(self) -> Any:
         """Returns a diffusers pipeline of these parts.

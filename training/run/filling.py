@@ -199,11 +199,10 @@ def draw_pictures(parts: Parts, data: CaptionData) -> None:
 
 def _as_data(picture: torch.Tensor, parts: Parts) -> torch.Tensor:
     """A picture of the model's space as pixels, or as moments of the VAE without spread."""
-    vae = parts.frozen.vae
-    if vae is None:
+    space = parts.frozen.space
+    if space is None:
         return picture
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    mean = picture / vae.config.scaling_factor + shift
+    mean = space.unscaled(picture.unsqueeze(0))[0]
     return torch.cat([mean, torch.zeros_like(mean)])
 
 

@@ -1,0 +1,85 @@
+"""The space that a denoiser works in: latents of its VAE, and pictures of them.
+
+Not every VAE gives its latents in the form that the denoiser takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LatentSpace:
+    """The latents of `AutoencoderKL`, scaled and shifted by two numbers of its configuration.
+
+    Args:
+        vae: of diffusers; on the meta device its latents have a size only.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side over cells of the latent."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Means and standard deviations (B, 2C, h, w), float32 on the VAE's device, of pixels
+        (B, 3, H, W) in [-1, 1]; both are before the scaling."""
+        like = next(self.vae.parameters())
+        with torch.no_grad():
+            latent = self.encode(pixels.to(like.device, like.dtype))
+        return torch.cat([latent.mean, latent.std], dim=1).float()
+
+    def encode(self, pixels: Tensor) -> Any:
+        """The distribution of the latents, with `mean` and `std` (B, C, h, w)."""
+        return self.vae.encode(pixels).latent_dist
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of the VAE at the scale of the denoiser."""
+        scaled: Tensor = (latents - self._shift) * self.vae.config.scaling_factor
+        return scaled
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        unscaled: Tensor = latents / self.vae.config.scaling_factor + self._shift
+        return unscaled
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], float32 on the CPU, of latents at the denoiser's scale.
+
+        The pictures are decoded one by one, which takes the memory of one.
+        """
+        like = next(self.vae.parameters())
+        with torch.no_grad():
+            images = [
+                self.picture(one.unsqueeze(0).to(like.device, like.dtype))
+                for one in self.unscaled(latents)
+            ]
+        return torch.cat(images).float().clamp(-1, 1).cpu()
+
+    def picture(self, latent: Tensor) -> Tensor:
+        """The picture (1, 3, H, W) of one latent (1, C, h, w) of the VAE."""
+        picture: Tensor = self.vae.decode(latent).sample
+        return picture
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+
+def space_of(vae: Any) -> LatentSpace:
+    """The space of a VAE, by its class."""
+    return _SPACES.get(type(vae).__name__, LatentSpace)(vae)
+
+
+# The spaces of VAEs that are not `AutoencoderKL`, by the name of their class in diffusers.
+_SPACES: dict[str, type[LatentSpace]] = {}
