@@ -49,7 +49,7 @@ RECIPES = {
     # At 16 x 16 pixels, 16 tokens: so small that a computer without GPU can do a study. Processors
     # without matrix units for bfloat16 are twice as fast in float32.
     "cifar10-s": replace(
-        RECIPE, size=16, heads=2, head_width=32, batch=128, steps=36000, autocast=2400
+        RECIPE, size=16, heads=2, head_width=32, batch=128, steps=30000, autocast=2400
     ),
 }
 _KEPT = 600  # steps between states of the constant part

@@ -25,6 +25,8 @@ from training.objective.digit_classifier import load_digit_classifier
 
 # As many steps as people take: with a good solver, and with the one that papers report.
 SAMPLERS = {"unipc": 20, "ddim": 20}
+BUNDLED = Path(__file__).resolve().parent / "bundled"
+CLASSIFIER = "classifier.safetensors"
 DIGITS_BASE = Path(__file__).resolve().parents[2] / "base" / "digits"
 
 
@@ -118,13 +120,20 @@ def _enlarged(pictures: Tensor) -> Tensor:
 
 
 def cifar10(name: str, folder: Path) -> Subject:
-    """A base on CIFAR-10, from the folder that `make_cifar` filled.
+    """A base on CIFAR-10, with the images in the folder that `make_cifar` filled.
+
+    Base and classifier are those of the folder, or else the bundled ones.
 
     Raises:
-        FileNotFoundError: it did not.
+        FileNotFoundError: there is one that is nowhere.
     """
     size = RECIPES[name].size
     images, weights = folder / f"images-{size}", folder / name / "base"
+    if not weights.is_dir() and (BUNDLED / name).is_dir():
+        weights = BUNDLED / name
+    judge = folder / CLASSIFIER
+    if not judge.is_file():
+        judge = BUNDLED / CLASSIFIER
     for path in (images / "train", weights / "transformer"):
         if not path.is_dir():
             raise FileNotFoundError(
@@ -138,7 +147,7 @@ def cifar10(name: str, folder: Path) -> Subject:
 
     @cache
     def classifier() -> CifarClassifier:  # where only losses are asked for it may be missing
-        return load_cifar_classifier(folder / "classifier.safetensors")
+        return load_cifar_classifier(judge)
 
     return Subject(
         base=name,
