@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from training.experiments.cheap.calls import EXACT
 from training.experiments.cheap.measures import USUAL, Job, UseOfModel
+from training.experiments.cheap.remedies import REMEDIES
 
 SUBJECTS = ("digits", "cifar10-s")
 SEEDS = (101, 102, 103, 104, 105)
@@ -71,12 +72,15 @@ def primary(subject: str, rates: Rates) -> list[Job]:
 
 
 def job(subject: str, model: Model, rates: Rates, seed: int, steps: int = STEPS) -> Job:
-    """The job of a model; its rate is that of its kind of call, 0 where nothing is trained."""
-    rate = rates.get((kind(model.call), model.method))
-    return Job(
-        subject, model.call, model.method, rate or 0.0, 0 if rate is None else steps, seed,
-        "test", model.use,
-    )  # fmt: skip
+    """The job of a model.
+
+    Its rate is the one chosen for its kind of call. A method that was not tuned there, which only
+    exploration has, takes the rate at which its tuning would begin.
+    """
+    if model.method not in REMEDIES:  # nothing is trained
+        return Job(subject, model.call, model.method, 0.0, 0, seed, "test", model.use)
+    rate = rates.get((kind(model.call), model.method), REMEDIES[model.method].start)
+    return Job(subject, model.call, model.method, rate, steps, seed, "test", model.use)
 
 
 def kind(call: str) -> str:
