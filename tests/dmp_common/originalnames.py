@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -119,8 +119,8 @@ def original_names(name: str) -> dict[str, str]:
     return names
 
 
-def _next_names(name: str, state: dict[str, Tensor]) -> dict[str, str]:
-    """What we think the original names of Lumina 2 and Z-Image are; the converters prove it."""
+def next_names(name: str, keys: Iterable[str]) -> dict[str, str]:
+    """What we think the original names of Lumina 2 and Z-Image are; `_next_names` proves it."""
     parts = {
         "lumina2": {
             "time_caption_embed.caption_embedder": "cap_embedder",
@@ -139,12 +139,17 @@ def _next_names(name: str, state: dict[str, Tensor]) -> dict[str, str]:
         "z-image": {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder"},
     }[name] | {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
     parts |= dict.fromkeys(("to_q", "to_k", "to_v"), "qkv")
-    names = {}
-    for key in state:
-        original = key
-        for part, other in parts.items():
-            original = original.replace(part, other)
-        names[key] = original
+    return {key: _replaced(key, parts) for key in keys}
+
+
+def _replaced(key: str, parts: dict[str, str]) -> str:
+    for part, other in parts.items():
+        key = key.replace(part, other)
+    return key
+
+
+def _next_names(name: str, state: dict[str, Tensor]) -> dict[str, str]:
+    names = next_names(name, state)
     rows = {key: tensor.shape[0] for key, tensor in state.items()}
     checkpoint = {original: torch.zeros(1) for original in names.values()}
     for original in checkpoint:  # joined projections, marked by their parts
@@ -168,8 +173,8 @@ def _next_names(name: str, state: dict[str, Tensor]) -> dict[str, str]:
     return names
 
 
-def _flux2_names(state: dict[str, Tensor]) -> dict[str, str]:
-    """What we think the original names of FLUX.2 are; the converter proves it."""
+def flux2_names(keys: Iterable[str]) -> dict[str, str]:
+    """What we think the original names of FLUX.2 are; `_flux2_names` proves it."""
     parts = {
         "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
         "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
@@ -198,14 +203,17 @@ def _flux2_names(state: dict[str, Tensor]) -> dict[str, str]:
         **{f"attn.add_{kind}_proj": "txt_attn.qkv" for kind in "qkv"},
     }
     names = {}
-    for key in state:
-        original = key
-        for part, other in parts.items():
-            original = original.replace(part, other)
+    for key in keys:
+        original = _replaced(key, parts)
         norm = "norm." if original.startswith("single") else "img_attn.norm."
         for part, other in (("q", "query"), ("k", "key")):
             original = original.replace(f"attn.norm_{part}.weight", f"{norm}{other}_norm.scale")
         names[key] = original
+    return names
+
+
+def _flux2_names(state: dict[str, Tensor]) -> dict[str, str]:
+    names = flux2_names(state)
     order = list(dict.fromkeys(names.values()))
     checkpoint = {
         original: torch.full((6 if ".qkv." in original else 2, 1), float(place))

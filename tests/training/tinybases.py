@@ -32,7 +32,9 @@ TRAINED = {
     "sd3": (table.STABLE3, 4),
     "sd35": (table.STABLE3, 4),
     "flux": (table.FLUX, 4),
+    "lumina2": (table.LUMINA2, 4),
 }
+TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
     register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple))
 
@@ -40,6 +42,7 @@ for _name, (_family, _multiple) in TRAINED.items():
 OPTIONS: dict[str, list[str]] = {
     **{name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux")},
     "dit": [],
+    "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
 
 
@@ -49,7 +52,7 @@ def make_base(folder: Path, name: str) -> Path:
     model = tiny.model()
     part = "unet" if name.startswith("sd1") or name in ("sd21", "sdxl") else "transformer"
     model.save_pretrained(folder / part)
-    _vae(shifted=name in ("sd3", "sd35", "flux")).save_pretrained(folder / "vae")
+    _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2")).save_pretrained(folder / "vae")
     _scheduler(name).save_pretrained(folder / "scheduler")
     for place, build in _encoders(name).items():
         with torch.random.fork_rng():
@@ -130,6 +133,8 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name == "flux":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    if name == "lumina2":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
     prediction = "v_prediction" if name == "sd21" else "epsilon"
     return diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -137,6 +142,7 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
         beta_end=0.012,
         prediction_type=prediction,
         clip_sample=False,
+        steps_offset=1,
     )
 
 
@@ -162,6 +168,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             }
         case "flux":
             return {"text_encoder": lambda: plain(_clip(10)), "text_encoder_2": _t5}
+        case "lumina2":
+            return {"text_encoder": _gemma2}
     return {}
 
 
@@ -184,6 +192,20 @@ def _t5() -> nn.Module:
     return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=len(WORDS) + 3, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2
+        )
+    )
+
+
+def _gemma2() -> nn.Module:
+    return transformers.Gemma2Model(
+        transformers.Gemma2Config(
+            vocab_size=len(WORDS) + 3,
+            hidden_size=12,
+            intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=6,
         )
     )
 

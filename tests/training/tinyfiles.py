@@ -13,16 +13,18 @@ from diffusers.loaders import single_file_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.dmp_common.originalnames import unet_original_name
+from tests.dmp_common.originalnames import next_names, unet_original_name
 
 # What ComfyUI and Stability put before the text encoders that a file holds.
 IN_FILE = {
     "sd15": {"text_encoder": "cond_stage_model.transformer.text_model."},
+    "lumina2": {"text_encoder": "text_encoders.gemma2_2b.transformer."},
     "flux": {
         "text_encoder": "text_encoders.clip_l.transformer.text_model.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
     },
 }
+_PARTS = {"to_q": 0, "to_k": 1, "to_v": 2}  # their order in a joined projection
 _VAE_NAMES = {
     r"mid_block\.resnets\.0\.": "mid.block_1.",
     r"mid_block\.resnets\.1\.": "mid.block_2.",
@@ -59,8 +61,11 @@ def vae_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def text_tensors(folder: Path, part: str) -> dict[str, Tensor]:
-    """A text encoder as in clip_l.safetensors, clip_g.safetensors or t5xxl_fp16.safetensors."""
+    """A text encoder as in clip_l.safetensors, clip_g.safetensors, t5xxl_fp16.safetensors or the
+    file of a language model."""
     state = weights_of(folder / part)
+    if "embed_tokens.weight" in state:
+        return {f"model.{key}": tensor for key, tensor in state.items()}
     plain = ("text_model.", "text_projection.", "encoder.block", "encoder.final", "shared.")
     return {
         key if key.startswith(plain) else f"text_model.{key}": tensor
@@ -75,6 +80,8 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         levels = len({key.split(".")[1] for key in state if key.startswith("down_blocks.")})
         return {unet_original_name(key, levels): tensor for key, tensor in state.items()}
     state = weights_of(folder / "transformer")
+    if name == "lumina2":
+        return _joined_as(next_names(name, state), state)
     return (_flux if name == "flux" else _sd3)(state)
 
 
@@ -86,7 +93,7 @@ def save_single(path: Path, folder: Path, name: str, *parts: str) -> Path:
     }
     for part in parts:
         if part == "vae":
-            prefix = "vae." if name == "flux" else "first_stage_model."
+            prefix = "vae." if name in ("flux", "lumina2") else "first_stage_model."
             tensors |= {prefix + key: value for key, value in vae_tensors(folder).items()}
             continue
         prefix = IN_FILE[name][part]
@@ -105,14 +112,39 @@ def save(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = Non
     return path
 
 
-def narrow_flux(monkeypatch: pytest.MonkeyPatch, width: int = 32) -> None:
-    """diffusers' converter of Flux knows one width, 3072: here it knows the tiny model's."""
-    entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
-    convert = entry["checkpoint_mapping_fn"]
-    constants = tuple(width if value == 3072 else value for value in convert.__code__.co_consts)
-    code = convert.__code__.replace(co_consts=constants)
-    narrow = types.FunctionType(code, convert.__globals__, convert.__name__)
-    monkeypatch.setitem(entry, "checkpoint_mapping_fn", narrow)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' converters know the real widths alone: here they know those of tiny models."""
+    for name, sizes in {
+        "FluxTransformer2DModel": {3072: 32},
+        "Lumina2Transformer2DModel": {2304: 32, 768: 16},  # queries; keys and values
+    }.items():
+        entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(name)
+        if entry is not None:  # old releases of diffusers do not have it
+            convert = entry["checkpoint_mapping_fn"]
+            code = _with_numbers(convert.__code__, sizes)
+            narrow = types.FunctionType(code, convert.__globals__, convert.__name__)
+            monkeypatch.setitem(entry, "checkpoint_mapping_fn", narrow)
+
+
+def _with_numbers(code: types.CodeType, numbers: dict[int, int]) -> types.CodeType:
+    """The code of a function, and of those inside it, with other numbers in it."""
+    constants = (
+        _with_numbers(value, numbers)
+        if isinstance(value, types.CodeType)
+        else numbers.get(value, value)
+        if isinstance(value, int) and not isinstance(value, bool)
+        else value
+        for value in code.co_consts
+    )
+    return code.replace(co_consts=tuple(constants))
+
+
+def _joined_as(names: dict[str, str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their original names; those of one name are one tensor there."""
+    found: dict[str, list[Tensor]] = {}
+    for key in sorted(state, key=lambda key: _PARTS.get(key.split(".")[-2], 0)):
+        found.setdefault(names[key], []).append(state[key])
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _joined(state: dict[str, Tensor], prefix: str, names: tuple[str, ...], kind: str) -> Tensor:

@@ -28,6 +28,9 @@ class FrozenEncoders:
         self.image_fingerprint = fingerprint(frozen.vae) if frozen.vae is not None else "none"
         settings = (config.max_token_length, config.clip_skip, config.t5_max_token_length)
         parts = [json.dumps(settings)]
+        language = (config.llm_max_token_length, config.system_prompt)
+        if any(language):  # else caches stay valid that were made before there were such options
+            parts.append(json.dumps(language))
         for name, part in frozen.encoders.items():
             text = fingerprint(part) if isinstance(part, nn.Module) else _of_tokenizer(part)
             parts.append(f"{name}:{text}")

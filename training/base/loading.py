@@ -111,7 +111,7 @@ class Loader:
         """Returns the VAE with its weights."""
         dtype = torch.float32 if self.config.no_half_vae else self.dtype
         chosen, (place, subfolder) = self._chosen_vae(), self._vae_place()
-        cls: Any = diffusers.AutoencoderKL
+        cls: Any = getattr(diffusers, self.family.autoencoder)
         self.vae_config()  # first, for its own error: it may be on the hub
         with self._loading("VAE", "a VAE", chosen or place, "--vae"):
             if chosen is not None and Path(chosen).is_file():
@@ -125,7 +125,8 @@ class Loader:
         """Returns the configuration of the VAE; no weights are read."""
         place, subfolder = self._vae_place()
         with explained("the configuration of a VAE", place, "--vae or --base_config"):
-            return dict(diffusers.AutoencoderKL.load_config(place, subfolder=subfolder))
+            cls: Any = getattr(diffusers, self.family.autoencoder)
+            return dict(cls.load_config(place, subfolder=subfolder))
 
     def encoders(self) -> dict[str, Any]:
         """Returns the text encoders and their tokenizers, by folder in a diffusers pipeline."""
@@ -267,7 +268,7 @@ class Blueprint(Loader):
     def vae(self) -> Any:
         """Returns the VAE on the meta device."""
         config = self.vae_config()
-        cls: Any = diffusers.AutoencoderKL
+        cls: Any = getattr(diffusers, self.family.autoencoder)
         with torch.device("meta"):
             return cls.from_config(config)
 

@@ -61,6 +61,8 @@ def _about_files(config: TrainConfig, family: Family) -> list[str]:
             "same: leave one out."
         )
     wanted = {"clip_l": config.clip_l, "clip_g": config.clip_g, "t5xxl": config.t5xxl}
+    if "text_encoder" in family.files.values():
+        wanted["text_encoder"] = config.text_encoder
     known = ", ".join(f"--{option}" for option in family.files.values()) or "none"
     for option, file in wanted.items():
         if file is None:

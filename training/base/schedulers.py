@@ -18,6 +18,14 @@ def flux_shift(tokens: int) -> float:
     return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
 
 
+def dynamic_shift(scheduler: Any, tokens: int) -> float:
+    """Logarithm of the shift that a scheduler's configuration gives a picture of so many tokens."""
+    told = scheduler.config
+    low, high = told.get("base_image_seq_len", 256), told.get("max_image_seq_len", 4096)
+    least, most = told.get("base_shift", 0.5), told.get("max_shift", 1.15)
+    return float(least + (most - least) * (tokens - low) / (high - low))
+
+
 def adjusted(scheduler: Any, config: TrainConfig) -> Any:
     """Returns the scheduler with the wishes of the command line; None stays None.
 

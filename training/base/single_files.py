@@ -12,7 +12,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dmp_common import PatchError
 from dmp_common.tools.modelfiles import tensor_shapes
@@ -27,8 +29,9 @@ _PREFIXES = {
     "clip_l": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
     "clip_g": ("conditioner.embedders.1.", "text_encoders.clip_g."),
     "t5xxl": ("text_encoders.t5xxl.",),
+    "text_encoder": ("text_encoders.gemma2_2b.",),
 }
-_UNET_INPUT, _UNET_PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
+_UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
 
 
 class SingleFile:
@@ -101,7 +104,9 @@ class SingleFile:
         given: Any = self.readable
         if folder == "unet" and _UNET_INPUT in self.shapes:
             # diffusers knows the original UNet with this prefix only.
-            given = {_UNET_PREFIX + name: value for name, value in load_file(given).items()}
+            given = {_PREFIX + name: value for name, value in load_file(given).items()}
+        elif folder == "transformer" and any(name.startswith(_PREFIX) for name in self.shapes):
+            given = _without_prefix(given)  # diffusers does not know it of every transformer
         model = cls.from_single_file(given, config=config, subfolder=folder, torch_dtype=dtype)
         # diffusers leaves weights that the file lacks without values.
         missing = [name for name, value in model.named_parameters() if value.is_meta]
@@ -164,6 +169,13 @@ class SingleFile:
                 f"{self.path}: expected the weights of an original DiT or PixArt, found "
                 f"{', '.join(list(self.shapes)[:3])}: choose such a checkpoint."
             )
+
+
+def _without_prefix(path: str) -> dict[str, Tensor]:
+    """The tensors of the denoiser in a file with several parts, under its own names."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(_PREFIX)]  # noqa: SIM118
+        return {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
 
 
 def vae_of_file(path: Path, config: str, dtype: torch.dtype) -> Any:

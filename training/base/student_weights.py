@@ -24,6 +24,7 @@ from training.base.student_files import FP8, PREFIX, read_student, student_shape
 
 _OPTION = "--student_weights"
 _MOST_SHOWN = 5
+_MOST_SHARED = 0.8  # of an original's names
 
 
 def load_student(frozen: FrozenBase, path: Path) -> nn.Module:
@@ -74,12 +75,15 @@ def _named_as(model: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str
         tensors: under its names, or those of the original code.
     """
     kind = type(model).__name__
-    if "x_embedder.proj.weight" not in tensors and set(tensors) & set(model.state_dict()):
+    # Some originals share names with diffusers, up to two of three.
+    shared = len(set(tensors) & set(model.state_dict()))
+    if "x_embedder.proj.weight" not in tensors and shared > _MOST_SHARED * len(tensors):
         return dict(tensors)
     if kind not in SINGLE_FILE_LOADABLE_CLASSES:
         return checkpoint.rename(tensors)
-    # diffusers knows the original UNet with this prefix only, and takes it off other models.
-    prefixed = {PREFIX + name: value for name, value in tensors.items()}
+    # diffusers knows the original UNet with this prefix only, and others not always with it.
+    prefix = PREFIX if kind == "UNet2DConditionModel" else ""
+    prefixed = {prefix + name: value for name, value in tensors.items()}
     rename: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
     with explained(f"weights of a {kind} in the naming of the original code", str(path), _OPTION):
         renamed: dict[str, Tensor] = rename(checkpoint=prefixed, config=dict(model.config))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
+from training.base.families.family import Family
 from training.base.frozen import FrozenBase
-from training.base.schedulers import flux_shift, is_flow
+from training.base.schedulers import is_flow
 from training.data.draws import generator
 
 # Samplers of diffusers for discrete schedules; flow models take Euler.
@@ -35,7 +36,11 @@ Predict = Callable[[Tensor, Tensor, Given], Tensor]
 
 
 def make_sampler(
-    scheduler: SchedulerMixin, steps: int, tokens: int, name: str = "default"
+    scheduler: SchedulerMixin,
+    steps: int,
+    tokens: int,
+    name: str = "default",
+    family: Family | None = None,
 ) -> SchedulerMixin:
     """A sampler on the schedule of a base, its timesteps set: deterministic DDIM, or Euler for
     flow models, if no other is asked for.
@@ -45,6 +50,7 @@ def make_sampler(
         steps: at most as many as the schedule has.
         tokens: how many a picture has, for flow models that shift by it.
         name: default, or a name in `SAMPLERS`.
+        family: of the base; a flow model then takes the noise levels of its pipeline.
 
     Raises:
         PatchError: a sampler that is unknown, or not for flow models.
@@ -59,10 +65,8 @@ def make_sampler(
                 f"expected sampler euler for a flow model, found {name}: leave out --sampler."
             )
         sampler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        if scheduler.config.get("use_dynamic_shifting"):
-            sampler.set_timesteps(steps, mu=flux_shift(tokens))
-        else:
-            sampler.set_timesteps(steps)
+        levels = (family or Family("transformer", "")).levels
+        sampler.set_timesteps(**levels(sampler, steps, tokens))
         return sampler
     settings = dict(scheduler.config)
     if name != "ddpm":
@@ -162,9 +166,16 @@ def draw_latents(
         t = step.to(x.device).expand(len(x))
         return frozen.family.predict(frozen.model, x.to(dtype), t, moved)
 
-    made = make_sampler(frozen.scheduler, steps, (height // 2) * (width // 2), sampler)
+    tokens = tokens_of(frozen, height, width)
+    made = make_sampler(frozen.scheduler, steps, tokens, sampler, frozen.family)
     with torch.no_grad():
         return denoise(predict, made, noise, conditional, unconditional, scale, generators, guided)
+
+
+def tokens_of(frozen: FrozenBase, height: int, width: int) -> int:
+    """How many tokens a transformer makes of a latent of this size."""
+    stride = min(site.stride for site in frozen.base.sites)
+    return (height // stride) * (width // stride)
 
 
 def draw_images(

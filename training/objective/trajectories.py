@@ -16,7 +16,7 @@ from training.data.draws import below, generator
 from training.objective.aim import Aim
 from training.objective.inputs import conditions
 from training.objective.noise import Names
-from training.objective.sampling import denoise, make_sampler
+from training.objective.sampling import denoise, make_sampler, tokens_of
 from training.objective.teacher import Teacher, without
 from training.options.config import TrainConfig
 
@@ -89,8 +89,8 @@ class Trajectories:
             return self._walked(x, t, given, target)
 
         steps = config.state_steps + below(config.state_steps + 1, *names[0], "steps")
-        tokens = (height // 2) * (width // 2)
-        sampler = make_sampler(frozen.scheduler, steps, tokens, config.state_sampler)
+        tokens = tokens_of(frozen, height, width)
+        sampler = make_sampler(frozen.scheduler, steps, tokens, config.state_sampler, frozen.family)
         return denoise(predict, sampler, noise.to(self.device), given, None, 1.0)
 
     def _walked(self, x: Tensor, t: Tensor, given: Given, target: Tensor) -> Tensor:

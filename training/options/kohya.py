@@ -1,6 +1,7 @@
 """kohya's options that the trainer takes under another name, without effect, or not at all.
 
-The names and their meanings are those of kohya's sd-scripts for SD 1.x, SD 2.x, SDXL, SD3 and Flux.
+The names and their meanings are those of kohya's sd-scripts for SD 1.x, SD 2.x, SDXL, SD3, Flux and
+Lumina.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ SAME: dict[str, str] = {
     "guidance_scale": "flux_guidance_scale",
     "training_shift": "discrete_flow_shift",
     "t5xxl_max_token_length": "t5_max_token_length",
+    **dict.fromkeys(("gemma2", "qwen3"), "text_encoder"),
+    "gemma2_max_token_length": "llm_max_token_length",
     "wandb_name": "wandb_run_name",
     "caption_extention": "caption_extension",  # their old spelling
 }

@@ -20,7 +20,7 @@ Quantization = Literal[
 # The bases that the trainer knows, as `--help` and errors list them.
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
-    "sd3, sd35-medium, sd35-large, flux"
+    "sd3, sd35-medium, sd35-large, flux, lumina2"
 )
 
 
@@ -93,6 +93,19 @@ class ModelOptions(Options):
         "sd3 and 512 for flux.",
         ge=1,
     )
+    llm_max_token_length: int | None = option(
+        "model",
+        None,
+        "Cut captions for a language model after this many tokens, the template around them "
+        "included. By default it is 256 for lumina2.",
+        ge=1,
+    )
+    system_prompt: str | None = option(
+        "model",
+        None,
+        "Put this text before each caption that is not empty, for lumina2. By default it is the "
+        "pipeline's own; Neta Lumina has another.",
+    )
     clip_skip: int | None = option(
         "model",
         None,
@@ -126,7 +139,8 @@ class ModelOptions(Options):
     text_encoder: str | None = option(
         "model",
         None,
-        "Load the CLIP of --text_conditional from this folder or hub id. By default it is "
+        "Load the text encoder that is a language model from this file: for lumina2. With "
+        "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )
     unconditional: bool = option(

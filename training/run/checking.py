@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from dmp_common import Patch, PatchError, get_base
+from training.base.families.dit import DiT
+from training.base.families.language import LanguageFamily, Lumina2
 from training.base.families.table import family_of
 from training.base.families.transformer import Flux
 from training.base.frozen import find_base
@@ -113,6 +115,9 @@ def _suit_base(config: TrainConfig) -> tuple[TrainConfig, str | None]:
         "clip_skip": encoders == ["CLIPTextModel"],
         "max_token_length": family.denoiser == "unet",
         "t5_max_token_length": "T5EncoderModel" in encoders,
+        "llm_max_token_length": isinstance(family, LanguageFamily),
+        "system_prompt": isinstance(family, Lumina2),
+        "text_encoder": isinstance(family, LanguageFamily | DiT),
         "flux_guidance_scale": isinstance(family, Flux),
         **dict.fromkeys(_OF_FLOW, base.prediction == "flow"),
     }

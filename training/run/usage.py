@@ -10,6 +10,7 @@ import json
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import diffusers
 from safetensors import safe_open
 
 from training.base.dit_folders import TIME_FILE
@@ -128,7 +129,8 @@ def _needs_loader(source: Source, frozen: FrozenBase) -> bool:
         with SingleFile(path) as file:
             parts = ["vae", *(family.files[name] for name in family.encoders)]
             whole = not file.is_original and all(file.has(part) for part in parts)
-        return path.suffix == ".ckpt" or not whole
+        reads = hasattr(getattr(diffusers, family.pipeline, None), "from_single_file")
+        return path.suffix == ".ckpt" or not whole or not reads
     if family.pipeline:
         folder = path.is_dir()
         return source.kind == "denoiser" or (folder and not (path / "model_index.json").is_file())

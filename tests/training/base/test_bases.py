@@ -36,8 +36,9 @@ def test_every_base_trains_validates_and_shows(name: str, train: Train, tmp_path
     patch = Patch.load(out / f"{own}.safetensors")
     assert patch.base is FAMILIES[name].base
     assert any(bool(tensor.any()) for tensor in patch.tensors().values())
-    expected = {"sd21": "v_prediction", "sd3": "flow", "sd35": "flow", "flux": "flow"}
-    assert patch.variant.prediction == expected.get(name, "epsilon")
+    flow = FAMILIES[name].base.prediction == "flow"
+    expected = "flow" if flow else {"sd21": "v_prediction"}.get(name, "epsilon")
+    assert patch.variant.prediction == expected
     validation = json.loads(patch.metadata["ss_dmp_validation"])
     # A patch of zeros is the base; after training it is something else.
     assert validation["0"] == pytest.approx(validation["base"], rel=1e-6)

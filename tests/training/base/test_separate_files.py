@@ -26,6 +26,7 @@ FILES = {
     "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "flux": {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
+    "lumina2": {"text_encoder": "text_encoder"},
 }
 Make = Callable[..., TrainConfig]
 
@@ -46,12 +47,12 @@ def require_equal(frozen: FrozenBase, whole: FrozenBase) -> None:
             assert frozen.encoders[part].dtype == encoder.dtype
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sd35", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sd35", "flux", "lumina2"])
 def test_every_part_in_a_file_of_its_own(
     name: str, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layout of kohya and ComfyUI: FILE, --clip_l, --clip_g, --t5xxl and --ae."""
-    tinyfiles.narrow_flux(monkeypatch)
+    tinyfiles.narrow(monkeypatch)
     folder = folders(name)
     weights = tinyfiles.save(
         tmp_path / "model.safetensors", tinyfiles.denoiser_tensors(folder, name)
@@ -81,6 +82,7 @@ def test_every_part_in_a_file_of_its_own(
         ("sdxl", ("vae",)),
         ("sd3", ("vae",)),
         ("flux", ("vae", "text_encoder", "text_encoder_2")),
+        ("lumina2", ("vae", "text_encoder")),
     ],
 )
 def test_what_one_file_holds_is_taken_from_it(
@@ -91,7 +93,7 @@ def test_what_one_file_holds_is_taken_from_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And what it lacks from --base_config; so a changed weight shows where it came from."""
-    tinyfiles.narrow_flux(monkeypatch)
+    tinyfiles.narrow(monkeypatch)
     folder = folders(name)
     path = tinyfiles.save_single(tmp_path / "whole.safetensors", folder, name, *parts)
     frozen = load_frozen(config_of(name, path, base_config=folder))

@@ -42,7 +42,7 @@ FILES = [
     ("sd15", "original", "model.diffusion_model."), ("sd15", "diffusers", ""),
     ("sdxl", "original", ""), ("sd3", "original", ""), ("flux", "original", ""),
     ("flux", "diffusers", "model.diffusion_model."), ("dit", "diffusers", ""),
-    ("pixart", "diffusers", ""),
+    ("pixart", "diffusers", ""), ("lumina2", "original", "model.diffusion_model."),
 ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_gguf_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A model in Q4_0 is the model whose weights are the values that the package gguf reads."""
-    tinyfiles.narrow_flux(monkeypatch)
+    tinyfiles.narrow(monkeypatch)
     folder = folders(name)
     tensors = {prefix + key: value for key, value in weights(folder, name, naming).items()}
     if prefix:
@@ -122,7 +122,7 @@ def test_fp8_files(
     name: str, naming: str, scaled: str | None, folders: Folders, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    tinyfiles.narrow_flux(monkeypatch)
+    tinyfiles.narrow(monkeypatch)
     folder = folders(name)
     tensors = weights(folder, name, naming)
     path = tinyfiles.save(tmp_path / "fp8.safetensors", in_fp8(tensors, scaled))

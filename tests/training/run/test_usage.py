@@ -132,7 +132,7 @@ def test_the_lines_load_what_was_trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tinyfiles.narrow_flux(monkeypatch)
+    tinyfiles.narrow(monkeypatch)
     root, elsewhere = tmp_path / "files", tmp_path / "elsewhere"
     root.mkdir()
     elsewhere.mkdir()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.nn as nn
 from torch import Tensor
 
+from training.base.schedulers import dynamic_shift
+
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
 
@@ -22,6 +24,7 @@ class Family:
     Args:
         denoiser: folder of the denoiser in a diffusers pipeline.
         model: its class in diffusers.
+        autoencoder: the class of its VAE in diffusers.
         pipeline: the class that reads single files with everything in them; "" for none.
         vae: whether the family works on latents.
         encoders: text encoders by folder, with their classes in transformers. The tokenizer of
@@ -34,12 +37,15 @@ class Family:
         guidance: usual scale of classifier-free guidance in previews, 1 for none.
         scheduler: configuration of the noise schedule, where the weights come without one.
         vae_id: the usual VAE, where the weights come without one.
+        even: the pipeline of a flow model spaces noise levels evenly from 1 to 1 / steps, before
+            they are shifted.
     """
 
     denoiser: Literal["unet", "transformer"]
     model: str
     pipeline: str = ""
     vae: bool = True
+    autoencoder: str = "AutoencoderKL"
     encoders: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     conditioning: Literal["caption", "label"] = "caption"
@@ -49,6 +55,7 @@ class Family:
     guidance: float = 7.5
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     vae_id: str | None = None
+    even: bool = False
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """The model's output (B, C or 2C, H, W).
@@ -64,6 +71,25 @@ class Family:
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that are read; the rest is cut off. CLIP reads windows of 75."""
         return config.max_token_length
+
+    def levels(self, scheduler: Any, steps: int, tokens: int) -> dict[str, Any]:
+        """The arguments of `set_timesteps` of a flow model's scheduler, as its pipeline gives them.
+
+        Args:
+            scheduler: of the base.
+            steps: of sampling.
+            tokens: of a picture.
+        """
+        arguments: dict[str, Any] = {"num_inference_steps": steps}
+        if self.even:
+            arguments = {"sigmas": [1 - n / steps for n in range(steps)]}
+        if scheduler.config.get("use_dynamic_shifting"):
+            arguments["mu"] = self.shift(scheduler, steps, tokens)
+        return arguments
+
+    def shift(self, scheduler: Any, steps: int, tokens: int) -> float:
+        """Logarithm of the shift of a picture's noise levels; arguments as of `levels`."""
+        return dynamic_shift(scheduler, tokens)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

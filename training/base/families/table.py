@@ -5,6 +5,7 @@ from __future__ import annotations
 from dmp_common import Base, PatchError
 from training.base.families.dit import DiT
 from training.base.families.family import Family
+from training.base.families.language import Lumina2
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
 
@@ -80,6 +81,16 @@ FLUX = Flux(
     encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
     files={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
     guidance=1.0,  # told to the model, see Previews
+    even=True,
+)
+LUMINA2 = Lumina2(
+    denoiser="transformer",
+    model="Lumina2Transformer2DModel",
+    pipeline="Lumina2Pipeline",
+    encoders={"text_encoder": "Gemma2Model"},
+    files={"text_encoder": "text_encoder"},
+    guidance=4.0,
+    even=True,
 )
 
 _FAMILIES: dict[str, Family] = {
@@ -95,6 +106,7 @@ _FAMILIES: dict[str, Family] = {
     "sd35-medium": STABLE3,
     "sd35-large": STABLE3,
     "flux": FLUX,
+    "lumina2": LUMINA2,
 }
 
 

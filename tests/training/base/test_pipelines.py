@@ -1,0 +1,90 @@
+"""The trainer and diffusers' own pipeline say the same of a patched base, for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+from torch import Tensor
+
+from dmp_common import attach
+from tests.tiny import FAMILIES
+from tests.training.base.test_memory import config_of
+from tests.training.conftest import Folders
+from tests.training.tinybases import OPTIONS, TRAINED
+from training.base.encoders import FrozenEncoders
+from training.base.families.transformer import pack, unpack
+from training.base.frozen import FrozenBase, load_frozen
+from training.base.schedulers import is_flow
+from training.objective.sampling import condition, draw_latents, is_guided, noises
+
+PIPELINES = [name for name, (family, _) in TRAINED.items() if family.pipeline]
+PACKED = ("flux",)  # the pipeline takes and gives tokens
+SIDE = 8  # cells of a latent
+# What a pipeline is told besides the prompt, without guidance and with it.
+PLAIN: dict[str, dict[str, Any]] = {}
+GUIDED: dict[str, dict[str, Any]] = {
+    "sdxl": {"negative_prompt": ""},  # without one it takes zeros
+    "lumina2": {"cfg_normalization": False},
+}
+# The side of a picture, where the pipeline takes another VAE than the tiny one for granted.
+PICTURE = {"lumina2": 64}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    words = OPTIONS.get(name, [])
+    return {key[2:]: value for key, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def from_pipeline(
+    frozen: FrozenBase, name: str, noise: Tensor, scale: float, **more: Any
+) -> Tensor:
+    """What the pipeline of a base draws in two steps."""
+    pipe = frozen.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    if not is_flow(frozen.scheduler):  # as in the trainer, without noise on the way
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    given, length = options_of(name), {}
+    if given:
+        length["max_sequence_length"] = next(int(v) for v in given.values() if v.isdigit())
+    if "system_prompt" in given:
+        length["system_prompt"] = given["system_prompt"]
+    side = PICTURE.get(name, SIDE * frozen.factor)
+    made = pipe(
+        "a red cat",
+        height=side,
+        width=side,
+        latents=pack(noise) if name in PACKED else noise.clone(),
+        num_inference_steps=2,
+        guidance_scale=scale,
+        output_type="latent",
+        **length,
+        **more,
+    )[0]
+    return unpack(made, SIDE, SIDE) if name in PACKED else made
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_pipeline_draws_as_the_trainer_does(name: str, folders: Folders) -> None:
+    """So texts, masks, timesteps, predictions and noise levels agree, with a patch at work."""
+    config = config_of(name, folders(name), **options_of(name))
+    frozen = load_frozen(config)
+    encoders = FrozenEncoders(frozen, config)
+    noise, _ = noises([name], (frozen.channels, SIDE, SIDE))
+    guided = is_guided(frozen, frozen.family.guidance)
+
+    def told(text: str, scale: float) -> dict[str, Tensor]:
+        return condition(frozen, encoders, text, (SIDE * frozen.factor,) * 2, scale)
+
+    def draw(scale: float) -> Tensor:
+        nothing = told("", scale) if scale != 1.0 else None
+        return draw_latents(frozen, noise, told("a red cat", scale), nothing, steps=2, scale=scale)
+
+    with attach(frozen.model, FAMILIES[name].patch(0)):
+        for scale in (1.0, 3.0) if guided else (1.0,):
+            drawn = draw(scale)
+            more = (PLAIN if scale == 1.0 else GUIDED).get(name, {})
+            made = from_pipeline(frozen, name, noise, scale, **more)
+            assert float((drawn - made).abs().max()) < 1e-4 * float(made.abs().max()), scale
+    assert float((drawn - draw(scale)).abs().max()) > 1e-3  # the patch acts

@@ -1,0 +1,76 @@
+"""Families whose captions come from a language model: Lumina 2.
+
+Their text goes through the pipelines' own encoders, with the templates that these have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from training.base.families.family import Family, Given, like
+
+if TYPE_CHECKING:
+    from training.options.config import TrainConfig
+
+
+class LanguageFamily(Family):
+    """A family whose one text encoder is a language model, which reads captions in a template."""
+
+    longest = 512  # tokens that the pipeline reads of a template and a caption
+    template = 0  # about how many of them are the template's
+
+    def length(self, config: TrainConfig) -> int:
+        """Tokens of template and caption together; the rest is cut off."""
+        return config.llm_max_token_length or self.longest
+
+    def window(self, config: TrainConfig) -> int:
+        """About how many tokens of a caption are read, beside the template."""
+        return max(self.length(config) - self.template, 1)
+
+
+class Lumina2(LanguageFamily):
+    """Lumina-Image 2.0: Gemma 2, its last hidden state but one, after a system prompt.
+
+    The model's time runs from noise to picture, and its output from picture to noise.
+    """
+
+    longest = 256
+    template = 30
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """See `Family.predict`; needs "prompt" (B, L, D) and "mask" (B, L)."""
+        output: Tensor = model(
+            noisy,
+            timestep=1 - t / 1000,
+            encoder_hidden_states=like(given["prompt"], noisy),
+            encoder_attention_mask=given["mask"],
+        ).sample
+        return -output
+
+    def encode_text(
+        self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
+    ) -> dict[str, Tensor]:
+        """{"prompt": (B, L, D), "mask": (B, L)}.
+
+        The empty caption is what the pipeline guides away from, which has no system prompt.
+        """
+        cls: Any = diffusers.Lumina2Pipeline
+        pipeline = cls(transformer=None, scheduler=None, vae=None, **parts)
+        prompt, mask, nothing, no_mask = pipeline.encode_prompt(
+            captions,
+            do_classifier_free_guidance=not all(captions),
+            device=parts["text_encoder"].device,
+            system_prompt=config.system_prompt,
+            max_sequence_length=self.length(config),
+        )
+        if nothing is not None:
+            empty = torch.tensor([not caption for caption in captions], device=mask.device)
+            prompt = torch.where(empty[:, None, None], nothing, prompt)
+            mask = torch.where(empty[:, None], no_mask, mask)
+        return {"prompt": prompt, "mask": mask}
