@@ -18,6 +18,12 @@ from tests.tiny import FAMILIES, Tiny
 from training.base.families import table
 from training.base.families.table import register_family
 
+# A chat as language models read it: who speaks, what they say, and who answers.
+_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}"
+)
 SIZE = 16  # pixels of a picture, 8 cells of a latent
 WORDS = ["red", "green", "blue", "cat", "dog", "a", "of", "picture", "square"]
 BEGIN, END, UNKNOWN = len(WORDS), len(WORDS) + 1, len(WORDS) + 2
@@ -32,6 +38,7 @@ TRAINED = {
     "sd3": (table.STABLE3, 4),
     "sd35": (table.STABLE3, 4),
     "flux": (table.FLUX, 4),
+    "z-image": (table.Z_IMAGE, 4),
     "lumina2": (table.LUMINA2, 4),
 }
 TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
@@ -42,6 +49,7 @@ for _name, (_family, _multiple) in TRAINED.items():
 OPTIONS: dict[str, list[str]] = {
     **{name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux")},
     "dit": [],
+    "z-image": ["--llm_max_token_length", "16"],
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
 
@@ -52,7 +60,8 @@ def make_base(folder: Path, name: str) -> Path:
     model = tiny.model()
     part = "unet" if name.startswith("sd1") or name in ("sd21", "sdxl") else "transformer"
     model.save_pretrained(folder / part)
-    _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2")).save_pretrained(folder / "vae")
+    shifted = name in ("sd3", "sd35", "flux", "lumina2", "z-image")
+    _vae(shifted).save_pretrained(folder / "vae")
     _scheduler(name).save_pretrained(folder / "scheduler")
     for place, build in _encoders(name).items():
         with torch.random.fork_rng():
@@ -135,6 +144,8 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    if name == "z-image":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     prediction = "v_prediction" if name == "sd21" else "epsilon"
     return diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -170,6 +181,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": lambda: plain(_clip(10)), "text_encoder_2": _t5}
         case "lumina2":
             return {"text_encoder": _gemma2}
+        case "z-image":
+            return {"text_encoder": _qwen3}
     return {}
 
 
@@ -210,6 +223,20 @@ def _gemma2() -> nn.Module:
     )
 
 
+def _qwen3(layers: int = 3) -> nn.Module:
+    return transformers.Qwen3Model(
+        transformers.Qwen3Config(
+            vocab_size=len(WORDS) + 3,
+            hidden_size=12,
+            intermediate_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=6,
+        )
+    )
+
+
 def _tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
     """Whole words, with a begin and an end."""
     vocabulary = {word: number for number, word in enumerate([*WORDS, "<b>", "<e>", "<u>"])}
@@ -225,4 +252,5 @@ def _tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
         pad_token="<e>",
         unk_token="<u>",
         model_max_length=length,
+        chat_template=_CHAT,
     )

@@ -19,6 +19,7 @@ from tests.dmp_common.originalnames import next_names, unet_original_name
 IN_FILE = {
     "sd15": {"text_encoder": "cond_stage_model.transformer.text_model."},
     "lumina2": {"text_encoder": "text_encoders.gemma2_2b.transformer."},
+    "z-image": {"text_encoder": "text_encoders.qwen3_4b.transformer."},
     "flux": {
         "text_encoder": "text_encoders.clip_l.transformer.text_model.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
@@ -80,7 +81,7 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         levels = len({key.split(".")[1] for key in state if key.startswith("down_blocks.")})
         return {unet_original_name(key, levels): tensor for key, tensor in state.items()}
     state = weights_of(folder / "transformer")
-    if name == "lumina2":
+    if name in ("lumina2", "z-image"):
         return _joined_as(next_names(name, state), state)
     return (_flux if name == "flux" else _sd3)(state)
 
@@ -93,7 +94,7 @@ def save_single(path: Path, folder: Path, name: str, *parts: str) -> Path:
     }
     for part in parts:
         if part == "vae":
-            prefix = "vae." if name in ("flux", "lumina2") else "first_stage_model."
+            prefix = "vae." if name in ("flux", "lumina2", "z-image") else "first_stage_model."
             tensors |= {prefix + key: value for key, value in vae_tensors(folder).items()}
             continue
         prefix = IN_FILE[name][part]
@@ -142,7 +143,7 @@ def _with_numbers(code: types.CodeType, numbers: dict[int, int]) -> types.CodeTy
 def _joined_as(names: dict[str, str], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under their original names; those of one name are one tensor there."""
     found: dict[str, list[Tensor]] = {}
-    for key in sorted(state, key=lambda key: _PARTS.get(key.split(".")[-2], 0)):
+    for key in sorted(state, key=lambda key: _PARTS.get(key.split(".")[-2:][0], 0)):
         found.setdefault(names[key], []).append(state[key])
     return {name: torch.cat(parts) for name, parts in found.items()}
 

@@ -55,7 +55,12 @@ class Loader:
         self._said = said or (lambda line: None)
         in_file = source.kind in ("single", "original")
         self.file = SingleFile(Path(source.place)) if in_file else None
-        self._denoiser: Any = getattr(diffusers, family.model)
+        self._denoiser: Any = getattr(diffusers, family.model, None)
+        if self._denoiser is None:
+            raise PatchError(
+                f"expected a release of diffusers with {family.model} for base {base.name}, found "
+                f"{diffusers.__version__}: pip install -U diffusers."
+            )
 
     def __enter__(self) -> Loader:
         return self

@@ -20,7 +20,7 @@ Quantization = Literal[
 # The bases that the trainer knows, as `--help` and errors list them.
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
-    "sd3, sd35-medium, sd35-large, flux, lumina2"
+    "sd3, sd35-medium, sd35-large, flux, z-image, lumina2"
 )
 
 
@@ -97,7 +97,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Cut captions for a language model after this many tokens, the template around them "
-        "included. By default it is 256 for lumina2.",
+        "included. By default it is 256 for lumina2, else 512.",
         ge=1,
     )
     system_prompt: str | None = option(
@@ -139,7 +139,8 @@ class ModelOptions(Options):
     text_encoder: str | None = option(
         "model",
         None,
-        "Load the text encoder that is a language model from this file: for lumina2. With "
+        "Load the text encoder that is a language model from this file: for lumina2 and "
+        "z-image. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )

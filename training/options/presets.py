@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     **{name: {"train_batch_size": 4} for name in ("sd15", "sd21", "pixart")},
     **{name: {"train_batch_size": 1} for name in ("sdxl", "sd3", "sd35-medium", "sd35-large")},
-    **{name: {"train_batch_size": 1} for name in ("flux", "lumina2")},
+    **{name: {"train_batch_size": 1} for name in ("flux", "z-image", "lumina2")},
     **{
         f"dit-{size}/{tokens}": {"train_batch_size": 16}
         for size in ("s", "b", "l", "xl")

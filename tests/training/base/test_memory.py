@@ -43,7 +43,8 @@ def gradients(frozen: FrozenBase, name: str, checkpointing: bool = False) -> dic
     patch.to(device)
     inputs = FAMILIES[name].inputs(torch.tensor([3.0, 500.0]), (8, 8), frozen.dtype, 0)
     with attach(model, patch):
-        model(**placed(inputs, device, frozen.dtype)).sample.float().square().mean().backward()
+        output = FAMILIES[name].call(model, placed(inputs, device, frozen.dtype))
+        output.float().square().mean().backward()
     return {key: value.grad for key, value in patch.named_parameters()}
 
 

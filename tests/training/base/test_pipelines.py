@@ -57,7 +57,7 @@ def from_pipeline(
         width=side,
         latents=pack(noise) if name in PACKED else noise.clone(),
         num_inference_steps=2,
-        guidance_scale=scale,
+        guidance_scale=scale - (name == "z-image"),  # which counts from 0
         output_type="latent",
         **length,
         **more,

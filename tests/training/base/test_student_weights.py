@@ -43,6 +43,7 @@ FILES = [
     ("sdxl", "original", ""), ("sd3", "original", ""), ("flux", "original", ""),
     ("flux", "diffusers", "model.diffusion_model."), ("dit", "diffusers", ""),
     ("pixart", "diffusers", ""), ("lumina2", "original", "model.diffusion_model."),
+    ("z-image", "original", ""),
 ]  # fmt: skip
 
 

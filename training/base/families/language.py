@@ -1,17 +1,18 @@
-"""Families whose captions come from a language model: Lumina 2.
+"""Families whose captions come from a language model: Lumina 2, Z-Image.
 
 Their text goes through the pipelines' own encoders, with the templates that these have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from training.base.families.family import Family, Given, like
 
@@ -74,3 +75,44 @@ class Lumina2(LanguageFamily):
             prompt = torch.where(empty[:, None, None], nothing, prompt)
             mask = torch.where(empty[:, None], no_mask, mask)
         return {"prompt": prompt, "mask": mask}
+
+
+class ZImage(LanguageFamily):
+    """Z-Image: Qwen3, its last hidden state but one, after its chat template.
+
+    The model takes lists: pictures of one frame, and captions without padding. Its time runs from
+    noise to picture, and its output from picture to noise.
+    """
+
+    template = 11
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """See `Family.predict`; needs "prompt" (B, L, D) and "mask" (B, L)."""
+        prompt = like(given["prompt"], noisy)
+        captions = [text[own] for text, own in zip(prompt, given["mask"].bool(), strict=True)]
+        output: list[Tensor] = model(
+            list(noisy.unsqueeze(2).unbind()), 1 - t / 1000, captions, return_dict=False
+        )[0]
+        return -torch.stack(output).squeeze(2)
+
+    def encode_text(
+        self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
+    ) -> dict[str, Tensor]:
+        """{"prompt": (B, L, D), "mask": (B, L)}."""
+        cls: Any = diffusers.ZImagePipeline
+        pipeline = cls(scheduler=None, vae=None, transformer=None, **parts)
+        texts, _ = pipeline.encode_prompt(
+            list(captions),  # which it writes over
+            device=parts["text_encoder"].device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.length(config),
+        )
+        return _padded(texts, self.length(config))
+
+
+def _padded(texts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
+    """{"prompt": (B, length, D), "mask": (B, length)} of texts (L, D) of B captions."""
+    longest = texts[0].new_zeros(length, texts[0].shape[1])  # so that all batches fit together
+    prompt = pad_sequence([*texts, longest], batch_first=True)[:-1]
+    sizes = torch.tensor([len(text) for text in texts], device=prompt.device)
+    return {"prompt": prompt, "mask": torch.arange(length, device=prompt.device) < sizes[:, None]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dmp_common import Base, PatchError
 from training.base.families.dit import DiT
 from training.base.families.family import Family
-from training.base.families.language import Lumina2
+from training.base.families.language import Lumina2, ZImage
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
 
@@ -92,6 +92,15 @@ LUMINA2 = Lumina2(
     guidance=4.0,
     even=True,
 )
+Z_IMAGE = ZImage(
+    denoiser="transformer",
+    model="ZImageTransformer2DModel",
+    pipeline="ZImagePipeline",
+    encoders={"text_encoder": "Qwen3Model"},
+    files={"text_encoder": "text_encoder"},
+    guidance=1.0,  # Turbo, the usual weights, is distilled
+    even=True,
+)
 
 _FAMILIES: dict[str, Family] = {
     "digits": DIGITS,
@@ -106,6 +115,7 @@ _FAMILIES: dict[str, Family] = {
     "sd35-medium": STABLE3,
     "sd35-large": STABLE3,
     "flux": FLUX,
+    "z-image": Z_IMAGE,
     "lumina2": LUMINA2,
 }
 
