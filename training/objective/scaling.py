@@ -31,7 +31,7 @@ def epsilon_scaled(frozen: FrozenBase, factor: float) -> Iterator[FrozenBase]:
 
     Args:
         frozen: a base that predicts noise, v or the clean picture.
-        factor: of the paper; usually a little above 1, and 1 changes nothing.
+        factor: of the paper; usually a little above 1. 1 changes nothing and suits every base.
 
     Yields:
         The same base.
@@ -45,6 +45,9 @@ def epsilon_scaled(frozen: FrozenBase, factor: float) -> Iterator[FrozenBase]:
     """
     if not (math.isfinite(factor) and factor > 0):
         raise PatchError(f"expected a positive number as factor of the noise, found {factor}.")
+    if factor == 1:
+        yield frozen
+        return
     if is_flow(frozen.scheduler):
         raise PatchError(
             "expected a base that predicts noise or v for epsilon scaling, found "
@@ -57,9 +60,6 @@ def epsilon_scaled(frozen: FrozenBase, factor: float) -> Iterator[FrozenBase]:
             "expected a noise schedule with some signal at its last timestep for epsilon scaling, "
             "found one without (zero terminal SNR): leave epsilon scaling out."
         )
-    if factor == 1:
-        yield frozen
-        return
     angles, prediction = alphas.sqrt().acos(), frozen.prediction
 
     def scale(

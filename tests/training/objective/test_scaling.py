@@ -114,9 +114,11 @@ def test_what_cannot_be_scaled_is_refused() -> None:
     for base, factor, message in (
         (frozen, 0.0, "a positive number"),
         (frozen, float("nan"), "a positive number"),
-        (flow, 1.0, "found digits, a flow model"),
+        (flow, 1.01, "found digits, a flow model"),
         (replace(frozen, scheduler=no_signal), 1.01, "zero terminal SNR"),
     ):
         with pytest.raises(PatchError, match=message), epsilon_scaled(base, factor):
             raise AssertionError("it was not refused")
     assert not frozen.model._forward_hooks
+    with epsilon_scaled(flow, 1.0) as plain:
+        assert plain is flow
