@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from training.evaluation.models import Compared
+from training.evaluation.spec import TRAINED
 
 CONTROLS = {
     "prompt": "prompt tuning (a patch without gate)",
@@ -45,11 +46,13 @@ class Controls:
         return " ".join([*said, *self.mismatches])
 
 
-def check_controls(models: Mapping[str, Sequence[Compared]]) -> Controls:
+def check_controls(models: Mapping[str, Sequence[Compared]], repairs: bool = False) -> Controls:
     """Which controls are missing, and which are not what they should be.
 
     Args:
-        models: the trained models by label, one for each seed.
+        models: the models by label, one for each seed.
+        repairs: they repair a cheap model, whose weights are not to be stored once more; full
+            fine-tuning is then no control.
     """
     given = {model.spec.kind for files in models.values() for model in files}
     everyone = [(label, model) for label, files in models.items() for model in files]
@@ -66,5 +69,8 @@ def check_controls(models: Mapping[str, Sequence[Compared]]) -> Controls:
                     f"{label} has {model.parameters:,} parameters, {share:.2f} times those of the "
                     f"patch ({patch:,.0f}): a LoRA of equal size needs another --network_dim."
                 )
-    missing = [kind for kind in CONTROLS if kind not in given]
+    wanted = [kind for kind in CONTROLS if not (repairs and kind == "full")]
+    missing = [kind for kind in wanted if kind not in given]
+    if not given & set(TRAINED):
+        missing = []  # nothing that was trained is compared
     return Controls(missing, list(dict.fromkeys(mismatches)))

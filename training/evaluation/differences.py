@@ -10,7 +10,8 @@ from torch import Tensor
 
 from training.evaluation.comparison import Difference, bootstrap_interval, over_seeds
 from training.evaluation.metrics import METRICS, Measured
-from training.evaluation.spec import BASE
+from training.evaluation.spec import How, Spec
+from training.objective.grid_search import Choice
 from training.objective.intervals import Interval, t_interval
 
 
@@ -24,6 +25,9 @@ class ModelResult:
         drawn: FID, sFID and KID of samples drawn again, (draws,) each.
         samples: how many were generated.
         pictures: the first samples, (C, H, W) each.
+        evaluations: how often the model was called for each sample.
+        epsilon: the factor that its predicted noise was divided by.
+        choice: of that factor, where it was tuned.
     """
 
     losses: Tensor
@@ -31,6 +35,9 @@ class ModelResult:
     drawn: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
     pictures: list[Tensor] = field(default_factory=list)
+    evaluations: float = 0.0
+    epsilon: float = 1.0
+    choice: Choice | None = None
 
 
 @dataclass
@@ -38,13 +45,24 @@ class Judged:
     """The results of all seeds of one label.
 
     Args:
-        method: base, or the kind of the model.
+        spec: what the command line says of the first of them.
+        how: the samples were drawn.
         results: one for each file.
     """
 
-    label: str
-    method: str
+    spec: Spec
+    how: How
     results: list[ModelResult] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Its name in the report."""
+        return self.spec.label
+
+    @property
+    def method(self) -> str:
+        """The kind of the model."""
+        return self.spec.kind
 
     @property
     def losses(self) -> Tensor:
@@ -75,15 +93,25 @@ class Judged:
         return torch.stack([r.measured.single[measure].double() for r in self.results]).mean(0)
 
 
-def differences(judged: Mapping[str, Judged]) -> list[Difference]:
-    """Every model against the base, and every gated patch against every other model; of two gated
-    patches the one named first against the other."""
+def differences(judged: Mapping[str, Judged], reference: str) -> list[Difference]:
+    """Every trained model against every plain one, and every gated patch against every other
+    trained model; of two gated patches the one named first against the other. Every plain row
+    against the reference.
+
+    Args:
+        reference: the label of what the models are put on, as it is.
+    """
     found: list[Difference] = []
     models = list(judged.values())
     for number, model in enumerate(models):
         for place, against in enumerate(models):
-            gated = model.method == "dmp" and (against.method != "dmp" or place > number)
-            if model.method != BASE and (against.method == BASE or gated) and place != number:
+            if model.spec.trained and against.spec.trained:
+                wanted = model.method == "dmp" and (against.method != "dmp" or place > number)
+            elif model.spec.trained:
+                wanted = True
+            else:
+                wanted = against.label == reference
+            if wanted and place != number:
                 found += _between(model, against)
     return found
 
@@ -101,7 +129,7 @@ def _between(model: Judged, against: Judged) -> list[Difference]:
     ]
     metrics, others = model.metrics, against.metrics
     for name in METRICS:
-        if name not in metrics:
+        if name not in metrics or name not in others:
             continue
         first, second = model.results[0], against.results[0]
         if name in first.drawn:
@@ -113,7 +141,7 @@ def _between(model: Judged, against: Judged) -> list[Difference]:
             over = "images" if name == "recall" else "samples"  # of recall: reference images
             found.append(said(name, t_interval(paired), len(paired), over))
     for name in ("loss", *METRICS):
-        if name == "loss" or name in metrics:
+        if name == "loss" or (name in metrics and name in others):
             repeated = over_seeds(model.seeds(name), against.seeds(name))
             if repeated is not None:
                 found.append(said(name, repeated, len(model.results), "seeds"))

@@ -209,10 +209,28 @@ def load_extractor(
         module = Inception(Path(inception_weights), inception_sha256)
         return Extractor("Inception", module, device)
     if chosen is not None:
-        return Extractor(chosen, _named(chosen), device)
+        return Extractor(chosen, _named(chosen, "--feature_extractor"), device)
     if base != "digits":
         return None
     return Extractor("classifier of the digits", _Classifier(load_digit_classifier()), device)
+
+
+def load_classifier(base: str, chosen: str | None, device: torch.device) -> nn.Module | None:
+    """The classifier of the class accuracy, from images (B, C, H, W) in [-1, 1] to logits; for base
+    digits, without any, its own.
+
+    Args:
+        base, chosen: see `load_extractor`.
+
+    Returns:
+        None where nothing is named and the base has no classifier of its own.
+
+    Raises:
+        PatchError: what is named is none.
+    """
+    if chosen is not None:
+        return _named(chosen, "--classifier").to(device).eval()
+    return load_digit_classifier().to(device) if base == "digits" else None
 
 
 class _Classifier(nn.Module):
@@ -226,7 +244,7 @@ class _Classifier(nn.Module):
         return self.classifier.features(images)
 
 
-def _named(chosen: str) -> nn.Module:
+def _named(chosen: str, option: str) -> nn.Module:
     """A module from a TorchScript file, or from a function that makes it."""
     if Path(chosen).is_file():
         try:
@@ -239,14 +257,14 @@ def _named(chosen: str) -> nn.Module:
     name, colon, function = chosen.partition(":")
     if not colon:
         raise PatchError(
-            f"expected a TorchScript file or package.module:function as --feature_extractor, found "
+            f"expected a TorchScript file or package.module:function as {option}, found "
             f"{chosen!r}: check the path."
         )
     try:
         make: Callable[[], Any] = getattr(importlib.import_module(name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise PatchError(
-            f"expected a function {function} in module {name} for --feature_extractor, found "
+            f"expected a function {function} in module {name} for {option}, found "
             f"{error}: check both names, and that the module is on PYTHONPATH."
         ) from error
     module = make()

@@ -16,8 +16,11 @@ from dmp_common import PatchError
 from training.evaluation.features import Features
 from training.objective.frechet import Gaussian
 
-METRICS = ("fid", "sfid", "kid", "precision", "recall", "clip_score")
-HIGHER_IS_BETTER = ("precision", "recall", "clip_score")
+METRICS = (
+    "distance_to_full", "feature_distance_to_full", "fid", "sfid", "kid", "precision", "recall",
+    "class_accuracy", "clip_score",
+)  # fmt: skip
+HIGHER_IS_BETTER = ("precision", "recall", "class_accuracy", "clip_score")
 NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
 _ROWS = 1024  # of a matrix of distances at a time
 

@@ -9,7 +9,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,13 @@ from training.methods.full import DIFFUSERS_SHIFT, JointMethod
 from training.methods.lora import MIN_DIM, lora_layers, remove_lora
 from training.methods.lora_ranks import Handles, limit_ranks
 
-__all__ = ["Compared", "FullModel", "LoraModel", "PatchModel", "Spec", "load_compared"]
+__all__ = [
+    "TRAINING",
+    "Compared", "FullModel", "LoraModel", "PatchModel", "PlainModel", "Spec", "base_parameters",
+    "load_compared", "read_safetensors",
+]  # fmt: skip
 
+TRAINING = ("learning_rate", "ema_decay", "steps")  # what a file says of how it was trained
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -57,6 +62,11 @@ class Compared(ABC):
         Raises:
             PatchError: it was not made for this base.
         """
+
+    @property
+    def bytes_added(self) -> int:
+        """The size of its file's values in half precision; of full and joint a whole model's."""
+        return 2 * self.parameters
 
     @property
     def trained(self) -> dict[str, float | int | None]:
@@ -88,7 +98,8 @@ class PatchModel(Compared):
     def on(self, frozen: FrozenBase) -> Iterator[FrozenBase]:
         """See `Compared.on`."""
         self.patch.to(next(frozen.model.parameters()).device)
-        with attach(frozen.model, self.patch):
+        strength = self.spec.settings.strength
+        with attach(frozen.model, self.patch, strength=1.0 if strength is None else strength):
             yield frozen
 
 
@@ -202,12 +213,26 @@ class FullModel(Compared):
             )
 
 
+class PlainModel(Compared):
+    """base and exact: what models are put on, with nothing on it."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.metadata, self.parameters = {}, 0
+
+    def on(self, frozen: FrozenBase) -> AbstractContextManager[FrozenBase]:
+        """See `Compared.on`."""
+        return nullcontext(frozen)
+
+
 def load_compared(spec: Spec) -> Compared:
-    """Reads a model's file.
+    """Reads a model's file; a plain one has none.
 
     Raises:
         PatchError: there is none, or another than its kind says.
     """
+    if not spec.trained:
+        return PlainModel(spec)
     if spec.kind in ("dmp", "prompt"):
         return PatchModel(spec)
     return LoraModel(spec) if spec.kind == "lora" else FullModel(spec)

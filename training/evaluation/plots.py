@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from dmp_common import PatchError
 from training.evaluation.comparison import Difference
 from training.evaluation.differences import Judged
-from training.evaluation.spec import BASE
 from training.objective.pictures import as_image
 
 _SMALLEST = 64  # pixels of a side in the grid of samples
 
 
 def plot_losses(
-    judged: Mapping[str, Judged], differences: Sequence[Difference], path: Path
+    judged: Mapping[str, Judged], reference: str, differences: Sequence[Difference], path: Path
 ) -> None:
     """The loss by timestep, and below its difference to the base with intervals over images.
 
     Args:
-        judged: by label, the base first.
+        judged: by label.
+        reference: the label of the base, which the others are subtracted from.
 
     Raises:
         PatchError: matplotlib is missing.
@@ -36,7 +36,7 @@ def plot_losses(
             "expected the package matplotlib for loss_by_bin.png, found none: pip install "
             "matplotlib; the figures themselves are written."
         ) from error
-    base = judged[BASE].losses.mean(0).tolist()
+    base = judged[reference].losses.mean(0).tolist()
     bins = len(base)
     middles = [1000 * (number + 0.5) / bins for number in range(bins)]
     figure = Figure(figsize=(8, 7), layout="constrained")
@@ -47,12 +47,16 @@ def plot_losses(
     above.set_ylabel("held-out loss")
     above.legend()
     below.axhline(0, color="grey", linewidth=1)
-    below.plot([], [])  # the base's colour
-    for label in list(judged)[1:]:
+    for label in judged:
+        if label == reference:
+            below.plot([], [])  # its colour
+            continue
         of_bins = [
             one
             for one in differences
-            if one.model == label and one.against == BASE and one.measure.startswith("loss_bin_")
+            if one.model == label
+            and one.against == reference
+            and one.measure.startswith("loss_bin_")
         ]
         means = [100 * one.mean / loss for one, loss in zip(of_bins, base, strict=True)]
         # The interval is symmetric: it is Student's.

@@ -6,16 +6,18 @@ Nothing here imports torch: `--help` must not wait for it.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError, field_validator
 
 from training.options.command_line import read_options
 from training.options.config import TrainConfig
 from training.options.declaring import Options, option
 from training.options.helping import add_options, sections
+from training.options.presets import has_student
 from training.options.problems import ConfigError, numbered
 from training.options.sentences import sentence_of
 from training.options.taking import explain
@@ -30,7 +32,7 @@ _LEFT_OUT = {
     *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
     *("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"),
 }
-METRIC_NAMES = ("fid", "sfid", "kid", "precision", "recall", "clip_score")
+METRIC_NAMES = ("fid", "sfid", "kid", "precision", "recall", "class_accuracy", "clip_score")
 
 
 class EvaluationOptions(Options):
@@ -42,7 +44,10 @@ class EvaluationOptions(Options):
         "models",
         [],
         "A trained model as LABEL=KIND:PATH, where KIND is dmp, prompt, lora, full or joint. Give "
-        "the option once for each model; the same LABEL again is another seed of it.",
+        "the option once for each model; the same LABEL again is another seed of it. Behind an @ "
+        "stand settings of this row alone: LABEL=KIND:PATH@steps=10,guidance=2 (also sampler, "
+        "epsilon, strength). LABEL=base:@steps=10,guidance=3 is a row of the base without a file, "
+        "and LABEL=exact:@... one of the full model beside a cheap one.",
     )
     require_controls: bool = option(
         "models", False, "Stop where a control is missing or does not match; otherwise say so."
@@ -101,6 +106,15 @@ class EvaluationOptions(Options):
         "default",
         "The sampler: ddim (the default), ddpm, dpm++, euler or unipc. Flow models take euler.",
     )
+    epsilon_scale: str = option(
+        "samples",
+        "1",
+        "Divide the predicted noise of each sample by this number (epsilon scaling). tune chooses "
+        "it for each model on validation images.",
+    )
+    epsilon_samples: int = option(
+        "samples", 500, "Draw this many images for each number that tune tries.", ge=2
+    )
     seed: int = option("samples", 0, "The seed of all noise; every model gets the same noise.")
     grid: int = option("samples", 8, "Show this many rows in samples.png.", ge=1, le=100)
     metrics: str = option(
@@ -129,6 +143,13 @@ class EvaluationOptions(Options):
         "Another feature extractor: a TorchScript file, or package.module:function that returns a "
         "module from images (B, C, H, W) in [-1, 1] to features (B, F). The digits have their own.",
     )
+    classifier: str | None = option(
+        "metrics",
+        None,
+        "The classifier of the class accuracy: a TorchScript file, or package.module:function that "
+        "returns a module from images (B, C, H, W) in [-1, 1] to logits (B, classes). The digits "
+        "have their own.",
+    )
     clip: str | None = option(
         "metrics", None, "The CLIP model of the CLIP score: a folder or hub id."
     )
@@ -141,6 +162,12 @@ class EvaluationOptions(Options):
         ge=20,
     )
     out: str = option("output", "output/{base}-evaluation", "Write the report to this folder.")
+
+    @field_validator("epsilon_scale")
+    @classmethod
+    def _is_a_scale(cls, value: str) -> str:
+        as_epsilon(value)
+        return value
 
     @property
     def wanted(self) -> list[str]:
@@ -160,6 +187,23 @@ class EvaluationOptions(Options):
         return [name for name in METRIC_NAMES if name in names]
 
 
+def as_epsilon(text: str) -> float | None:
+    """A value of --epsilon_scale; None for one that is tuned.
+
+    Raises:
+        ValueError: it is neither a positive number nor tune.
+    """
+    if text == "tune":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("expected a positive number such as 1.01, or tune")
+    return value
+
+
 def parse_evaluation(
     arguments: Sequence[str] | None = None,
 ) -> tuple[EvaluationOptions, TrainConfig]:
@@ -172,7 +216,10 @@ def parse_evaluation(
         _parser().print_help()
         raise SystemExit(0)
     problems = [*words.problems, *(explain(n, known) for n in words.values if n not in known)]
-    found = read_options({n: v for n, v in words.values.items() if n in shared})
+    given = {n: v for n, v in words.values.items() if n in shared}
+    if has_student(given):
+        given["objective"] = "distill"  # the only one with a cheap model
+    found = read_options(given)
     problems += found.problems
     own = {n: v for n, v in words.values.items() if n in EvaluationOptions.model_fields}
     options = _options(own, found.config, problems)
@@ -192,7 +239,7 @@ def _options(given: dict[str, Any], config: TrainConfig, problems: list[str]) ->
         wrong = {str(entry["loc"][0]) for entry in error.errors()}
         problems += [sentence_of(name, error) for name in sorted(wrong)]
         options = EvaluationOptions(**{n: v for n, v in given.items() if n not in wrong})
-    if not options.model:
+    if not (options.model or config.has_student):
         problems.append("expected --model LABEL=KIND:PATH, found none: name what to evaluate.")
     try:
         _ = options.wanted  # an unknown name is found here

@@ -67,18 +67,21 @@ def test_digits_with_all_controls(digits_models: dict[str, Path], tmp_path: Path
     assert main(["--base", "digits", *models, *QUICK, "--require_controls", "--out", str(out)]) == 0
     data = read(out)
     assert set(data) == {
-        "format", "base", "settings", "missing_controls", "models", "differences",
+        "format", "base", "reference", "settings", "missing_controls", "models", "differences",
     }  # fmt: skip
     assert (data["format"], data["base"], data["missing_controls"]) == (1, "digits", [])
     assert list(data["models"]) == ["base", *kinds]
     base = data["models"]["base"]
     assert (base["method"], base["parameters"], base["samples"]) == ("base", 584900, 14)
-    assert set(base["metrics"]) == {"fid", "kid", "kid_std", "precision", "recall"}
+    assert set(base["metrics"]) == {
+        "fid", "kid", "kid_std", "precision", "recall", "class_accuracy",
+    }  # fmt: skip
+    assert (base["bytes"], base["bytes_added"], base["to_full"]) == (2 * 584900, 0, {})
     assert base["loss"] == pytest.approx(sum(base["loss_by_bin"]) / 2)
     ours = data["models"]["ours"]
     assert ours["files"] == [str(digits_models[name]) for name in ("dmp0", "dmp1")]
     assert ours["trained"] == {"learning_rate": 0.0003, "ema_decay": 0.99, "steps": 1}
-    assert ours["parameters"] == 6408
+    assert (ours["parameters"], ours["bytes_added"]) == (6408, 2 * 6408)
     assert ours["loss"] != base["loss"]
     assert data["settings"]["not_computed"].keys() == {"sfid", "clip_score"}
     differences = {(d["model"], d["against"], d["measure"], d["over"]): d
@@ -100,6 +103,61 @@ def test_digits_with_all_controls(digits_models: dict[str, Path], tmp_path: Path
         with Image.open(out / name) as picture:
             assert picture.width > 200
             assert len(picture.convert("L").getcolors(1 << 16) or []) > 2
+
+
+def test_repairs_are_judged_beside_the_full_model(
+    digits_models: dict[str, Path], tmp_path: Path
+) -> None:
+    patch = digits_models["dmp0"]
+    rows = {
+        "nothing": f"dmp:{patch}@strength=0",
+        "patch": f"dmp:{patch}@strength=30",
+        "other steps": f"dmp:{patch}@steps=3,guidance=2,sampler=unipc",
+        "scaled": "base:@epsilon=1.05",
+        "more bits": "base:@quantization=rtn6-group32",
+        "tuned": "exact:@epsilon=tune",
+    }
+    models = [f"--model={label}={text}" for label, text in rows.items()]
+    line = ["--base", "digits", "--student_quantization", "rtn2-group32", *models, *QUICK]
+    assert main([*line, "--epsilon_samples", "6", "--out", str(tmp_path)]) == 0
+    data = read(tmp_path)
+    found, cheap = data["models"], "cheap model as it is"
+    assert list(found) == ["full model", cheap, *rows]
+    assert data["reference"] == cheap and data["missing_controls"] == ["prompt", "lora"]
+    # The full model is its own target; a patch at strength 0 repairs nothing.
+    assert found["full model"]["metrics"]["distance_to_full"] == pytest.approx(0, abs=1e-6)
+    assert found["full model"]["to_full"] == {} and found["tuned"]["to_full"]["pixels"]["mean"] > 0
+    damage = found[cheap]["to_full"]
+    assert damage["pixels"]["mean"] > 0.01 and damage["pixels"]["gone"] is None
+    nothing = found["nothing"]["to_full"]
+    assert nothing["features"]["mean"] == damage["features"]["mean"]
+    gone = nothing["pixels"]["gone"]
+    assert (gone["mean"], gone["of"], gone["seeds"]) == (0, cheap, None)
+    patched = found["patch"]["to_full"]["pixels"]
+    share = 1 - patched["mean"] / damage["pixels"]["mean"]
+    assert patched["gone"]["mean"] == pytest.approx(share) and share != 0
+    assert patched["gone"]["low"] < share < patched["gone"]["high"]
+    # No plain row is sampled like this one.
+    assert found["other steps"]["to_full"]["pixels"]["gone"] is None
+    assert found["other steps"]["evaluations_per_picture"] == 6
+    assert found["patch"]["evaluations_per_picture"] == 2
+    assert found["more bits"]["to_full"]["pixels"]["mean"] < damage["pixels"]["mean"]
+    assert found["more bits"]["bytes"] > found[cheap]["bytes"]
+    assert found["patch"]["bytes"] == found[cheap]["bytes"] + 2 * 6408
+    assert found["scaled"]["loss"] == found[cheap]["loss"] != found["full model"]["loss"]
+    sampling = found["tuned"]["sampling"]
+    (tried,) = sampling["epsilon_tried"]
+    (chosen,) = sampling["epsilon_scale"]
+    assert min(tried, key=lambda text: tried[text]) == f"{chosen:g}" and len(tried) >= 4
+    measures = {(d["model"], d["against"], d["measure"]) for d in data["differences"]}
+    for against in ("full model", cheap, "more bits", "tuned"):
+        assert ("patch", against, "distance_to_full") in measures
+        assert ("patch", against, "class_accuracy") in measures
+    assert ("full model", cheap, "fid") in measures
+    assert ("more bits", "full model", "fid") not in measures
+    text = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert text.index("How far each picture") < text.index("held-out loss")
+    assert "- tuned: epsilon scale" in text and "to the validation images." in text
 
 
 def test_missing_controls_are_said_first(
@@ -212,6 +270,8 @@ def test_other_families(name: str, folders: Folders, tmp_path: Path) -> None:
         (["--model", "{dmp0}", "--model", "{dmp0}"], "twice"),
         (["--model", "{dmp0}", "--model", "{prompt0}"], "expected one kind for label"),
         (["--model", "{dmp0}", "--sampler", "magic"], "expected a sampler"),
+        (["--model", "{dmp0}", "--model", "b=base:@sampler=magic"], "expected a sampler"),
+        (["--model", "{dmp0}", "--classifier", "nowhere"], "as --classifier, found 'nowhere'"),
         (["--model", "{dmp0}", "--inception_weights", "nowhere"], "check --inception_weights"),
     ],
 )
@@ -240,6 +300,7 @@ def test_wrong_input_is_one_line(
         ([], "expected --model"),
         (["--model", "a=dmp:b", "--metrics", "fid,magic"], "found magic"),
         (["--model", "a=dmp:b", "--samples", "-1"], "--samples"),
+        (["--model", "a=dmp:b", "--epsilon_scale", "much"], "a positive number such as 1.01"),
         (["--model", "a=dmp:b", "--guidance", "1"], "did you mean --guidance_scale?"),
     ],
 )

@@ -11,7 +11,6 @@ from torch import Tensor
 from dmp_common import PatchError
 from tests.training.conftest import Go
 from training.base.frozen import FrozenBase, load_frozen
-from training.evaluation.controls import check_controls
 from training.evaluation.models import Spec, load_compared
 from training.options.command_line import resolve
 
@@ -84,33 +83,3 @@ def test_a_model_of_another_base_is_an_error(method: str, go: Go) -> None:
         pass
     assert DIGITS_BASE.is_dir()
     assert before.keys() == digits.model.state_dict().keys()
-
-
-def test_controls_are_checked(go: Go) -> None:
-    dmp = load_compared(trained(go, "dmp"))
-    alone = check_controls({"a": [dmp]})
-    assert alone.missing == ["prompt", "lora", "full"]
-    assert "learning rate, EMA" in alone.text
-    models = {
-        "a": [dmp],
-        "b": [load_compared(trained(go, "prompt"))],
-        "c": [load_compared(trained(go, "lora"))],
-        "d": [load_compared(trained(go, "full"))],
-    }
-    assert check_controls(models).text == ""
-    models["c"] = [load_compared(trained(go, "lora", network_dim=16))]
-    models["d"] = [load_compared(trained(go, "full", ema_decay=0.0))]
-    wrong = check_controls(models)
-    assert not wrong.missing
-    assert "c has" in wrong.mismatches[0]
-    assert "without EMA" in wrong.mismatches[1]
-
-
-@pytest.mark.parametrize("text", ["a", "a=dmp", "a=dmp:", "a=what:b", "=dmp:b", "base=dmp:b"])
-def test_names_that_are_none(text: str) -> None:
-    with pytest.raises(PatchError, match="expected"):
-        Spec.parse(text)
-
-
-def test_paths_may_hold_colons() -> None:
-    assert Spec.parse(r"a b=dmp:C:\x\y.safetensors") == Spec("a b", "dmp", r"C:\x\y.safetensors")

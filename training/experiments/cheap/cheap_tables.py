@@ -30,17 +30,13 @@ from training.experiments.cheap.measures import (
     read_results,
     write_results,
 )
-from training.experiments.cheap.plan import ON_SIBLING, SIBLING, Comparison, Model
+from training.experiments.cheap.plan import Comparison, Model
 from training.objective.intervals import Interval, t_interval
 from training.objective.multiple import holm, t_test
 
 _BLOCK = "<!-- table: {} -->\n"
 _END = "<!-- end of table -->"
 _MISSING = "not measured"
-_LEVELLED = (
-    "bias correction", "channel fit", "gptq", "repair", "ungated", "modulation", "lora",
-    "gated-small", "ungated-small",
-)  # fmt: skip
 
 
 class Found:
@@ -74,23 +70,17 @@ class Found:
         Distances are shares of the cheap call's; of a Frechet distance the full model's is taken
         off from both.
         """
-        own, floor = self.values(subject, model, measure), self._floor(subject, model, measure)
-        return (own - floor) / self.damage(subject, model, measure).mean()
-
-    def damage(self, subject: str, model: Model, measure: str) -> Tensor:
-        """What the cheap call does, for each seed of a model's (seeds,)."""
-        plain = self.of(subject, Model(model.call, "none"))
-        broken = [getattr(plain[seed], measure) for seed in self.of(subject, model)]
-        return torch.tensor(broken, dtype=torch.float64) - self._floor(subject, model, measure)
-
-    def _floor(self, subject: str, model: Model, measure: str) -> Tensor:
-        """What the full model has in the place of damage (seeds,): nothing, or its own distance."""
+        own = self.values(subject, model, measure)
         seeds = list(self.of(subject, model))
-        if not measure.startswith("frechet"):
-            return torch.zeros(len(seeds), dtype=torch.float64)
-        exact = Model(model.call, "full model", _full_use(CheapCall(model.call).guidance))
-        full = self.of(subject, exact)
-        return torch.tensor([getattr(full[seed], measure) for seed in seeds], dtype=torch.float64)
+        plain = self.of(subject, Model(model.call, "none"))
+        broken = torch.tensor([getattr(plain[s], measure) for s in seeds], dtype=torch.float64)
+        floor: Tensor | float = 0.0
+        if measure.startswith("frechet"):
+            guidance = CheapCall(model.call).guidance
+            exact = Model(model.call, "full model", _full_use(guidance))
+            full = self.of(subject, exact)
+            floor = torch.tensor([getattr(full[s], measure) for s in seeds], dtype=torch.float64)
+        return (own - floor) / (broken - floor).mean()
 
 
 def _full_use(guidance: float) -> UseOfModel:
@@ -110,20 +100,13 @@ def goals_table(found: Found) -> str:
                 lines.append(f"| {subject} | {call} | {_MISSING} | | | | |")
                 continue
             cells = [
-                _left(found, subject, model, measure)
+                _share(t_interval(found.left(subject, model, measure)))
                 for measure in ("pixels", "features", "frechet", "frechet_random")
             ]
             lines.append(
                 f"| {subject} | {CheapCall(call).bits} | {' | '.join(cells)} | {goal:.0%} |"
             )
     return "\n".join(lines)
-
-
-def _left(found: Found, subject: str, model: Model, measure: str) -> str:
-    """What is left of the damage with its interval, where there is damage."""
-    if t_interval(found.damage(subject, model, measure)).low <= 0:
-        return "no damage to be seen"
-    return _share(t_interval(found.left(subject, model, measure)))
 
 
 def primary_table(found: Found) -> str:
@@ -193,26 +176,6 @@ def steps_table(found: Found, subject: str) -> str:
     return "\n".join(["| steps | pixels: left | gap: left |", "|---|---|---|", *rows])
 
 
-def levels_table(found: Found, subject: str) -> str:
-    """Which share of the gap each method leaves in each tenth of the timesteps, at 3 bits."""
-    plain = list(found.of(subject, Model(plan.BITS_3, "none")).values())
-    if not plain:
-        return _MISSING
-    lines = ["| timesteps |" + "".join(f" {100 * n}- |" for n in range(10)), "|---" * 11 + "|"]
-    before = _by_level(plain)
-    lines.append("| gap as it is | " + " | ".join(f"{gap:.2g}" for gap in before) + " |")
-    for name in _LEVELLED:
-        measured = list(found.of(subject, Model(plan.BITS_3, name)).values())
-        if measured:
-            pairs = zip(_by_level(measured), before, strict=True)
-            lines.append(f"| {name} | " + " | ".join(f"{a / b:.0%}" for a, b in pairs) + " |")
-    return "\n".join(lines)
-
-
-def _by_level(measured: Sequence[Measures]) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*(m.gaps for m in measured), strict=True)]
-
-
 def _row(found: Found, subject: str, model: Model, steps: int | None) -> str:
     measured = found.of(subject, model, steps)
     plain = found.of(subject, Model(model.call, "none"))
@@ -268,18 +231,6 @@ def tables(results: Results) -> dict[str, str]:
         for name, models in plan.EXPLORED.items():
             made[f"{name}, {subject}"] = explored_table(found, subject, models)
         made[f"steps, {subject}"] = steps_table(found, subject)
-        made[f"noise levels, {subject}"] = levels_table(found, subject)
-        scaled = [
-            Model(job.call, job.method, job.use)
-            for job in sorted(results)
-            if job.subject == subject and job.use.epsilon_scale != 1 and job.split == "test"
-        ]
-        made[f"epsilon scaling, {subject}"] = explored_table(
-            found, subject, [*plan.SCALED, *scaled]
-        )
-        made[f"sibling, {subject}"] = explored_table(
-            found, subject + SIBLING, [Model(plan.BITS_3, name) for name in ON_SIBLING]
-        )
     return made
 
 
