@@ -56,6 +56,11 @@ class CheapCall:
         return None if found is None else int(found[1] or found[3])
 
     @property
+    def stored_as(self) -> str | None:
+        """The value of --student_quantization with as many bits and scales."""
+        return self.quantization and self.quantization.replace("gptq", "rtn")
+
+    @property
     def by_gptq(self) -> bool:
         """Whether GPTQ chooses the levels, and not the nearest is taken."""
         return (self.quantization or "").startswith("gptq")

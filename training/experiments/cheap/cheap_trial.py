@@ -18,9 +18,10 @@ from dmp_common.patch.serialize import write_atomically
 from training.base.cheap import cheap_base
 from training.base.frozen import FrozenBase, load_frozen
 from training.base.rounding import GROUP, correct_biases
+from training.base.stored_size import stored_size
 from training.evaluation.models import PatchModel, Spec, load_compared
 from training.experiments.cheap.calls import EXACT, CheapCall
-from training.experiments.cheap.judging import Judge, calibration, stored_bytes
+from training.experiments.cheap.judging import Judge, calibration
 from training.experiments.cheap.measures import Job, Measures, read_results, write_results
 from training.experiments.cheap.quantisers import (
     Batches,
@@ -83,8 +84,9 @@ class CheapTrial:
         judge = Judge(subject, exact, CheapCall(job.call), job.split, job.seed, kept)
         with self._repaired(subject, job, exact, cheap) as (judged, added):
             whole = job.method in ("full model", "full")  # no weight of these is in few bits
-            stored = stored_bytes(exact, None if whole else CheapCall(job.call).bits)
-            found = judge.judge(judged, job.use, added, stored + (0 if whole else added))
+            form: Any = None if whole else CheapCall(job.call).stored_as
+            size = stored_size(exact.model, TrainConfig(student_quantization=form))
+            found = judge.judge(judged, job.use, added, size + (0 if whole else added))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_results({job: found}, path)
         return read_results(path)[job]

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from dmp_common.patch.objectives import guided, squared_distance
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
-from training.base.layers import linear_layers
 from training.data.draws import generator
 from training.evaluation.metrics import within
 from training.evaluation.random_features import random_features
-from training.experiments.cheap.calls import CheapCall, weight_bytes
+from training.experiments.cheap.calls import CheapCall
 from training.experiments.cheap.measures import USUAL, Measures, UseOfModel
 from training.experiments.miniature.cifar import SplitName
 from training.experiments.miniature.pretraining import as_float
@@ -149,17 +148,6 @@ class Judge:
             own = _prediction(model, noisy, t, labels, use.guidance)
             found.append(float((own - target).double().square().mean()))
         return found
-
-
-def stored_bytes(exact: FrozenBase, bits: int | None) -> int:
-    """Bytes of a model: half precision, but for the weights that are in few bits."""
-    values = sum(parameter.numel() for parameter in exact.model.parameters())
-    if bits is None:
-        return 2 * values
-    layers = linear_layers(exact.model).values()
-    rounded = sum(layer.weight.numel() for layer in layers)
-    few = sum(weight_bytes(layer.out_features, layer.in_features, bits) for layer in layers)
-    return few + 2 * (values - rounded)
 
 
 def calibration(subject: Subject, exact: FrozenBase) -> list[tuple[Tensor, Tensor, Given]]:

@@ -10,12 +10,13 @@ import torch
 from training.base.cheap import open_cheap
 from training.base.layers import linear_layers
 from training.base.rounding import round_groups
+from training.base.stored_size import stored_size
 from training.experiments.cheap import cheap_study, cheap_trial, judging, plan
 from training.experiments.cheap.calls import CheapCall, weight_bytes
 from training.experiments.cheap.cheap_figure import draw_figure
 from training.experiments.cheap.cheap_tables import Found, main, tables, updated
 from training.experiments.cheap.cheap_trial import CheapTrial
-from training.experiments.cheap.judging import calibration, stored_bytes
+from training.experiments.cheap.judging import calibration
 from training.experiments.cheap.measures import (
     Job,
     Measures,
@@ -31,6 +32,7 @@ from training.experiments.cheap.quantisers import (
     use_bits,
 )
 from training.experiments.cheap.remedies import REMEDIES
+from training.options.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +108,15 @@ def test_mixed_precision_spends_its_bytes_and_no_more(rounded):
 
 
 def test_bytes_are_those_of_the_file_format(rounded):
-    # Four bits and half precision's scale and minimum of 32: 5 bits a value.
+    """Four bits, and half precision's scale and minimum of 32: 5 bits a value."""
     assert weight_bytes(64, 64, 4) == 64 * 64 * 5 // 8
     exact, _, _ = rounded
-    layers = sum(layer.weight.numel() for layer in linear_layers(exact.model).values())
-    assert stored_bytes(exact, None) - stored_bytes(exact, 3) == 2 * layers - layers * 4 // 8
+    layers = linear_layers(exact.model).values()
+    values = sum(parameter.numel() for parameter in exact.model.parameters())
+    few = sum(weight_bytes(one.out_features, one.in_features, 3) for one in layers)
+    rest = 2 * (values - sum(one.weight.numel() for one in layers))
+    form = TrainConfig(student_quantization=CheapCall("gptq3-group32").stored_as)
+    assert stored_size(exact.model, form) == few + rest
 
 
 def test_calls_are_read_and_refused():
