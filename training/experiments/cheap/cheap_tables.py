@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -132,7 +132,7 @@ def primary_table(found: Found) -> str:
             if not _measured(found, subject, one):
                 lines.append(f"| {one.name} | {subject} | {_MISSING} | | | | |")
                 continue
-            ours, other = (found.left(subject, model) for model in (one.ours, one.other))
+            ours, other = _pair(found, subject, one, found.left)
             difference = _share(t_interval(ours - other), signed=True)
             corrected = _p(adjusted[one.name]) if one.name in adjusted and number else ""
             lines.append(
@@ -143,12 +143,25 @@ def primary_table(found: Found) -> str:
     return "\n".join(lines)
 
 
+def _pair(
+    found: Found, subject: str, one: Comparison, values: Callable[[str, Model, str], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What two models have, in pixels, at the seeds that both were measured at."""
+    seeds = [list(found.of(subject, model)) for model in (one.ours, one.other)]
+    both = [seed for seed in seeds[0] if seed in seeds[1]]
+    ours, other = (
+        values(subject, model, "pixels")[[own.index(seed) for seed in both]]
+        for model, own in zip((one.ours, one.other), seeds, strict=True)
+    )
+    return ours, other
+
+
 def _measured(found: Found, subject: str, one: Comparison) -> bool:
     return all(len(found.of(subject, model)) > 1 for model in (one.ours, one.other))
 
 
 def _p_value(found: Found, subject: str, one: Comparison) -> float:
-    ours, other = (found.values(subject, model, "pixels") for model in (one.ours, one.other))
+    ours, other = _pair(found, subject, one, found.values)
     return t_test(ours - other)
 
 
