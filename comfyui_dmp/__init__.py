@@ -1,6 +1,7 @@
 """The ComfyUI nodes.
 
-`nodes.py` and `stack.py` define the nodes that users see, with the inputs of `inputs.py`; `host.py`
-makes a patch act in a model, and `masks.py` brings its mask there. Only these and `files.py` import
-ComfyUI. The other files follow its conventions but do not need its code.
+`nodes.py`, `stack.py`, `promptlist.py`, `trainnode.py` and `saving.py` define the nodes that users
+see, with the inputs of `inputs.py`. `host.py` makes a patch act in a model, and `masks.py` brings
+its mask there. `train.py` trains a patch: `teacher.py` asks the exact model, `student.py` trains on
+the cheap one. The files that do not need ComfyUI's code follow its conventions.
 """

@@ -70,7 +70,14 @@ def attach(model: Any, record: PatchRecord) -> Any:
 
 
 class Wrapper:
-    """ComfyUI calls it around each call of a patched model. It keeps no state of a call."""
+    """ComfyUI calls it around each call of a patched model. It keeps no state of a call.
+
+    Attributes:
+        item_strengths: factors of the strength of each item (B,), which training sets before its
+            own calls; None where all are 1.
+    """
+
+    item_strengths: Tensor | None = None
 
     def __init__(self, record: PatchRecord) -> None:
         self.record = record
@@ -234,7 +241,12 @@ class Wrapper:
 
         def prepare(e: Tensor) -> Context:
             return runtime.prepare(
-                e, latent, settings, timesteps=timesteps, conditional=conditional
+                e,
+                latent,
+                settings,
+                timesteps=timesteps,
+                items=self.item_strengths,
+                conditional=conditional,
             )
 
         if mask is None:

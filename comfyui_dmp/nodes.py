@@ -16,7 +16,10 @@ from torch import Tensor
 
 from comfyui_dmp import files, host, inputs
 from comfyui_dmp.inputs import DmpPatch
+from comfyui_dmp.promptlist import Prompts
+from comfyui_dmp.saving import SavePatch
 from comfyui_dmp.stack import Stack
+from comfyui_dmp.trainnode import TrainPatch
 from dmp_common.attach.record import PatchRecord
 from dmp_common.tools import written
 from dmp_common.tools.heatmap import choose_sites, gate_heatmap
@@ -287,4 +290,5 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files.register_folder()
-        return [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo, Stack]
+        used = [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo, Stack]
+        return [*used, Prompts, TrainPatch, SavePatch]

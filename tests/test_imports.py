@@ -17,11 +17,15 @@ HEAVY = {
 }
 HOSTS = {
     *("comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"),
+    "latent_preview",
     *("modules", "gradio", "ldm", "backend"),
 }
 HOST_FILES = {
     *("comfyui_dmp/nodes.py", "comfyui_dmp/host.py", "comfyui_dmp/files.py"),
     *("comfyui_dmp/inputs.py", "comfyui_dmp/stack.py", "comfyui_dmp/masks.py"),
+    *("comfyui_dmp/promptlist.py", "comfyui_dmp/trainnode.py", "comfyui_dmp/saving.py"),
+    *("comfyui_dmp/train.py", "comfyui_dmp/teacher.py", "comfyui_dmp/student.py"),
+    *("comfyui_dmp/trained.py", "comfyui_dmp/progress.py", "comfyui_dmp/gradients.py"),
     *("a1111_dmp/script.py", "a1111_dmp/host.py"),
     *("a1111_dmp/cards.py", "a1111_dmp/axes.py", "a1111_dmp/listing.py", "a1111_dmp/tags.py"),
 }

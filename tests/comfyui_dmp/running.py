@@ -11,6 +11,8 @@ import comfy.sample
 import torch
 from torch import Tensor
 
+from comfyui_dmp.jobs import Job
+from comfyui_dmp.teacher import Drawing
 from dmp_common import Patch
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 
@@ -89,3 +91,27 @@ def sample(
         disable_pbar=True,
         seed=5,
     )
+
+
+def conditioning(family: Any, sign: float = 1.0) -> Any:
+    """A conditioning as it travels along a wire."""
+    _, text, pooled = family.inputs(1)
+    return [[sign * text, {"pooled_output": sign * pooled}]]
+
+
+def job(family: Any, **asked: Any) -> Job:
+    """A small training of a family."""
+    usual = {
+        "positive": [conditioning(family), conditioning(family, 0.5)],
+        "negative": conditioning(family, -1.0),
+        "size": (128, 64),
+        "objective": "repair",
+        "cfg": 3.0,
+        "dial": False,
+        "pictures": 2,
+        "at_once": 2,
+        "steps": 8,
+        "learning_rate": 0.02,
+        "how": Drawing("euler", "normal", 2, 7),
+    }
+    return Job(**{**usual, **asked})

@@ -6,6 +6,7 @@ COMFYUI_NF4_PATH=...   ComfyUI_bitsandbytes_NF4's folder (github.com/comfyanonym
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -21,6 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Base, attach
+from dmp_common.tools.use import use_of
 from dmp_common.tools.weighttypes import weight_types
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
@@ -227,3 +229,32 @@ def test_scaled_fp8_files_as_their_values(real, run, host, name):
     found, expected = (run.call(one, family, sigmas) for one in (patcher, plain))
     assert (found - expected).norm() < 1e-4 * expected.norm()
     assert (found - before).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("kind", ["gguf", "fp8"])
+def test_a_patch_is_trained_on_few_bits(real, run, host, request, kind, tmp_path, monkeypatch):
+    """In inference mode, in which ComfyUI loads weights: gradients pass through, nothing stays."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    train = importlib.import_module("comfyui_dmp.train")
+    family = real.FAMILIES["flux"]
+    with torch.inference_mode():
+        if kind == "gguf":
+            pack = request.getfixturevalue("pack")
+            exact = dict(family.diffusers().state_dict())
+            _, names = rounded(pack, family.base, family.diffusers())
+            cheap = gguf_model(pack, family, exact, names)
+        else:
+            cheap = family.comfy(dtype=FEW)
+        before = dict(cheap.model.diffusion_model.named_parameters())
+        how = {"learning_rate": 0.002, "steps": 12, "cfg": 1.0}
+        asked = run.job(family, model=cheap, teacher=family.comfy(), **how)
+        record = train.train(asked).record
+    after = dict(cheap.model.diffusion_model.named_parameters())
+    assert all(after[name] is value for name, value in before.items())
+    types = use_of(record.loaded.patch.metadata)["cheap"]["types"]
+    assert max(types, key=types.get) == {"gguf": "Q4_0", "fp8": "F8_E4M3"}[kind]
+    models = asked.teacher, cheap, host.attach(cheap, record)
+    full, few, repaired = (run.sample(model, family, cfg=1.0) for model in models)
+    assert (repaired - full).norm() < (few - full).norm()

@@ -1,0 +1,136 @@
+"""Trains a patch on a cheap ComfyUI model, through ComfyUI's own model call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from comfyui_dmp.fitting import Predict, Recipe, Told, fit, measured_gap
+from comfyui_dmp.gradients import ATTENTION, attention, training, weights_with_gradients
+from comfyui_dmp.host import KEY, Wrapper
+from comfyui_dmp.predictions import as_output
+from comfyui_dmp.states import States, batches
+from dmp_common.attach.record import LoadedPatch, PatchRecord
+
+
+class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
+    """A guider of ComfyUI that loads the cheap model, and then trains a patch on it.
+
+    Args:
+        model: ComfyUI's `ModelPatcher` of the cheap model, which is not changed.
+        loaded: the patch, on the CPU.
+    """
+
+    def __init__(self, model: Any, loaded: LoadedPatch) -> None:
+        dynamic = getattr(model, "is_dynamic", bool)()
+        clone = model.clone(disable_dynamic=True) if dynamic else model.clone()
+        self.patch = loaded.patch
+        self.wrapper = Wrapper(PatchRecord(loaded))
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.wrapper)
+        # Not every attention that users choose has a backward pass.
+        clone.model_options["transformer_options"][ATTENTION] = attention
+        super().__init__(clone)
+
+    def train(
+        self,
+        states: States,
+        conditionings: list[Any],
+        recipe: Recipe,
+        at_once: int,
+        seed: int,
+        told: Callable[[int, float, float], bool],
+    ) -> None:
+        """Trains the patch.
+
+        Args:
+            states: with the exact predictions.
+            conditionings: ComfyUI's, by the numbers in the states; those of no state may be None.
+            recipe: steps and learning rate.
+            at_once: states of a step.
+            seed: of their order.
+            told: is called after each step with the number of steps done, the loss, and the gap
+                before training; returns whether to go on.
+        """
+        self.inner_set_conds(
+            {str(n): cond for n, cond in enumerate(conditionings) if cond is not None}
+        )
+
+        def run(predict: Predict, device: torch.device, half: bool) -> None:
+            self.patch.to(device)
+            weights, gap = measured_gap(_without_patch(predict), states, seed, at_once)
+            self.patch.train().requires_grad_(True)
+            numbers = batches(len(states), at_once, seed)
+            all_told: Told = lambda step, loss: told(step, loss, gap)  # noqa: E731
+            fit(self.patch, predict, states, numbers, recipe, weights, all_told, half)
+
+        shape = (at_once, *states.noisy.shape[1:])
+        try:
+            with training(self.patch.base.layout == "tokens"):
+                self.sample(
+                    torch.zeros(shape),
+                    torch.zeros(shape),
+                    _Fitting(run),
+                    torch.tensor([1.0, 0.0]),
+                    disable_pbar=True,
+                    seed=seed,
+                )
+        finally:
+            self.patch.to("cpu").eval().requires_grad_(False)
+
+    def predict(self, number: int, states: States, options: Any) -> Tensor:
+        """Returns what the cheap model with the patch puts out (B, ...), float32.
+
+        Args:
+            number: of the conditioning.
+            states: of this conditioning.
+            options: the model options of the call.
+        """
+        model = self.inner_model
+        device = self.model_patcher.load_device
+        x, sigmas = states.noisy.to(device), states.sigmas.to(device)
+        self.wrapper.item_strengths = states.strengths
+        conds = [self.conds[str(number)]]
+        (denoised,) = comfy.samplers.calc_cond_batch(model, conds, x, sigmas, options)
+        return as_output(model.model_sampling, denoised.float(), x, sigmas)
+
+
+class _Fitting(comfy.samplers.Sampler):  # type: ignore[misc]
+    """What ComfyUI takes for a sampler: it trains."""
+
+    def __init__(self, run: Callable[[Predict, torch.device, bool], None]) -> None:
+        self._run = run
+
+    def sample(
+        self,
+        model_wrap: Student,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        """Trains, and returns latents that nobody looks at."""
+        options, model = extra_args["model_options"], model_wrap.inner_model
+        computes = model.manual_cast_dtype or model.get_dtype()
+        with weights_with_gradients(model):
+            self._run(
+                lambda number, states: model_wrap.predict(number, states, options),
+                noise.device,
+                computes == torch.float16,
+            )
+        return torch.zeros_like(noise)
+
+
+def _without_patch(predict: Predict) -> Predict:
+    def plain(number: int, states: States) -> Tensor:
+        return predict(number, replace(states, strengths=torch.zeros(len(states))))
+
+    return plain

@@ -1,0 +1,169 @@
+"""Trains a patch in ComfyUI: first the exact model's predictions, then the cheap model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from PIL import Image
+from torch import Tensor
+
+from comfyui_dmp import plots, trained
+from comfyui_dmp.fitting import Recipe
+from comfyui_dmp.gradients import usable
+from comfyui_dmp.host import attach
+from comfyui_dmp.jobs import REPAIR, Job, prepared_patch
+from comfyui_dmp.progress import Progress
+from comfyui_dmp.states import States
+from comfyui_dmp.student import Student
+from comfyui_dmp.teacher import draw
+from dmp_common import Base
+from dmp_common.attach.record import LoadedPatch, PatchRecord
+
+_log = logging.getLogger(__name__)
+_WARMUP = 50  # steps, and at most a tenth of all
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the training made.
+
+    Args:
+        record: the patch, in a file of ComfyUI's temporary folder.
+        curve: a picture of the loss.
+        beside: the models' pictures side by side (1, H, W, 3).
+    """
+
+    record: PatchRecord
+    curve: Image.Image
+    beside: Tensor
+
+
+@dataclass
+class _Drawn:
+    """What the exact model drew: the states, and the noise and the latents of the first run."""
+
+    states: list[States] = field(default_factory=list)
+    noise: Tensor = field(default_factory=lambda: torch.zeros(0))
+    latents: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def train(job: Job, node: str | None = None) -> Outcome:
+    """Trains a patch. An interrupt ends the training, and what is trained so far comes out.
+
+    Args:
+        job: what is asked for.
+        node: ComfyUI's id of the node, for its progress bar.
+
+    Raises:
+        PatchError: the inputs do not fit each other, or there is nothing to learn.
+    """
+    # ComfyUI runs nodes in inference mode, whose tensors cannot be trained.
+    with torch.inference_mode(False):
+        patch, before = prepared_patch(job)
+    base = patch.base
+    runs = job.runs
+    progress = Progress(sum(job.how.steps_of(n) for n in range(len(runs))), job.steps, node)
+    drawn = _drawn(job, base, runs, progress)
+    if job.teacher is not None:
+        comfy.model_management.unload_all_models()
+    loaded = LoadedPatch(patch, trained.temporary(base.name, job.objective))
+    conditionings = [job.negative, *job.positive]
+    with torch.inference_mode(False):
+        try:
+            Student(job.model, loaded).train(
+                States.joined(drawn.states),
+                [None if cond is None else usable(cond) for cond in conditionings],
+                Recipe(job.steps, job.learning_rate, min(_WARMUP, job.steps // 10)),
+                job.at_once,
+                job.how.seed % 2**63,
+                progress.trained,
+            )
+        except comfy.model_management.InterruptProcessingException:
+            if not progress.shares:
+                raise
+            _log.info("DMP: interrupted after %d steps; the patch so far comes out.", progress.done)
+        facts = trained.metadata(job, loaded.patch, before, progress.done)
+        record = trained.stored(loaded, facts)
+    return Outcome(record, progress.curve(), _beside(job, record, drawn))
+
+
+def _drawn(job: Job, base: Base, runs: Sequence[tuple[int, int]], progress: Progress) -> _Drawn:
+    """Lets the exact model draw pictures of every conditioning."""
+    latent_format, drawn = job.exact.model.latent_format, _Drawn()
+    # ComfyUI 0.8 does not know the ratio; there only the latents of Flux.2 have another.
+    usual = 16 if latent_format.latent_channels == 128 else 8
+    ratio = getattr(latent_format, "spacial_downscale_ratio", usual)
+    width, height = (side // ratio for side in job.size)
+    with torch.no_grad():
+        for n, (number, count) in enumerate(runs):
+            empty = torch.zeros(count, latent_format.latent_channels, height, width)
+            shape = tuple(comfy.sample.fix_empty_latent_channels(job.exact, empty).shape)
+            kept, noise, latents = draw(
+                job.exact,
+                base,
+                job.aim,
+                job.how,
+                job.positive[number - 1],
+                job.negative,
+                number,
+                n,
+                shape,
+                lambda denoised: progress.drew(job.exact, denoised),
+            )
+            drawn.states += kept
+            if n == 0:
+                drawn.noise, drawn.latents = noise[:1], latents[:1]
+    return drawn
+
+
+def _beside(job: Job, record: PatchRecord, drawn: _Drawn) -> Tensor:
+    """Draws the first picture again with the cheap model, without and with the patch."""
+    nothing = plots.as_tensor(Image.new("RGB", (64, 64), (255, 255, 255)))
+    if job.vae is None:
+        return nothing
+    cfg = job.cfg if job.objective == REPAIR else 1.0
+    patched = attach(job.model, record)
+    try:
+        if job.teacher is None:
+            panels = [_picture(job, "CFG", job.model, job.cfg, drawn.noise)]
+        else:
+            panels = [(f"full, {_calls(job.cfg)}", drawn.latents)]
+        panels.append(_picture(job, "cheap", job.model, cfg, drawn.noise))
+        panels.append(_picture(job, "patch", patched, cfg, drawn.noise))
+        return plots.side_by_side([(label, job.vae.decode(x)) for label, x in panels])
+    except comfy.model_management.InterruptProcessingException:
+        _log.info("DMP: interrupted; the pictures side by side are left out, not the patch.")
+        return nothing
+
+
+def _picture(job: Job, name: str, model: Any, cfg: float, noise: Tensor) -> tuple[str, Tensor]:
+    """Draws a picture; returns its label, with calls a step and seconds, and its latents."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, job.how.scheduler, job.how.steps_of(0))
+    comfy.model_management.load_models_gpu([model])  # The time is that of drawing alone.
+    began = time.monotonic()
+    latents = comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        comfy.samplers.sampler_object(job.how.sampler),
+        sigmas,
+        job.positive[0],
+        job.positive[0] if job.negative is None else job.negative,
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=job.how.seed,
+    )
+    return f"{name}, {_calls(cfg)}, {time.monotonic() - began:.1f} s", latents
+
+
+def _calls(cfg: float) -> str:
+    return "1 call a step" if cfg == 1 else "2 calls a step"
