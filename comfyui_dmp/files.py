@@ -49,8 +49,9 @@ def refusal(*names: str | None) -> str | None:
     listed = ", ".join(known[:_LISTED]) + ", ..." * (len(known) > _LISTED) or "no patch at all"
     return (
         f"expected {' and '.join(missing)} in {folder_paths.get_folder_paths(FOLDER)[0]}, found "
-        f"{listed}: get the file from where the workflow came from, or make a patch for your model "
-        "(docs/TRAINING.md of this pack), put it there and press R; or choose another one."
+        f"{listed}: get the file from where the workflow came from, put it there and press R; make "
+        "a patch for your model with the template dmp-train-repair or dmp-train-guidance; or "
+        "choose another one."
     )
 
 

@@ -24,6 +24,21 @@ _STRENGTH = {
     "temperature": 1.0,
     "sites": "all",
 }
+_TRAINING = {
+    "objective": "repair",
+    "cfg": 7.0,
+    "all_scales": True,
+    "width": 512,
+    "height": 512,
+    "pictures": 64,
+    "steps": 1000,
+    "seed": 0,
+    "learning_rate": 0.005,
+    "batch_size": 4,
+    "sampler_name": "euler",
+    "scheduler": "normal",
+    "sampling_steps": 20,
+}
 # Sockets, widgets and outputs of the nodes used; the test compares them with ComfyUI's.
 NODES: dict[str, tuple[dict[str, str], list[str], list[tuple[str, str]]]] = {
     "CheckpointLoaderSimple": (
@@ -62,6 +77,23 @@ NODES: dict[str, tuple[dict[str, str], list[str], list[tuple[str, str]]]] = {
         [("image", "IMAGE")],
     ),
     "DMP_PatchInfo": ({"dmp_patch": "DMP_PATCH"}, [], [("text", "STRING")]),
+    "DMP_Prompts": ({"clip": "CLIP"}, ["text", "file"], [("conditionings", "CONDITIONING")]),
+    "DMP_Train": (
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "teacher_model": "MODEL",
+            "vae": "VAE",
+        },
+        list(_TRAINING),
+        [("dmp_patch", "DMP_PATCH"), ("loss", "IMAGE"), ("comparison", "IMAGE")],
+    ),
+    "DMP_Save": (
+        {"dmp_patch": "DMP_PATCH", "preview": "IMAGE"},
+        ["filename_prefix"],
+        [("patch_name", "STRING")],
+    ),
 }
 
 
@@ -86,7 +118,7 @@ class Workflow:
             "flags": {},
             "order": number - 1,
             "mode": 0,
-            "inputs": [self._link(inputs[name], number, i, name, sockets[name])
+            "inputs": [self._link(inputs.get(name), number, i, name, sockets[name])
                        for i, name in enumerate(sockets)],
             "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs],
             "properties": {"Node name for S&R": kind},
@@ -94,8 +126,8 @@ class Workflow:
         }  # fmt: skip
         if title:
             node["title"] = title
-        if kind == "KSampler":  # the browser keeps what happens to a seed as one more widget
-            node["widgets_values"].insert(1, "fixed")
+        if "seed" in widgets:  # the browser keeps what happens to a seed as one more widget
+            node["widgets_values"].insert(widgets.index("seed") + 1, "fixed")
         self.nodes.append(node)
         self.api[str(number)] = {
             "class_type": kind,
@@ -105,13 +137,17 @@ class Workflow:
         return [str(number), 0]
 
     def _place(self, column: int, kind: str, slots: int, widgets: int) -> dict[str, Any]:
-        tall = {"CLIPTextEncode": 110, "SaveImage": 300, "PreviewAny": 460}.get(kind, 0)
+        tall = {"CLIPTextEncode": 110, "SaveImage": 300, "PreviewAny": 460, "DMP_Prompts": 160}.get(
+            kind, 0
+        )
         height = 40 + 22 * slots + 26 * widgets + tall
         top = self._bottom.get(column, 120)
         self._bottom[column] = top + height + 60
         return {"pos": [40 + 380 * column, top], "size": [320, height]}
 
-    def _link(self, source: list[Any], target: int, slot: int, name: str, kind: str) -> Any:
+    def _link(self, source: list[Any] | None, target: int, slot: int, name: str, kind: str) -> Any:
+        if source is None:  # an optional socket that the workflow leaves open
+            return {"name": name, "type": kind, "link": None}
         number, (node, output) = len(self.links) + 1, source
         outputs = self.nodes[int(node) - 1]["outputs"]
         outputs[output]["links"].append(number)
@@ -181,6 +217,14 @@ class Workflow:
 SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
 SD35 = "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors"
 GARDEN = "a cat in a garden, morning light"
+PROMPTS = """a cat in a garden, morning light
+portrait of an old fisherman, weathered face
+a red bicycle in front of a brick wall
+a mountain lake at sunset, reflections
+a bowl of fruit on a wooden table
+a crowded street at night, neon signs, rain
+a castle on a hill, oil painting
+a woman in a yellow raincoat, forest"""
 CHOOSE = "Choose your checkpoint and a patch for it from `models/dmp`."
 
 
@@ -305,6 +349,58 @@ def one_call() -> Workflow:
     return flow
 
 
+def _trained(flow: Workflow, prefix: str, **training: Any) -> list[Any]:
+    """Trains a patch, saves it, and shows what it did; the patch."""
+    listed = flow.add("DMP_Prompts", 1, clip=flow.clip, text=PROMPTS, file="None")
+    given = {**_TRAINING, "positive": listed, "negative": flow.negative, "vae": flow.vae}
+    patch = flow.add("DMP_Train", 2, **{**given, **training})
+    loss, beside = [patch[0], 1], [patch[0], 2]
+    flow.add("DMP_Save", 2, dmp_patch=patch, preview=beside, filename_prefix=prefix)
+    flow.add("SaveImage", 5, "Loss", images=loss, filename_prefix="dmp/loss")
+    flow.add("SaveImage", 5, "Side by side", images=beside, filename_prefix="dmp/side-by-side")
+    return patch
+
+
+def train_repair() -> Workflow:
+    flow = Workflow("## Repair your GGUF model\n\nChoose the full model and its quantised file. "
+                    "**Train DMP Patch** lets the full model draw from the prompts, and trains a "
+                    "patch with which the quantised one predicts the same. It needs no pictures. "
+                    "Stop it when the curve is flat: what is trained so far is saved to "
+                    "`models/dmp`. Then the same seed is drawn by all three. Needs "
+                    "ComfyUI-GGUF.")  # fmt: skip
+    flow.checkpoint(SD35)
+    flow.latent(768, "EmptySD3LatentImage")
+    flow.prompts(GARDEN)
+    few = flow.add("UnetLoaderGGUF", 0, unet_name="sd3.5_medium-Q4_0.gguf")
+    sampling = {"cfg": 4.5, "scheduler": "sgm_uniform"}
+    size = {"width": 768, "height": 768}
+    patch = _trained(
+        flow, "repair/sd35-q4_0", model=few, teacher_model=flow.model, **size, **sampling
+    )
+    repaired = flow.add("DMP_Apply", 2, model=few, dmp_patch=patch)
+    flow.picture(flow.model, "full", steps=28, **sampling)
+    flow.picture(few, "q4", steps=28, **sampling)
+    flow.picture(repaired, "repaired", steps=28, **sampling)
+    return flow
+
+
+def train_guidance() -> Workflow:
+    flow = Workflow("## Make your checkpoint twice as fast\n\n**Train DMP Patch** trains a patch "
+                    "that predicts with one call of the model a step what CFG needs two for. It "
+                    "needs no pictures, only prompts like those that you will use. Stop it when "
+                    "the curve is flat: what is trained so far is saved to `models/dmp`. Then the "
+                    "same seed is drawn with two calls, and with one call and the patch at CFG 1, "
+                    "where its strength takes the place of CFG.")  # fmt: skip
+    flow.checkpoint(SD15)
+    flow.latent(512)
+    flow.prompts(GARDEN, "blurry")
+    patch = _trained(flow, "guidance/sd15", model=flow.model, objective="guidance")
+    guided = flow.add("DMP_Apply", 2, model=flow.model, dmp_patch=patch)
+    flow.picture(flow.model, "two-calls")
+    flow.picture(guided, "one-call", cfg=1.0)
+    return flow
+
+
 WORKFLOWS: dict[str, Callable[[], Workflow]] = {
     "dmp-basic-sd15": basic,
     "dmp-compare": compare,
@@ -315,6 +411,8 @@ WORKFLOWS: dict[str, Callable[[], Workflow]] = {
     "dmp-stacked": stacked,
     "dmp-repair-quantised": repair,
     "dmp-one-call": one_call,
+    "dmp-train-repair": train_repair,
+    "dmp-train-guidance": train_guidance,
 }
 
 
