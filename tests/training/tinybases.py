@@ -38,6 +38,7 @@ TRAINED = {
     "sd3": (table.STABLE3, 4),
     "sd35": (table.STABLE3, 4),
     "flux": (table.FLUX, 4),
+    "qwen-image": (table.QWEN_IMAGE, 4),
     "z-image": (table.Z_IMAGE, 4),
     "lumina2": (table.LUMINA2, 4),
 }
@@ -49,6 +50,7 @@ for _name, (_family, _multiple) in TRAINED.items():
 OPTIONS: dict[str, list[str]] = {
     **{name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux")},
     "dit": [],
+    "qwen-image": ["--llm_max_token_length", "16"],
     "z-image": ["--llm_max_token_length", "16"],
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
@@ -60,8 +62,7 @@ def make_base(folder: Path, name: str) -> Path:
     model = tiny.model()
     part = "unet" if name.startswith("sd1") or name in ("sd21", "sdxl") else "transformer"
     model.save_pretrained(folder / part)
-    shifted = name in ("sd3", "sd35", "flux", "lumina2", "z-image")
-    _vae(shifted).save_pretrained(folder / "vae")
+    _vae_of(name).save_pretrained(folder / "vae")
     _scheduler(name).save_pretrained(folder / "scheduler")
     for place, build in _encoders(name).items():
         with torch.random.fork_rng():
@@ -121,6 +122,22 @@ def tiny_of(name: str) -> Tiny:
     return FAMILIES[name]
 
 
+def _vae_of(name: str) -> nn.Module:
+    if name != "qwen-image":
+        return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image"))
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return diffusers.AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.7, 1.0, 2.0],
+        )
+
+
 def _vae(shifted: bool) -> diffusers.AutoencoderKL:
     with torch.random.fork_rng():
         torch.manual_seed(11)
@@ -140,7 +157,7 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
     if name in ("sd3", "sd35"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if name == "flux":
+    if name in ("flux", "qwen-image"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
@@ -181,6 +198,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": lambda: plain(_clip(10)), "text_encoder_2": _t5}
         case "lumina2":
             return {"text_encoder": _gemma2}
+        case "qwen-image":
+            return {"text_encoder": _qwen2_vl}
         case "z-image":
             return {"text_encoder": _qwen3}
     return {}
@@ -221,6 +240,23 @@ def _gemma2() -> nn.Module:
             head_dim=6,
         )
     )
+
+
+def _qwen2_vl() -> nn.Module:
+    size = {"hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]}
+    return transformers.Qwen2_5_VLModel(
+        transformers.Qwen2_5_VLConfig(
+            text_config={
+                **size, "vocab_size": len(WORDS) + 3, "num_hidden_layers": 3,
+                "num_key_value_heads": 1, "rope_parameters": rope, "rope_scaling": rope,
+            },
+            vision_config={
+                "hidden_size": 8, "out_hidden_size": 12, "intermediate_size": 16, "depth": 1,
+                "num_heads": 2, "fullatt_block_indexes": [0],
+            },
+        )
+    )  # fmt: skip
 
 
 def _qwen3(layers: int = 3) -> nn.Module:

@@ -36,12 +36,13 @@ class LatentSpace:
         (B, 3, H, W) in [-1, 1]; both are before the scaling."""
         like = next(self.vae.parameters())
         with torch.no_grad():
-            latent = self.encode(pixels.to(like.device, like.dtype))
-        return torch.cat([latent.mean, latent.std], dim=1).float()
+            mean, std = self.encode(pixels.to(like.device, like.dtype))
+        return torch.cat([mean, std], dim=1).float()
 
-    def encode(self, pixels: Tensor) -> Any:
-        """The distribution of the latents, with `mean` and `std` (B, C, h, w)."""
-        return self.vae.encode(pixels).latent_dist
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations (B, C, h, w) of the latents."""
+        latent = self.vae.encode(pixels).latent_dist
+        return latent.mean, latent.std
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of the VAE at the scale of the denoiser."""
@@ -76,10 +77,50 @@ class LatentSpace:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
 
+class FrameSpace(LatentSpace):
+    """The latents of `AutoencoderKLQwenImage`: a picture is a video of one frame, and each channel
+    is normalised by numbers of the configuration."""
+
+    @property
+    def channels(self) -> int:
+        """See `LatentSpace.channels`."""
+        return int(self.vae.config.z_dim)
+
+    @property
+    def factor(self) -> int:
+        """See `LatentSpace.factor`."""
+        return int(2 ** len(self.vae.config.temperal_downsample))
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LatentSpace.encode`."""
+        mean, std = super().encode(pixels.unsqueeze(2))
+        return mean.squeeze(2), std.squeeze(2)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """See `LatentSpace.scaled`."""
+        mean, std = self._numbers(latents)
+        return (latents - mean) / std
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See `LatentSpace.unscaled`."""
+        mean, std = self._numbers(latents)
+        return latents * std + mean
+
+    def picture(self, latent: Tensor) -> Tensor:
+        """See `LatentSpace.picture`."""
+        return super().picture(latent.unsqueeze(2)).squeeze(2)
+
+    def _numbers(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        numbers = torch.tensor([config.latents_mean, config.latents_std])
+        mean, std = numbers.to(like.device, like.dtype)[..., None, None]
+        return mean, std
+
+
 def space_of(vae: Any) -> LatentSpace:
     """The space of a VAE, by its class."""
     return _SPACES.get(type(vae).__name__, LatentSpace)(vae)
 
 
 # The spaces of VAEs that are not `AutoencoderKL`, by the name of their class in diffusers.
-_SPACES: dict[str, type[LatentSpace]] = {}
+_SPACES: dict[str, type[LatentSpace]] = {"AutoencoderKLQwenImage": FrameSpace}

@@ -16,6 +16,7 @@ import diffusers
 import torch
 import torch.nn as nn
 import transformers
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from dmp_common import Base, PatchError
 from training.base.families.family import Family
@@ -120,11 +121,19 @@ class Loader:
         self.vae_config()  # first, for its own error: it may be on the hub
         with self._loading("VAE", "a VAE", chosen or place, "--vae"):
             if chosen is not None and Path(chosen).is_file():
+                self._require_file_reader(chosen)
                 return vae_of_file(Path(chosen), place, dtype)
             if chosen is None and self._file_has("vae"):
                 assert self.file is not None
                 return self.file.model(cls, place, str(subfolder), dtype)
             return cls.from_pretrained(place, subfolder=subfolder, torch_dtype=dtype)
+
+    def _require_file_reader(self, file: str) -> None:
+        if self.family.autoencoder not in SINGLE_FILE_LOADABLE_CLASSES:
+            raise PatchError(
+                f"expected a diffusers folder or hub id with --vae for base {self.base.name}, "
+                f"found the file {file}: diffusers reads no single files of its VAE."
+            )
 
     def vae_config(self) -> dict[str, Any]:
         """Returns the configuration of the VAE; no weights are read."""

@@ -29,7 +29,11 @@ _PREFIXES = {
     "clip_l": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
     "clip_g": ("conditioner.embedders.1.", "text_encoders.clip_g."),
     "t5xxl": ("text_encoders.t5xxl.",),
-    "text_encoder": ("text_encoders.gemma2_2b.", "text_encoders.qwen3_4b."),
+    "text_encoder": (
+        "text_encoders.gemma2_2b.",
+        "text_encoders.qwen3_4b.",
+        "text_encoders.qwen25_7b.",
+    ),
 }
 _UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
 

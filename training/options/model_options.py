@@ -20,7 +20,7 @@ Quantization = Literal[
 # The bases that the trainer knows, as `--help` and errors list them.
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
-    "sd3, sd35-medium, sd35-large, flux, z-image, lumina2"
+    "sd3, sd35-medium, sd35-large, flux, qwen-image, z-image, lumina2"
 )
 
 
@@ -139,8 +139,8 @@ class ModelOptions(Options):
     text_encoder: str | None = option(
         "model",
         None,
-        "Load the text encoder that is a language model from this file: for lumina2 and "
-        "z-image. With "
+        "Load the text encoder that is a language model from this file: for lumina2, "
+        "z-image and qwen-image. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )

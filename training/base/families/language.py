@@ -1,4 +1,5 @@
-"""Families whose captions come from a language model: Lumina 2, Z-Image.
+"""Families whose captions come from a language model: Lumina 2, Z-Image,
+Qwen-Image.
 
 Their text goes through the pipelines' own encoders, with the templates that these have.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from training.base.families.family import Family, Given, like
+from training.base.families.transformer import pack, unpack
 
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
@@ -107,6 +109,41 @@ class ZImage(LanguageFamily):
             do_classifier_free_guidance=False,
             max_sequence_length=self.length(config),
         )
+        return _padded(texts, self.length(config))
+
+
+class QwenImage(LanguageFamily):
+    """Qwen-Image, and Qwen-Image-Edit as a model of text: the language half of Qwen2.5-VL, its last
+    hidden state without those of the template's beginning; the latent is packed 2 x 2."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """See `Family.predict`; needs "prompt" (B, L, D) and "mask" (B, L)."""
+        batch, _, height, width = noisy.shape
+        mask = given["mask"].bool()
+        longest = int(mask.sum(dim=1).max())
+        packed: Tensor = model(
+            pack(noisy),
+            encoder_hidden_states=like(given["prompt"], noisy)[:, :longest],
+            encoder_hidden_states_mask=mask[:, :longest],
+            timestep=t / 1000,  # the model multiplies by 1000
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+        ).sample
+        return unpack(packed, height, width)
+
+    def encode_text(
+        self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
+    ) -> dict[str, Tensor]:
+        """{"prompt": (B, L, D), "mask": (B, L)}."""
+        cls: Any = diffusers.QwenImagePipeline
+        pipeline = cls(scheduler=None, vae=None, transformer=None, **parts)
+        prompt, mask = pipeline.encode_prompt(
+            captions,
+            device=parts["text_encoder"].device,
+            max_sequence_length=self.length(config),
+        )
+        if mask is None:  # no caption is shorter than another
+            mask = prompt.new_ones(prompt.shape[:2])
+        texts = [text[own] for text, own in zip(prompt, mask.bool(), strict=True)]
         return _padded(texts, self.length(config))
 
 

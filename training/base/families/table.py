@@ -5,7 +5,7 @@ from __future__ import annotations
 from dmp_common import Base, PatchError
 from training.base.families.dit import DiT
 from training.base.families.family import Family
-from training.base.families.language import Lumina2, ZImage
+from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
 
@@ -92,6 +92,16 @@ LUMINA2 = Lumina2(
     guidance=4.0,
     even=True,
 )
+QWEN_IMAGE = QwenImage(
+    denoiser="transformer",
+    model="QwenImageTransformer2DModel",
+    pipeline="QwenImagePipeline",
+    autoencoder="AutoencoderKLQwenImage",
+    encoders={"text_encoder": "Qwen2_5_VLModel"},
+    files={"text_encoder": "text_encoder"},
+    guidance=4.0,
+    even=True,
+)
 Z_IMAGE = ZImage(
     denoiser="transformer",
     model="ZImageTransformer2DModel",
@@ -115,6 +125,7 @@ _FAMILIES: dict[str, Family] = {
     "sd35-medium": STABLE3,
     "sd35-large": STABLE3,
     "flux": FLUX,
+    "qwen-image": QWEN_IMAGE,
     "z-image": Z_IMAGE,
     "lumina2": LUMINA2,
 }
