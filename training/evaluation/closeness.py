@@ -34,17 +34,16 @@ class Target:
     def distances(self, first: int, pictures: Tensor) -> Tensor:
         """Mean squared distance of each picture to the full model's, (B,) float64.
 
-        Until the target is complete the pictures are the full model's own: they are kept, and their
-        distance is 0.
+        Until the target is complete the pictures are the full model's own, and are kept.
 
         Args:
             first: the number of the first picture; batches are the same for every model.
             pictures: (B, C, H, W) in [-1, 1].
         """
+        rounded = pictures.half()  # of both sides, so that equal pictures are 0 apart
         if not self.complete:
-            self._batches[first] = pictures.half()  # the rounding is far below any distance
-            return torch.zeros(len(pictures)).double()
-        return squared_distance(pictures, self._batches[first].float()).double()
+            self._batches[first] = rounded
+        return squared_distance(rounded.float(), self._batches[first].float()).double()
 
     def feature_distances(self, features: Tensor) -> Tensor:
         """Squared distance of features (N, F) to those of the full model, (N,) float64, as a share

@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from scipy.special import stdtr
 from torch import Tensor
 
 from training.evaluation.features import Features
 from training.evaluation.metrics import Reference
 from training.objective.intervals import LEVEL, Interval, t_interval, t_quantile
+from training.objective.multiple import t_test
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,36 @@ def welch_interval(a: Tensor, b: Tensor) -> Interval:
     Raises:
         ValueError: fewer than two of either.
     """
+    mean, error, degrees = _welch(a, b)
+    half = t_quantile(degrees) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def welch_test(a: Tensor, b: Tensor) -> float:
+    """The two-sided p-value of Welch's test that independent values (n,) and (m,) have one mean.
+
+    Raises:
+        ValueError: fewer than two of either.
+    """
+    mean, error, degrees = _welch(a, b)
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * stdtr(degrees, -abs(mean / error)))
+
+
+def _welch(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """The difference of the means, its standard error, and the degrees of freedom."""
     if min(len(a), len(b)) < 2:
         raise ValueError(f"expected two values of each at least, found {len(a)} and {len(b)}")
     a, b = a.double(), b.double()
     mean = float(a.mean() - b.mean())
     parts = [float(x.var()) / len(x) for x in (a, b)]
     if sum(parts) == 0:
-        return Interval(mean, mean, mean)
+        return mean, 0.0, 1.0
     degrees = sum(parts) ** 2 / sum(
         part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True)
     )
-    half = t_quantile(degrees) * math.sqrt(sum(parts))
-    return Interval(mean, mean - half, mean + half)
+    return mean, math.sqrt(sum(parts)), degrees
 
 
 def over_seeds(a: Sequence[float], b: Sequence[float]) -> Interval | None:
@@ -83,6 +103,14 @@ def over_seeds(a: Sequence[float], b: Sequence[float]) -> Interval | None:
     if len(second) == 1:
         return t_interval(first - second)
     return welch_interval(first, second)
+
+
+def p_over_seeds(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """The p-value that belongs to `over_seeds`; None where a is not repeated."""
+    first, second = torch.tensor(a, dtype=torch.double), torch.tensor(b, dtype=torch.double)
+    if len(first) < 2:
+        return None
+    return t_test(first - second) if len(second) == 1 else welch_test(first, second)
 
 
 def resamples(count: int, draws: int, seed: int) -> Tensor:

@@ -48,7 +48,7 @@ def as_markdown(
     for name, why in settings["not_computed"].items():
         lines.append(f"- {_NAMES[name]} was not computed: {why}.")
     lines += ["", "## Models", "", *_trained(models), "", *_epsilon(settings, models)]
-    lines += ["## Differences", ""]
+    lines += [*_primary(data["primary"]), "## Differences", ""]
     lines += _differences(differences)
     lines += ["", "## Loss by timestep", "", "![loss](loss_by_bin.png)", ""]
     lines += _bins(models, data["reference"])
@@ -177,6 +177,28 @@ def _epsilon(settings: Mapping[str, Any], models: Mapping[str, Any]) -> list[str
 
 def _told(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
+
+
+def _primary(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The comparisons that the report is about."""
+    if not found:
+        return []
+    model, measure = found[0]["model"], _NAMES[found[0]["measure"]]
+    lines = [
+        "## Primary comparisons",
+        "",
+        f"{model} beside every other row, in {measure}, over seeds. p (Holm) is corrected for the "
+        "number of rows: below 0.05 the rows differ. All that follows is exploration.",
+        "",
+        _row([f"{model} - against", "difference", "95 % interval", "p", "p (Holm)"]),
+        _row(["---"] * 5),
+    ]
+    for one in found:
+        difference = one["difference"]
+        interval = f"{difference['low']:+.3g} to {difference['high']:+.3g}"
+        cells = [one["against"], f"{difference['mean']:+.3g}", interval]
+        lines.append(_row([*cells, f"{one['p']:.3g}", f"{one['p_holm']:.3g}"]))
+    return [*lines, ""]
 
 
 def _differences(found: Sequence[Difference]) -> list[str]:

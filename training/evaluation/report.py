@@ -18,6 +18,7 @@ from training.evaluation.differences import Judged
 from training.evaluation.markdown import as_markdown
 from training.evaluation.models import TRAINING, Compared, base_parameters
 from training.evaluation.plots import plot_losses, sample_grid
+from training.evaluation.primary import primary_comparisons
 
 FORMAT = 1
 
@@ -101,6 +102,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "missing_controls": report.controls.missing,
         "models": models,
         "differences": [difference.to_json() for difference in report.differences],
+        "primary": [one.to_json() for one in primary_comparisons(report.judged)],
     }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from training.evaluation.closeness import FEATURES, PIXELS, Target, closeness
 from training.evaluation.differences import Judged, ModelResult
+from training.evaluation.primary import primary_comparisons
 from training.evaluation.spec import How, RowSettings, Spec
 from training.objective.intervals import ratio_interval, t_interval
+from training.objective.multiple import holm
 
 USUAL = How(20, 1.0, "unipc")
 
@@ -77,3 +80,27 @@ def test_the_share_that_is_gone_is_of_the_row_that_is_sampled_alike() -> None:
     for label in ("more bits", "cheap", "alone"):
         assert found[label]["pixels"].gone is None
     assert FEATURES not in rows[0].results[0].measured.single
+
+
+def test_primary_comparisons_are_corrected_for_their_number() -> None:
+    values = torch.rand(20).double()
+    ours = [values + shift for shift in (0.0, 0.1, 0.2)]
+    lora = [values + shift for shift in (0.9, 1.0, 1.3)]
+    rows = [
+        judged("full model", "exact", 0 * values),
+        judged("cheap", "base", values + 3),
+        judged("ours", "dmp", *ours),
+        judged("lora", "lora", *lora),
+        judged("once", "dmp", values),
+    ]
+    found = {one.against: one for one in primary_comparisons({row.label: row for row in rows})}
+    assert list(found) == ["cheap", "lora", "once"]  # not the full model, which is 0 by definition
+    means = [[float(seed.mean()) for seed in seeds] for seeds in (ours, lora)]
+    welch = float(stats.ttest_ind(*means, equal_var=False).pvalue)
+    assert found["lora"].p == pytest.approx(welch)
+    alone = float(stats.ttest_1samp(means[0], float(values.mean())).pvalue)
+    assert found["once"].p == pytest.approx(alone)
+    wanted = holm({label: one.p for label, one in found.items()})
+    assert {label: one.p_holm for label, one in found.items()} == wanted
+    assert found["lora"].difference.mean == pytest.approx(0.1 - 3.2 / 3)
+    assert primary_comparisons({"once": rows[-1]}) == primary_comparisons({"cheap": rows[1]}) == []

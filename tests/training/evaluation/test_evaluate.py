@@ -68,6 +68,7 @@ def test_digits_with_all_controls(digits_models: dict[str, Path], tmp_path: Path
     data = read(out)
     assert set(data) == {
         "format", "base", "reference", "settings", "missing_controls", "models", "differences",
+        "primary",
     }  # fmt: skip
     assert (data["format"], data["base"], data["missing_controls"]) == (1, "digits", [])
     assert list(data["models"]) == ["base", *kinds]
@@ -96,8 +97,15 @@ def test_digits_with_all_controls(digits_models: dict[str, Path], tmp_path: Path
         assert differences["ours", against, "fid", "seeds"]["n"] == 2
         assert ("ours", against, "loss_bin_1", "images") in differences
     assert not [d for d in data["differences"] if d["over"] == "seeds" and d["model"] != "ours"]
+    primary = data["primary"]
+    assert [one["against"] for one in primary] == ["base", "prompts", "LoRA", "full"]
+    assert {(one["model"], one["measure"]) for one in primary} == {("ours", "fid")}
+    assert all(one["p"] <= one["p_holm"] <= 1 for one in primary)
+    over_seeds = differences["ours", "base", "fid", "seeds"]
+    assert primary[0]["difference"] == {n: over_seeds[n] for n in ("mean", "low", "high")}
     text = (out / "evaluation.md").read_text(encoding="utf-8")
     assert "Controls are missing" not in text
+    assert text.index("## Primary comparisons") < text.index("## Differences")
     assert "sFID was not computed: the feature extractor" in text
     for name in ("loss_by_bin.png", "samples.png"):
         with Image.open(out / name) as picture:
@@ -155,6 +163,7 @@ def test_repairs_are_judged_beside_the_full_model(
         assert ("patch", against, "class_accuracy") in measures
     assert ("full model", cheap, "fid") in measures
     assert ("more bits", "full model", "fid") not in measures
+    assert data["primary"] == []  # one seed says nothing of a method
     text = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert text.index("How far each picture") < text.index("held-out loss")
     assert "- tuned: epsilon scale" in text and "to the validation images." in text
