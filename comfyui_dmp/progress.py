@@ -81,15 +81,19 @@ class Progress:
         self._bar.update_absolute(self._calls + step, preview=preview)
         return True
 
-    def curve(self) -> Image.Image:
-        """The picture of the loss so far."""
-        return loss_curve(self.shares, self._steps, self._title())
+    def curve(self, ended: bool = False) -> Image.Image:
+        """The picture of the loss so far.
 
-    def _title(self) -> str:
+        Args:
+            ended: whether no more steps follow, also where not all were done.
+        """
+        return loss_curve(self.shares, self._steps, self._title(ended))
+
+    def _title(self, ended: bool = False) -> str:
         recent = self.shares[-max(1, self.done // 20) :]
         share = sum(recent) / max(len(recent), 1)
         title = f"step {self.done} of {self._steps}, {share:.0%} of the gap is left"
-        if 1 < self.done < self._steps:
+        if 1 < self.done < self._steps and not ended:
             left = (time.monotonic() - self._began) / (self.done - 1) * (self._steps - self.done)
             title += f", {int(left // 60)}:{int(left % 60):02d} to go"
         return title

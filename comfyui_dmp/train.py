@@ -92,7 +92,7 @@ def train(job: Job, node: str | None = None) -> Outcome:
             _log.info("DMP: interrupted after %d steps; the patch so far comes out.", progress.done)
         facts = trained.metadata(job, loaded.patch, before, progress.done)
         record = trained.stored(loaded, facts)
-    return Outcome(record, progress.curve(), _beside(job, record, drawn))
+    return Outcome(record, progress.curve(ended=True), _beside(job, record, drawn))
 
 
 def _drawn(job: Job, base: Base, runs: Sequence[tuple[int, int]], progress: Progress) -> _Drawn:
