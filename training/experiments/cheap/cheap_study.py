@@ -27,9 +27,9 @@ import torch
 
 from dmp_common.patch.serialize import write_atomically
 from training.experiments.cheap import plan
-from training.experiments.cheap.cheap_trial import SIBLING, CheapTrial
+from training.experiments.cheap.cheap_trial import CheapTrial
 from training.experiments.cheap.measures import Job, Measures
-from training.experiments.cheap.plan import Model, Rates
+from training.experiments.cheap.plan import SIBLING, Model, Rates
 from training.experiments.cheap.remedies import REMEDIES
 from training.objective.grid_search import Choice, best_inside
 

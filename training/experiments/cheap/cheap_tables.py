@@ -30,13 +30,17 @@ from training.experiments.cheap.measures import (
     read_results,
     write_results,
 )
-from training.experiments.cheap.plan import Comparison, Model
+from training.experiments.cheap.plan import ON_SIBLING, SIBLING, Comparison, Model
 from training.objective.intervals import Interval, t_interval
 from training.objective.multiple import holm, t_test
 
 _BLOCK = "<!-- table: {} -->\n"
 _END = "<!-- end of table -->"
 _MISSING = "not measured"
+_LEVELLED = (
+    "bias correction", "channel fit", "gptq", "repair", "ungated", "modulation", "lora",
+    "gated-small", "ungated-small",
+)  # fmt: skip
 
 
 class Found:
@@ -70,17 +74,23 @@ class Found:
         Distances are shares of the cheap call's; of a Frechet distance the full model's is taken
         off from both.
         """
-        own = self.values(subject, model, measure)
-        seeds = list(self.of(subject, model))
+        own, floor = self.values(subject, model, measure), self._floor(subject, model, measure)
+        return (own - floor) / self.damage(subject, model, measure).mean()
+
+    def damage(self, subject: str, model: Model, measure: str) -> Tensor:
+        """What the cheap call does, for each seed of a model's (seeds,)."""
         plain = self.of(subject, Model(model.call, "none"))
-        broken = torch.tensor([getattr(plain[s], measure) for s in seeds], dtype=torch.float64)
-        floor: Tensor | float = 0.0
-        if measure.startswith("frechet"):
-            guidance = CheapCall(model.call).guidance
-            exact = Model(model.call, "full model", _full_use(guidance))
-            full = self.of(subject, exact)
-            floor = torch.tensor([getattr(full[s], measure) for s in seeds], dtype=torch.float64)
-        return (own - floor) / (broken - floor).mean()
+        broken = [getattr(plain[seed], measure) for seed in self.of(subject, model)]
+        return torch.tensor(broken, dtype=torch.float64) - self._floor(subject, model, measure)
+
+    def _floor(self, subject: str, model: Model, measure: str) -> Tensor:
+        """What the full model has in the place of damage (seeds,): nothing, or its own distance."""
+        seeds = list(self.of(subject, model))
+        if not measure.startswith("frechet"):
+            return torch.zeros(len(seeds), dtype=torch.float64)
+        exact = Model(model.call, "full model", _full_use(CheapCall(model.call).guidance))
+        full = self.of(subject, exact)
+        return torch.tensor([getattr(full[seed], measure) for seed in seeds], dtype=torch.float64)
 
 
 def _full_use(guidance: float) -> UseOfModel:
@@ -100,7 +110,7 @@ def goals_table(found: Found) -> str:
                 lines.append(f"| {subject} | {call} | {_MISSING} | | | | |")
                 continue
             cells = [
-                _share(t_interval(found.left(subject, model, measure)))
+                _left(found, subject, model, measure)
                 for measure in ("pixels", "features", "frechet", "frechet_random")
             ]
             lines.append(
@@ -109,15 +119,22 @@ def goals_table(found: Found) -> str:
     return "\n".join(lines)
 
 
+def _left(found: Found, subject: str, model: Model, measure: str) -> str:
+    """What is left of the damage with its interval, where there is damage."""
+    if t_interval(found.damage(subject, model, measure)).low <= 0:
+        return "no damage to be seen"
+    return _share(t_interval(found.left(subject, model, measure)))
+
+
 def primary_table(found: Found) -> str:
     """The primary comparisons: what each of the two leaves of the damage, and the difference.
 
-    The p-value of a comparison is the larger of the two bases', corrected by Holm's method for the
-    number of comparisons.
+    The p-value of a comparison is the larger of the two bases', and 1 where they go opposite ways,
+    corrected by Holm's method for the number of comparisons.
     """
     adjusted = holm(
         {
-            one.name: max(_p_value(found, subject, one) for subject in plan.SUBJECTS)
+            one.name: _p_of_both(found, one)
             for one in plan.COMPARISONS
             if all(_measured(found, subject, one) for subject in plan.SUBJECTS)
         }
@@ -160,6 +177,16 @@ def _measured(found: Found, subject: str, one: Comparison) -> bool:
     return all(len(found.of(subject, model)) > 1 for model in (one.ours, one.other))
 
 
+def _p_of_both(found: Found, one: Comparison) -> float:
+    means = []
+    for subject in plan.SUBJECTS:
+        ours, other = _pair(found, subject, one, found.values)
+        means.append(float((ours - other).mean()))
+    if min(means) < 0 < max(means):
+        return 1.0
+    return max(_p_value(found, subject, one) for subject in plan.SUBJECTS)
+
+
 def _p_value(found: Found, subject: str, one: Comparison) -> float:
     ours, other = _pair(found, subject, one, found.values)
     return t_test(ours - other)
@@ -187,6 +214,26 @@ def steps_table(found: Found, subject: str) -> str:
             one, bare = measured[plan.SEEDS[0]], plain[plan.SEEDS[0]]
             rows.append(f"| {steps} | {one.pixels / bare.pixels:.1%} | {one.gap / bare.gap:.1%} |")
     return "\n".join(["| steps | pixels: left | gap: left |", "|---|---|---|", *rows])
+
+
+def levels_table(found: Found, subject: str) -> str:
+    """Which share of the gap each method leaves in each tenth of the timesteps, at 3 bits."""
+    plain = list(found.of(subject, Model(plan.BITS_3, "none")).values())
+    if not plain:
+        return _MISSING
+    lines = ["| timesteps |" + "".join(f" {100 * n}- |" for n in range(10)), "|---" * 11 + "|"]
+    before = _by_level(plain)
+    lines.append("| gap as it is | " + " | ".join(f"{gap:.2g}" for gap in before) + " |")
+    for name in _LEVELLED:
+        measured = list(found.of(subject, Model(plan.BITS_3, name)).values())
+        if measured:
+            pairs = zip(_by_level(measured), before, strict=True)
+            lines.append(f"| {name} | " + " | ".join(f"{a / b:.0%}" for a, b in pairs) + " |")
+    return "\n".join(lines)
+
+
+def _by_level(measured: Sequence[Measures]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*(m.gaps for m in measured), strict=True)]
 
 
 def _row(found: Found, subject: str, model: Model, steps: int | None) -> str:
@@ -244,6 +291,18 @@ def tables(results: Results) -> dict[str, str]:
         for name, models in plan.EXPLORED.items():
             made[f"{name}, {subject}"] = explored_table(found, subject, models)
         made[f"steps, {subject}"] = steps_table(found, subject)
+        made[f"noise levels, {subject}"] = levels_table(found, subject)
+        scaled = [
+            Model(job.call, job.method, job.use)
+            for job in sorted(results)
+            if job.subject == subject and job.use.epsilon_scale != 1 and job.split == "test"
+        ]
+        made[f"epsilon scaling, {subject}"] = explored_table(
+            found, subject, [*plan.SCALED, *scaled]
+        )
+        made[f"sibling, {subject}"] = explored_table(
+            found, subject + SIBLING, [Model(plan.BITS_3, name) for name in ON_SIBLING]
+        )
     return made
 
 

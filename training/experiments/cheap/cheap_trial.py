@@ -23,6 +23,7 @@ from training.evaluation.models import PatchModel, Spec, load_compared
 from training.experiments.cheap.calls import EXACT, CheapCall
 from training.experiments.cheap.judging import Judge, calibration
 from training.experiments.cheap.measures import Job, Measures, read_results, write_results
+from training.experiments.cheap.plan import BASES_PATCH, SIBLING
 from training.experiments.cheap.quantisers import (
     Batches,
     fit_channels,
@@ -40,8 +41,6 @@ from training.options.config import TrainConfig
 # "mixed precision BYTES" has so many bytes more than the rounded model.
 FITTED = ("none", "full model", "bias correction", "channel fit", "gptq")
 MIXED = "mixed precision "
-BASES_PATCH = "repair of the base"  # on a sibling
-SIBLING = "-sibling"  # behind the name of a base: a fine-tune of it
 _FINE_TUNING: dict[str, Any] = {
     "method": "full", "objective": "data", "learning_rate": 3e-4, "max_train_steps": 400,
     "lr_warmup_steps": 20, "seed": 7, "ema_decay": 0.0, "train_batch_size": 64,

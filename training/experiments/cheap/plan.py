@@ -17,6 +17,9 @@ GUIDED = "guidance-2"
 # Bytes of "modulation" in half precision: 18,432 values of pairs and 260 of the gate.
 MIXED = f"mixed precision {2 * (18_432 + 260)}"
 EQUAL_CALLS = UseOfModel(steps=10, guidance=2.0)  # as many calls as 20 steps of one
+SIBLING = "-sibling"  # behind the name of a base: a fine-tune of it
+BASES_PATCH = "repair of the base"  # on a sibling
+ON_SIBLING = ("none", "bias correction", "repair", BASES_PATCH)
 Rates = Mapping[tuple[str, str], float]
 
 
@@ -141,13 +144,12 @@ def explored(subject: str, name: str, rates: Rates) -> list[Job]:
 
 def on_sibling(subject: str, rates: Rates) -> list[Job]:
     """A fine-tune of the base in few bits: as it is, with the base's patch, with one of its own."""
-    names = ("none", "bias correction", "repair", "repair of the base")
-    found = [job(subject, Model(BITS_3, name), rates, SEEDS[0]) for name in names]
-    rate = rates[BITS_3, "repair"]
-    return [
-        replace(one, subject=f"{subject}-sibling") if one.method != "repair of the base"
-        else replace(one, subject=f"{subject}-sibling", rate=rate, steps=STEPS) for one in found
-    ]  # fmt: skip
+    found = []
+    for name in ON_SIBLING:
+        own = Model(BITS_3, "repair" if name == BASES_PATCH else name)
+        one = job(subject, own, rates, SEEDS[0])
+        found.append(replace(one, subject=f"{subject}{SIBLING}", method=name))
+    return found
 
 
 def trained_longer(subject: str, rates: Rates, steps: tuple[int, ...]) -> list[Job]:

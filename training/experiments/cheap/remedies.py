@@ -21,6 +21,7 @@ _SHARED: dict[str, Any] = {
     "importance_weight": 0.0,
     "load_weight": 0.0,
 }
+_MODULATED = {"method": "dmp", "mix": "modulate", "dmp_sites": "modulated"}
 _OUTPUTS = ",".join(f"block.{n}.{layer}" for n in range(6) for layer in ("to_out", "ff.out"))
 
 
@@ -67,12 +68,16 @@ def _without(named: str, prefix: str) -> str:
 REMEDIES: dict[str, Remedy] = {
     # --recipe repair: four pairs of a scale and a shift for each channel of the linear layers and
     # the modulation layers, each pair for a part of the timesteps (46,080 values, gate 260).
-    "repair": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated"}),
+    "repair": Remedy(_MODULATED),
     # One pair at the same layers: learned scales and shifts that do not see the timestep (11,520).
     "ungated": Remedy({"method": "prompt", "mix": "modulate", "dmp_sites": "modulated"}),
     # Two pairs and eight.
-    "repair-2": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated", "grids": 2}),
-    "repair-8": Remedy({"method": "dmp", "mix": "modulate", "dmp_sites": "modulated", "grids": 8}),
+    "repair-2": Remedy({**_MODULATED, "grids": 2}),
+    "repair-8": Remedy({**_MODULATED, "grids": 8}),
+    # The same on what the full model passes through while it draws, in the place of noised data.
+    "repair-states": Remedy(
+        {**_MODULATED, "states": "teacher", "trajectories": 2000, "state_sampler": "unipc"}
+    ),
     # A LoRA of the size of "repair" (46,080).
     "lora": Remedy({"method": "lora", "network_dim": 15}, 3e-2),
     # The same whose rank falls with the noise (T-LoRA).
