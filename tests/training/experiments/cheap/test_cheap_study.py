@@ -14,8 +14,9 @@ from training.base.stored_size import stored_size
 from training.experiments.cheap import cheap_study, cheap_trial, judging, plan
 from training.experiments.cheap.calls import CheapCall, weight_bytes
 from training.experiments.cheap.cheap_figure import draw_figure
-from training.experiments.cheap.cheap_tables import Found, main, tables, updated
+from training.experiments.cheap.cheap_tables import main, tables, updated
 from training.experiments.cheap.cheap_trial import CheapTrial
+from training.experiments.cheap.findings import Found
 from training.experiments.cheap.judging import calibration
 from training.experiments.cheap.measures import (
     Job,
