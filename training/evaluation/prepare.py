@@ -102,10 +102,10 @@ class Evaluation:
         if not options.samples:
             return dict.fromkeys(options.wanted, "no samples were asked for")
         found = {} if self.reference is None else dict(self.reference.impossible)
-        if "class_accuracy" in options.wanted and self.classifier is None:
-            found["class_accuracy"] = f"no --classifier was given for base {self.frozen.base.name}"
-        elif "class_accuracy" in options.wanted and self.frozen.kind.conditioning != "label":
+        if "class_accuracy" in options.wanted and self.frozen.kind.conditioning != "label":
             found["class_accuracy"] = f"base {self.frozen.base.name} takes no classes"
+        elif "class_accuracy" in options.wanted and self.classifier is None:
+            found["class_accuracy"] = f"no --classifier was given for base {self.frozen.base.name}"
         if "clip_score" in options.wanted and (self.clip is None or self.held_out.captions is None):
             captioned = self.held_out.captions is not None
             name = self.frozen.base.name

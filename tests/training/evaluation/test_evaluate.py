@@ -118,33 +118,29 @@ def test_repairs_are_judged_beside_the_full_model(
 ) -> None:
     patch = digits_models["dmp0"]
     rows = {
-        "nothing": f"dmp:{patch}@strength=0",
         "patch": f"dmp:{patch}@strength=30",
-        "other steps": f"dmp:{patch}@steps=3,guidance=2,sampler=unipc",
-        "scaled": "base:@epsilon=1.05",
+        "other steps": f"dmp:{patch}@strength=30,steps=3,guidance=2,sampler=unipc,epsilon=1.05",
         "more bits": "base:@quantization=rtn6-group32",
         "tuned": "exact:@epsilon=tune",
     }
     models = [f"--model={label}={text}" for label, text in rows.items()]
     line = ["--base", "digits", "--student_quantization", "rtn2-group32", *models, *QUICK]
-    assert main([*line, "--epsilon_samples", "6", "--out", str(tmp_path)]) == 0
+    more = ["--metrics", "fid,class_accuracy", "--epsilon_samples", "4", "--out", str(tmp_path)]
+    assert main([*line, *more]) == 0
     data = read(tmp_path)
     found, cheap = data["models"], "cheap model as it is"
     assert list(found) == ["full model", cheap, *rows]
     assert data["reference"] == cheap and data["missing_controls"] == ["prompt", "lora"]
-    # The full model is its own target; a patch at strength 0 repairs nothing.
-    assert found["full model"]["metrics"]["distance_to_full"] == pytest.approx(0, abs=1e-6)
-    assert found["full model"]["to_full"] == {} and found["tuned"]["to_full"]["pixels"]["mean"] > 0
+    # The full model is its own target.
+    assert found["full model"]["metrics"]["distance_to_full"] == 0
+    assert found["full model"]["to_full"] == {}
     damage = found[cheap]["to_full"]
     assert damage["pixels"]["mean"] > 0.01 and damage["pixels"]["gone"] is None
-    nothing = found["nothing"]["to_full"]
-    assert nothing["features"]["mean"] == damage["features"]["mean"]
-    gone = nothing["pixels"]["gone"]
-    assert (gone["mean"], gone["of"], gone["seeds"]) == (0, cheap, None)
     patched = found["patch"]["to_full"]["pixels"]
     share = 1 - patched["mean"] / damage["pixels"]["mean"]
     assert patched["gone"]["mean"] == pytest.approx(share) and share != 0
     assert patched["gone"]["low"] < share < patched["gone"]["high"]
+    assert (patched["gone"]["of"], patched["gone"]["seeds"]) == (cheap, None)
     # No plain row is sampled like this one.
     assert found["other steps"]["to_full"]["pixels"]["gone"] is None
     assert found["other steps"]["evaluations_per_picture"] == 6
@@ -152,7 +148,10 @@ def test_repairs_are_judged_beside_the_full_model(
     assert found["more bits"]["to_full"]["pixels"]["mean"] < damage["pixels"]["mean"]
     assert found["more bits"]["bytes"] > found[cheap]["bytes"]
     assert found["patch"]["bytes"] == found[cheap]["bytes"] + 2 * 6408
-    assert found["scaled"]["loss"] == found[cheap]["loss"] != found["full model"]["loss"]
+    losses = {label: model["loss"] for label, model in found.items()}
+    assert losses["tuned"] == losses["full model"] != losses[cheap] != losses["patch"]
+    assert losses["other steps"] == losses["patch"]  # samples differ alone
+    assert found["other steps"]["sampling"]["epsilon_scale"] == [1.05]
     sampling = found["tuned"]["sampling"]
     (tried,) = sampling["epsilon_tried"]
     (chosen,) = sampling["epsilon_scale"]
@@ -247,7 +246,7 @@ def test_captions_have_a_clip_score(folders: Folders, tmp_path: Path) -> None:
         "20", "--feature_extractor", f"{__name__}:make_colours", "--kid_subset_size", "4",
         "--guidance_scale", "2",
     )  # fmt: skip
-    assert data["settings"]["not_computed"] == {}
+    assert data["settings"]["not_computed"] == {"class_accuracy": "base tiny-sd15 takes no classes"}
     for model in data["models"].values():
         assert set(model["metrics"]) == {
             "fid", "sfid", "kid", "kid_std", "precision", "recall", "clip_score",

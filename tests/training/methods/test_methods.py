@@ -60,9 +60,9 @@ def test_lora(name: str, train: Train, folders: Folders) -> None:
         assert not torch.equal(FAMILIES[name].run(model), before)
 
 
-@pytest.mark.parametrize("name", ["sd15", "dit"])
-def test_ranks_of_a_lora_fall_with_the_noise(name: str, folders: Folders, tmp_path: Path) -> None:
+def test_ranks_of_a_lora_fall_with_the_noise(folders: Folders, tmp_path: Path) -> None:
     """T-LoRA: the last ranks are off where there is much noise, in training and afterwards."""
+    name = "dit"
     assert ranks_at(torch.tensor([0.0, 500.0, 999.0, 1000.0]), 8, 2).tolist() == [8, 5, 2, 2]
     options = {"method": "lora", "network_dim": 4, "network_min_dim": 1}
     path = str(folders(name))
@@ -96,7 +96,7 @@ def test_ranks_of_a_lora_fall_with_the_noise(name: str, folders: Folders, tmp_pa
         LoraMethod(frozen, config.model_copy(update={"network_min_dim": 5}))
 
 
-@pytest.mark.parametrize("name", ["sd15", "dit"])
+@pytest.mark.parametrize("name", ["dit"])
 def test_full(name: str, train: Train, folders: Folders) -> None:
     out = train(name, "--method", "full", "--train_batch_size", "2", "--learning_rate", "1e-3")
     part = "unet" if name == "sd15" else "transformer"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmp_common import PatchError
-from training.experiments.cheap import plan
+from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.calls import EXACT
 from training.experiments.cheap.measures import USUAL, Job, Measures, Results
 

@@ -9,7 +9,7 @@ r"""Compare what repairs a cheap call: patches, LoRA and controls without traini
 predictions that is left; the grid grows where its edge would be chosen. `primary` trains with five
 other seeds and judges on the test split; `explore` does the rest with one seed, `steps` with other
 lengths, `scale` with a factor of epsilon scaling that is chosen on validation. What is done is kept
-in `--out`, and a study that was stopped goes on from there. plan.py says what is compared.
+in `--out`, and a study that was stopped goes on from there. comparisons.py says what is compared.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 from dmp_common.patch.serialize import write_atomically
-from training.experiments.cheap import plan
+from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.cheap_trial import CheapTrial
+from training.experiments.cheap.comparisons import SIBLING, Model, Rates
 from training.experiments.cheap.measures import Job, Measures
-from training.experiments.cheap.plan import SIBLING, Model, Rates
 from training.experiments.cheap.remedies import REMEDIES
 from training.objective.grid_search import Choice, best_inside
 

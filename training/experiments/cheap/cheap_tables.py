@@ -17,9 +17,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training.experiments.cheap import plan
+from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.calls import CheapCall
 from training.experiments.cheap.cheap_figure import draw_figure
+from training.experiments.cheap.comparisons import ON_SIBLING, SIBLING, Comparison, Model
 from training.experiments.cheap.findings import Found
 from training.experiments.cheap.measures import (
     USUAL,
@@ -29,7 +30,6 @@ from training.experiments.cheap.measures import (
     read_results,
     write_results,
 )
-from training.experiments.cheap.plan import ON_SIBLING, SIBLING, Comparison, Model
 from training.objective.intervals import Interval, t_interval
 from training.objective.multiple import holm, t_test
 

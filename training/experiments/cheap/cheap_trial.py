@@ -21,9 +21,9 @@ from training.base.rounding import GROUP, correct_biases
 from training.base.stored_size import stored_size
 from training.evaluation.models import PatchModel, Spec, load_compared
 from training.experiments.cheap.calls import EXACT, CheapCall
+from training.experiments.cheap.comparisons import BASES_PATCH, SIBLING
 from training.experiments.cheap.judging import Judge, calibration
 from training.experiments.cheap.measures import Job, Measures, read_results, write_results
-from training.experiments.cheap.plan import BASES_PATCH, SIBLING
 from training.experiments.cheap.quantisers import (
     Batches,
     fit_channels,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.experiments.cheap import plan
+from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.calls import CheapCall
+from training.experiments.cheap.comparisons import Model
 from training.experiments.cheap.measures import USUAL, Measures, Results, UseOfModel
-from training.experiments.cheap.plan import Model
 
 
 class Found:

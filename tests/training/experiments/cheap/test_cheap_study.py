@@ -11,7 +11,8 @@ from training.base.cheap import open_cheap
 from training.base.layers import linear_layers
 from training.base.rounding import round_groups
 from training.base.stored_size import stored_size
-from training.experiments.cheap import cheap_study, cheap_trial, judging, plan
+from training.experiments.cheap import cheap_study, cheap_trial, judging
+from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.calls import CheapCall, weight_bytes
 from training.experiments.cheap.cheap_figure import draw_figure
 from training.experiments.cheap.cheap_tables import main, tables, updated
