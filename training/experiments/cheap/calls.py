@@ -88,7 +88,7 @@ class CheapCall:
         return found
 
 
-def weight_bytes(out_features: int, in_features: int, bits: int) -> int:
+def bytes_in_groups(out_features: int, in_features: int, bits: int) -> int:
     """Bytes of a weight in groups: its values, and a scale and a minimum of each group."""
     groups = out_features * -(-in_features // GROUP)
     return -(-(out_features * in_features * bits + groups * _SCALES) // 8)

@@ -8,7 +8,7 @@ from typing import Any
 from dmp_common import PatchError
 from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.calls import EXACT
-from training.experiments.cheap.measures import USUAL, Job, Measures, Results
+from training.experiments.cheap.measures import USUAL, CheapJob, Measures, Results
 
 # What is drawn: how weights are rounded, what was added, and what the line is called.
 _LINES = (
@@ -73,7 +73,7 @@ def _draw(panel: Any, results: Results, subject: str) -> None:
 def _means(results: Results, subject: str, call: str, method: str) -> tuple[float, float] | None:
     """Bytes in thousands and mean distance of a model on the test split, where it was measured."""
 
-    def fits(job: Job) -> bool:
+    def fits(job: CheapJob) -> bool:
         return (job.subject, job.call, job.method, job.split) == (subject, call, method, "test")
 
     found: list[Measures] = [

@@ -29,7 +29,7 @@ from dmp_common.patch.serialize import write_atomically
 from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.cheap_trial import CheapTrial
 from training.experiments.cheap.comparisons import SIBLING, Model, Rates
-from training.experiments.cheap.measures import Job, Measures
+from training.experiments.cheap.measures import CheapJob, Measures
 from training.experiments.cheap.remedies import REMEDIES
 from training.objective.grid_search import Choice, best_inside
 
@@ -47,7 +47,7 @@ def tuned(trial: CheapTrial, call: str, method: str, steps: int) -> Choice:
     torch.set_num_threads(1)
 
     def gap(rate: float) -> float:
-        return trial.gap(Job(trial.subject, call, method, rate, steps, 0, "validation"))
+        return trial.gap(CheapJob(trial.subject, call, method, rate, steps, 0, "validation"))
 
     return _inside(best_inside(gap, _around(REMEDIES[method].start, 0.3, 3)), method)
 
@@ -74,7 +74,7 @@ def _inside(found: Choice, what: str) -> Choice:
     return found
 
 
-def tune(trial: CheapTrial, wanted: Iterable[tuple[str, str]], options: Options) -> None:
+def tune_rates(trial: CheapTrial, wanted: Iterable[tuple[str, str]], options: StudyOptions) -> None:
     """Chooses the rates of some methods on some calls, and keeps them in a file."""
     path = trial.out / trial.subject / "rates.json"
     known = read_rates(path)
@@ -98,13 +98,13 @@ def read_rates(path: Path) -> dict[tuple[str, str], dict[float, float]]:
     return {(call, method): dict(map(tuple, tried)) for call, method, tried in entries}
 
 
-def chosen(path: Path) -> dict[tuple[str, str], float]:
+def chosen_rates(path: Path) -> dict[tuple[str, str], float]:
     """The best rate of each method on each call."""
     found = read_rates(path)
     return {key: min(tried, key=lambda rate: tried[rate]) for key, tried in found.items()}
 
 
-def scaled_jobs(trial: CheapTrial, rates: Rates, processes: int) -> list[Job]:
+def scaled_jobs(trial: CheapTrial, rates: Rates, processes: int) -> list[CheapJob]:
     """Jobs on test with epsilon scaling, each model with its best factor on validation."""
     with _pool(processes) as pool:
         found = list(pool.map(partial(scaled, trial, rates=rates), plan.SCALED))
@@ -116,7 +116,7 @@ def scaled_jobs(trial: CheapTrial, rates: Rates, processes: int) -> list[Job]:
     return jobs
 
 
-def judge_all(trial: CheapTrial, jobs: Sequence[Job], processes: int) -> None:
+def judge_all(trial: CheapTrial, jobs: Sequence[CheapJob], processes: int) -> None:
     """Does all jobs, several at once; an error ends the study, what is done stays."""
     with _pool(processes) as pool:
         waiting = {pool.submit(_done, trial, job): job for job in dict.fromkeys(jobs)}
@@ -129,7 +129,7 @@ def judge_all(trial: CheapTrial, jobs: Sequence[Job], processes: int) -> None:
             )
 
 
-def _done(trial: CheapTrial, job: Job) -> Measures:
+def _done(trial: CheapTrial, job: CheapJob) -> Measures:
     torch.set_num_threads(1)
     return trial.done(job)
 
@@ -138,7 +138,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
 
 
-class Options(argparse.Namespace):
+class StudyOptions(argparse.Namespace):
     """The command line."""
 
     subject: str
@@ -151,7 +151,7 @@ class Options(argparse.Namespace):
     methods: list[str]
 
 
-def _wanted(options: Options) -> list[tuple[str, str]]:
+def _wanted(options: StudyOptions) -> list[tuple[str, str]]:
     """What is tuned: the methods asked for on the calls of their kind."""
     if options.methods:
         return [(options.call, method) for method in options.methods]
@@ -174,15 +174,15 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=plan.EXPLORED, default=list(plan.EXPLORED), help="to explore"
     )
-    options = parser.parse_args(namespace=Options())
+    options = parser.parse_args(namespace=StudyOptions())
     trial = CheapTrial(options.subject, options.data, options.out)
     try:
         trial.open()
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if "tune" in options.stages:
-        tune(trial, _wanted(options), options)
-    rates = chosen(options.out / options.subject / "rates.json")
+        tune_rates(trial, _wanted(options), options)
+    rates = chosen_rates(options.out / options.subject / "rates.json")
     jobs = plan.primary(options.subject, rates) if "primary" in options.stages else []
     if "explore" in options.stages:
         for name in options.only:

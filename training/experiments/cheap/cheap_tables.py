@@ -21,13 +21,13 @@ from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.calls import CheapCall
 from training.experiments.cheap.cheap_figure import draw_figure
 from training.experiments.cheap.comparisons import ON_SIBLING, SIBLING, Comparison, Model
-from training.experiments.cheap.findings import Found
+from training.experiments.cheap.findings import Findings
 from training.experiments.cheap.measures import (
     USUAL,
     Measures,
     Results,
     collected,
-    read_results,
+    read_measures,
     write_results,
 )
 from training.objective.intervals import Interval, t_interval
@@ -42,7 +42,7 @@ _LEVELLED = (
 )  # fmt: skip
 
 
-def goals_table(found: Found) -> str:
+def goals_table(found: Findings) -> str:
     """What a repair leaves of the damage at 4 and at 3 bits, beside the goals."""
     lines = [
         "| base | bits | pixels: left | features | Frechet distance | in random features | goal |",
@@ -64,14 +64,14 @@ def goals_table(found: Found) -> str:
     return "\n".join(lines)
 
 
-def _left(found: Found, subject: str, model: Model, measure: str) -> str:
+def _left(found: Findings, subject: str, model: Model, measure: str) -> str:
     """What is left of the damage with its interval, where there is damage."""
     if t_interval(found.damage(subject, model, measure)).low <= 0:
         return "no damage to be seen"
     return _share(t_interval(found.left(subject, model, measure)))
 
 
-def primary_table(found: Found) -> str:
+def primary_table(found: Findings) -> str:
     """The primary comparisons: what each of the two leaves of the damage, and the difference.
 
     The p-value of a comparison is the larger of the two bases', and 1 where they go opposite ways,
@@ -106,7 +106,7 @@ def primary_table(found: Found) -> str:
 
 
 def _pair(
-    found: Found, subject: str, one: Comparison, values: Callable[[str, Model, str], Tensor]
+    found: Findings, subject: str, one: Comparison, values: Callable[[str, Model, str], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """What two models have, in pixels, at the seeds that both were measured at."""
     seeds = [list(found.of(subject, model)) for model in (one.ours, one.other)]
@@ -118,11 +118,11 @@ def _pair(
     return ours, other
 
 
-def _measured(found: Found, subject: str, one: Comparison) -> bool:
+def _measured(found: Findings, subject: str, one: Comparison) -> bool:
     return all(len(found.of(subject, model)) > 1 for model in (one.ours, one.other))
 
 
-def _p_of_both(found: Found, one: Comparison) -> float:
+def _p_of_both(found: Findings, one: Comparison) -> float:
     means = []
     for subject in plan.SUBJECTS:
         ours, other = _pair(found, subject, one, found.values)
@@ -132,12 +132,12 @@ def _p_of_both(found: Found, one: Comparison) -> float:
     return max(_p_value(found, subject, one) for subject in plan.SUBJECTS)
 
 
-def _p_value(found: Found, subject: str, one: Comparison) -> float:
+def _p_value(found: Findings, subject: str, one: Comparison) -> float:
     ours, other = _pair(found, subject, one, found.values)
     return t_test(ours - other)
 
 
-def explored_table(found: Found, subject: str, models: Sequence[Model]) -> str:
+def explored_table(found: Findings, subject: str, models: Sequence[Model]) -> str:
     """One row for each model with all its measures; means over the seeds that there are."""
     lines = [
         "| call | what | use | pixels: left | features | gap | Frechet | random | precision | "
@@ -148,7 +148,7 @@ def explored_table(found: Found, subject: str, models: Sequence[Model]) -> str:
     return "\n".join(lines)
 
 
-def steps_table(found: Found, subject: str) -> str:
+def steps_table(found: Findings, subject: str) -> str:
     """What a repair leaves after other numbers of steps."""
     model, rows = Model(plan.BITS_3, "repair"), []
     lengths = {job.steps for job in found.results if job.method == "repair" and job.steps}
@@ -161,7 +161,7 @@ def steps_table(found: Found, subject: str) -> str:
     return "\n".join(["| steps | pixels: left | gap: left |", "|---|---|---|", *rows])
 
 
-def levels_table(found: Found, subject: str) -> str:
+def levels_table(found: Findings, subject: str) -> str:
     """Which share of the gap each method leaves in each tenth of the timesteps, at 3 bits."""
     plain = list(found.of(subject, Model(plan.BITS_3, "none")).values())
     if not plain:
@@ -181,7 +181,7 @@ def _by_level(measured: Sequence[Measures]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*(m.gaps for m in measured), strict=True)]
 
 
-def _row(found: Found, subject: str, model: Model, steps: int | None) -> str:
+def _row(found: Findings, subject: str, model: Model, steps: int | None) -> str:
     measured = found.of(subject, model, steps)
     plain = found.of(subject, Model(model.call, "none"))
     broken = [plain[seed] for seed in measured if seed in plain]
@@ -230,7 +230,7 @@ def _p(value: float) -> str:
 
 def tables(results: Results) -> dict[str, str]:
     """All tables by name."""
-    found = Found(results)
+    found = Findings(results)
     made = {"goals": goals_table(found), "primary": primary_table(found)}
     for subject in plan.SUBJECTS:
         for name, models in plan.EXPLORED.items():
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: Results = {}
     try:
         for path in options.measures:
-            results |= collected([path]) if path.is_dir() else read_results(path)
+            results |= collected([path]) if path.is_dir() else read_measures(path)
         made = tables(results)
         if options.update is not None:
             text = updated(options.update.read_text(encoding="utf-8"), made)

@@ -23,7 +23,7 @@ from training.evaluation.models import PatchModel, Spec, load_compared
 from training.experiments.cheap.calls import EXACT, CheapCall
 from training.experiments.cheap.comparisons import BASES_PATCH, SIBLING
 from training.experiments.cheap.judging import Judge, calibration
-from training.experiments.cheap.measures import Job, Measures, read_results, write_results
+from training.experiments.cheap.measures import CheapJob, Measures, read_measures, write_results
 from training.experiments.cheap.quantisers import (
     Batches,
     fit_channels,
@@ -72,11 +72,11 @@ class CheapTrial:
             shutil.copytree(base.weights / "scheduler", scheduler)
         return replace(base, weights=Path(spec.path))
 
-    def done(self, job: Job) -> Measures:
+    def done(self, job: CheapJob) -> Measures:
         """Trains and judges, unless that was done before."""
         path = self.out / job.file
         if path.is_file():
-            return read_results(path)[job]
+            return read_measures(path)[job]
         subject = self.open()
         exact, cheap = self.models(subject, job.call)
         kept = self.out / "pictures" / self.subject
@@ -88,9 +88,9 @@ class CheapTrial:
             found = judge.judge(judged, job.use, added, size + (0 if whole else added))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_results({job: found}, path)
-        return read_results(path)[job]
+        return read_measures(path)[job]
 
-    def gap(self, job: Job) -> float:
+    def gap(self, job: CheapJob) -> float:
         """Trains, unless that was done before, and returns the gap of the predictions that is
         left; of the exact call, which has none, the loss on held-out images."""
         path = self.out / job.folder / f"{job.split}-gap.txt"
@@ -136,7 +136,7 @@ class CheapTrial:
 
     @contextmanager
     def _repaired(
-        self, subject: Subject, job: Job, exact: FrozenBase, cheap: FrozenBase
+        self, subject: Subject, job: CheapJob, exact: FrozenBase, cheap: FrozenBase
     ) -> Iterator[tuple[FrozenBase, int]]:
         """The model of a job, and how many bytes it has more than the cheap one."""
         if job.method in (*REMEDIES, BASES_PATCH):
@@ -151,7 +151,7 @@ class CheapTrial:
             return
         yield self._fitted(subject, job, exact, cheap)
 
-    def _trained(self, subject: Subject, job: Job) -> Spec:
+    def _trained(self, subject: Subject, job: CheapJob) -> Spec:
         """What a job trains; of a sibling with the base's own patch, what was trained there."""
         if job.method == BASES_PATCH:
             other = replace(job, subject=self.subject.removesuffix(SIBLING), method="repair")
@@ -161,7 +161,7 @@ class CheapTrial:
         return train_trial(subject, options, self.out / job.folder)
 
     def _fitted(
-        self, subject: Subject, job: Job, exact: FrozenBase, cheap: FrozenBase
+        self, subject: Subject, job: CheapJob, exact: FrozenBase, cheap: FrozenBase
     ) -> tuple[FrozenBase, int]:
         method, bits = job.method, CheapCall(job.call).bits
         if method == "full model":
@@ -185,7 +185,7 @@ class CheapTrial:
         return cheap, int(method.removeprefix(MIXED)) if method.startswith(MIXED) else 0
 
     def _bits(
-        self, job: Job, exact: FrozenBase, cheap: FrozenBase, batches: Batches
+        self, job: CheapJob, exact: FrozenBase, cheap: FrozenBase, batches: Batches
     ) -> dict[str, int]:
         """The bits of each layer in mixed precision, from the file that keeps them."""
         path = self.out / job.folder.parent / "bits.json"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from training.experiments.cheap.calls import EXACT
-from training.experiments.cheap.measures import USUAL, Job, UseOfModel
+from training.experiments.cheap.measures import USUAL, CheapJob, UseOfModel
 from training.experiments.cheap.remedies import REMEDIES
 
 SUBJECTS = ("digits", "cifar10-s")
@@ -68,22 +68,22 @@ _BESIDE = [
 ]
 
 
-def primary(subject: str, rates: Rates) -> list[Job]:
+def primary(subject: str, rates: Rates) -> list[CheapJob]:
     """The jobs of the primary comparisons and the goals, on the test split."""
     models = dict.fromkeys([*_BESIDE, *(m for one in COMPARISONS for m in (one.ours, one.other))])
     return [job(subject, model, rates, seed) for seed in SEEDS for model in models]
 
 
-def job(subject: str, model: Model, rates: Rates, seed: int, steps: int = STEPS) -> Job:
+def job(subject: str, model: Model, rates: Rates, seed: int, steps: int = STEPS) -> CheapJob:
     """The job of a model.
 
     Its rate is the one chosen for its kind of call. A method that was not tuned there, which only
     exploration has, takes the rate at which its tuning would begin.
     """
     if model.method not in REMEDIES:  # nothing is trained
-        return Job(subject, model.call, model.method, 0.0, 0, seed, "test", model.use)
+        return CheapJob(subject, model.call, model.method, 0.0, 0, seed, "test", model.use)
     rate = rates.get((kind(model.call), model.method), REMEDIES[model.method].start)
-    return Job(subject, model.call, model.method, rate, steps, seed, "test", model.use)
+    return CheapJob(subject, model.call, model.method, rate, steps, seed, "test", model.use)
 
 
 def kind(call: str) -> str:
@@ -137,12 +137,12 @@ EXPLORED: dict[str, list[Model]] = {
 SCALED = (Model(EXACT, "none"), Model(BITS_3, "none"), Model(BITS_3, "repair"))
 
 
-def explored(subject: str, name: str, rates: Rates) -> list[Job]:
+def explored(subject: str, name: str, rates: Rates) -> list[CheapJob]:
     """The jobs of a part of the exploration."""
     return [job(subject, model, rates, SEEDS[0]) for model in EXPLORED[name]]
 
 
-def on_sibling(subject: str, rates: Rates) -> list[Job]:
+def on_sibling(subject: str, rates: Rates) -> list[CheapJob]:
     """A fine-tune of the base in few bits: as it is, with the base's patch, with one of its own."""
     found = []
     for name in ON_SIBLING:
@@ -152,7 +152,7 @@ def on_sibling(subject: str, rates: Rates) -> list[Job]:
     return found
 
 
-def trained_longer(subject: str, rates: Rates, steps: tuple[int, ...]) -> list[Job]:
+def trained_longer(subject: str, rates: Rates, steps: tuple[int, ...]) -> list[CheapJob]:
     """How many steps a repair takes."""
     model = Model(BITS_3, "repair")
     return [replace(job(subject, model, rates, SEEDS[0]), steps=count) for count in steps]

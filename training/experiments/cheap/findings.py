@@ -11,7 +11,7 @@ from training.experiments.cheap.comparisons import Model
 from training.experiments.cheap.measures import USUAL, Measures, Results, UseOfModel
 
 
-class Found:
+class Findings:
     """The measures by model: what tables ask for."""
 
     def __init__(self, results: Results) -> None:

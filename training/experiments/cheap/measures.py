@@ -41,7 +41,7 @@ USUAL = UseOfModel()
 
 
 @dataclass(frozen=True, order=True)
-class Job:
+class CheapJob:
     """One model to judge, and the training that makes it.
 
     Args:
@@ -115,7 +115,7 @@ class Measures:
         return sum(self.gaps) / len(self.gaps)
 
 
-Results = dict[Job, Measures]
+Results = dict[CheapJob, Measures]
 
 
 def write_results(found: Results, path: Path) -> None:
@@ -124,7 +124,7 @@ def write_results(found: Results, path: Path) -> None:
     write_atomically(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
-def read_results(path: Path) -> Results:
+def read_measures(path: Path) -> Results:
     """Reads a file of `write_results`.
 
     Raises:
@@ -143,14 +143,14 @@ def collected(folders: Iterable[Path]) -> Results:
     for folder in folders:
         for path in sorted(folder.rglob("*.json")):
             if path.name.startswith(("test", "validation")):
-                found |= read_results(path)
+                found |= read_measures(path)
     return found
 
 
-def _entry(entry: dict[str, Any]) -> tuple[Job, Measures]:
+def _entry(entry: dict[str, Any]) -> tuple[CheapJob, Measures]:
     job = dict(entry.pop("job"))
     use = UseOfModel(**job.pop("use"))
-    return Job(**job, use=use), Measures(**{**entry, "gaps": tuple(entry["gaps"])})
+    return CheapJob(**job, use=use), Measures(**{**entry, "gaps": tuple(entry["gaps"])})
 
 
 def _short(measures: Measures) -> dict[str, Any]:

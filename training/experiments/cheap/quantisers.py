@@ -18,7 +18,7 @@ from training.base.families.family import Given
 from training.base.frozen import FrozenBase
 from training.base.layers import linear_layers
 from training.base.rounding import GROUP, Levels, round_groups
-from training.experiments.cheap.calls import weight_bytes
+from training.experiments.cheap.calls import bytes_in_groups
 
 Batches = Iterable[tuple[Tensor, Tensor, Given]]
 _DAMPING = 0.01  # of the mean diagonal; GPTQ's own value
@@ -187,7 +187,7 @@ def use_bits(exact: FrozenBase, cheap: FrozenBase, bits: Mapping[str, int]) -> N
 
 def _step_bytes(layer: nn.Linear, bits: int) -> int:
     shape = layer.out_features, layer.in_features
-    return weight_bytes(*shape, bits + 1) - weight_bytes(*shape, bits)
+    return bytes_in_groups(*shape, bits + 1) - bytes_in_groups(*shape, bits)
 
 
 def _worth_of_bits(

@@ -13,17 +13,17 @@ from training.base.rounding import round_groups
 from training.base.stored_size import stored_size
 from training.experiments.cheap import cheap_study, cheap_trial, judging
 from training.experiments.cheap import comparisons as plan
-from training.experiments.cheap.calls import CheapCall, weight_bytes
+from training.experiments.cheap.calls import CheapCall, bytes_in_groups
 from training.experiments.cheap.cheap_figure import draw_figure
 from training.experiments.cheap.cheap_tables import main, tables, updated
 from training.experiments.cheap.cheap_trial import CheapTrial
-from training.experiments.cheap.findings import Found
+from training.experiments.cheap.findings import Findings
 from training.experiments.cheap.judging import calibration
 from training.experiments.cheap.measures import (
-    Job,
+    CheapJob,
     Measures,
     UseOfModel,
-    read_results,
+    read_measures,
     write_results,
 )
 from training.experiments.cheap.quantisers import (
@@ -98,8 +98,8 @@ def test_mixed_precision_spends_its_bytes_and_no_more(rounded):
     assert all(layer.weight is weights[p] for p, layer in linear_layers(cheap.model).items())
     layers = linear_layers(exact.model).items()
     spent = sum(
-        weight_bytes(one.out_features, one.in_features, bits[path])
-        - weight_bytes(one.out_features, one.in_features, 3)
+        bytes_in_groups(one.out_features, one.in_features, bits[path])
+        - bytes_in_groups(one.out_features, one.in_features, 3)
         for path, one in layers
     )
     smallest = min(one.weight.numel() // 8 for _, one in layers)
@@ -113,11 +113,11 @@ def test_mixed_precision_spends_its_bytes_and_no_more(rounded):
 
 def test_bytes_are_those_of_the_file_format(rounded):
     """Four bits, and half precision's scale and minimum of 32: 5 bits a value."""
-    assert weight_bytes(64, 64, 4) == 64 * 64 * 5 // 8
+    assert bytes_in_groups(64, 64, 4) == 64 * 64 * 5 // 8
     exact, _, _ = rounded
     layers = linear_layers(exact.model).values()
     values = sum(parameter.numel() for parameter in exact.model.parameters())
-    few = sum(weight_bytes(one.out_features, one.in_features, 3) for one in layers)
+    few = sum(bytes_in_groups(one.out_features, one.in_features, 3) for one in layers)
     rest = 2 * (values - sum(one.weight.numel() for one in layers))
     form = TrainConfig(student_quantization=CheapCall("gptq3-group32").stored_as)
     assert stored_size(exact.model, form) == few + rest
@@ -142,7 +142,7 @@ def test_a_trial_is_judged_once_and_the_full_model_has_no_damage(tmp_path, monke
     monkeypatch.setattr(judging, "_HELD_OUT", 16)
     trial = CheapTrial("digits", None, tmp_path)
     use = UseOfModel(steps=2)
-    job = Job("digits", plan.BITS_3, "repair", 1e-2, 2, 7, "validation", use)
+    job = CheapJob("digits", plan.BITS_3, "repair", 1e-2, 2, 7, "validation", use)
     found = trial.done(job)
     assert found.evaluations == 2
     assert found.added_bytes == 2 * (46_080 + 260)
@@ -155,7 +155,7 @@ def test_a_trial_is_judged_once_and_the_full_model_has_no_damage(tmp_path, monke
     assert trial.done(job) == found
     # The same measures from the collected file.
     main([str(tmp_path), "--write", str(tmp_path / "all.json")])
-    assert read_results(tmp_path / "all.json")[job] == found
+    assert read_measures(tmp_path / "all.json")[job] == found
 
 
 def test_gptq_calls_train_on_gptq_weights(tmp_path):
@@ -189,7 +189,7 @@ def test_a_sibling_takes_the_patch_of_the_base(tmp_path, monkeypatch):
     assert [job.method for job in jobs][-1] == plan.BASES_PATCH
     found = CheapTrial("digits-sibling", None, tmp_path).done(replace(jobs[-1], steps=1))
     assert found.pixels > 0
-    trained = Job("digits", plan.BITS_3, "repair", 1e-2, 1, plan.SEEDS[0]).folder
+    trained = CheapJob("digits", plan.BITS_3, "repair", 1e-2, 1, plan.SEEDS[0]).folder
     assert (tmp_path / trained / "trained.safetensors").is_file()
 
 
@@ -253,11 +253,11 @@ def test_tables_say_what_is_left_and_whether_it_is_different(tmp_path):
             results[job] = measures(0.0011 if job.seed % 2 else 0.001)
     assert tables(results)["primary"].splitlines()[2:][5].split("|")[-2].strip() == "1.0000"
     assert float(
-        Found(results).left("digits", plan.Model(plan.BITS_3, "none")).mean()
+        Findings(results).left("digits", plan.Model(plan.BITS_3, "none")).mean()
     ) == pytest.approx(1)
     path = tmp_path / "some.json"
     write_results(results, path)
-    assert read_results(path) == results
+    assert read_measures(path) == results
     draw_figure(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
@@ -275,4 +275,4 @@ def test_missing_measures_are_said_and_unknown_tables_refused():
 def test_the_page_has_the_tables_of_the_measures():
     measured = ROOT / "docs" / "results" / "cheap-calls.json"
     text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
-    assert updated(text, tables(read_results(measured))) == text
+    assert updated(text, tables(read_measures(measured))) == text
