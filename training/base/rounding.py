@@ -6,9 +6,8 @@ model, not how much memory or time it takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -82,6 +81,32 @@ class Levels:
 
 
 @torch.no_grad()
+def watch_inputs(
+    exact: FrozenBase,
+    batches: Iterable[tuple[Tensor, Tensor, Given]],
+    seen: Callable[[str, Tensor], None],
+) -> None:
+    """Shows what the linear layers of a base are called with.
+
+    Args:
+        batches: what `Family.predict` takes: noisy (B, C, H, W), t (B,), conditions.
+        seen: is called with a layer's path and its inputs (tokens, I), for each call of it.
+    """
+
+    def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, given: seen(path, given[0].flatten(0, -2))
+
+    layers = linear_layers(exact.model).items()
+    handles = [layer.register_forward_pre_hook(watch(path)) for path, layer in layers]
+    try:
+        for noisy, t, given in batches:
+            exact.family.predict(exact.model, noisy, t, given)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
 def correct_biases(
     cheap: FrozenBase, exact: FrozenBase, batches: Iterable[tuple[Tensor, Tensor, Given]]
 ) -> None:
@@ -102,21 +127,11 @@ def correct_biases(
     sums = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
 
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = given[0].flatten(0, -2).float()
-            sums[name] += rows.sum(0).cpu()
-            counts[name] += len(rows)
+    def seen(name: str, rows: Tensor) -> None:
+        sums[name] += rows.float().sum(0).cpu()
+        counts[name] += len(rows)
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        for noisy, t, given in batches:
-            exact.family.predict(exact.model, noisy, t, given)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_inputs(exact, batches, seen)
     for name, layer in rounded.items():
         if counts[name]:
             mean = (sums[name] / counts[name]).to(layer.weight.device)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dmp_common import PatchError
 from training.experiments.cheap import comparisons as plan
 from training.experiments.cheap.calls import EXACT
 from training.experiments.cheap.measures import USUAL, CheapJob, Measures, Results
+from training.experiments.miniature.plot import empty_figure
 
 # What is drawn: how weights are rounded, what was added, and what the line is called.
 _LINES = (
@@ -29,13 +29,7 @@ def draw_figure(results: Results, path: Path) -> None:
     Raises:
         PatchError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PatchError(
-            f"expected the package matplotlib for {path.name}, found none: pip install matplotlib."
-        ) from error
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = empty_figure(path, 10, 4.2)
     panels = figure.subplots(1, len(plan.SUBJECTS), squeeze=False)[0]
     for panel, subject in zip(panels, plan.SUBJECTS, strict=True):
         _draw(panel, results, subject)

@@ -6,7 +6,7 @@ training images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
 from training.base.layers import linear_layers
-from training.base.rounding import GROUP, Levels, round_groups
+from training.base.rounding import GROUP, Levels, round_groups, watch_inputs
 from training.experiments.cheap.calls import bytes_in_groups
 
 Batches = Iterable[tuple[Tensor, Tensor, Given]]
@@ -46,19 +46,8 @@ class Moments:
 @torch.no_grad()
 def input_moments(exact: FrozenBase, batches: Batches) -> dict[str, Moments]:
     """The moments of the inputs of each linear layer in the exact model, by path."""
-    layers = linear_layers(exact.model)
-    rows: dict[str, list[Tensor]] = {path: [] for path in layers}
-
-    def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, given: rows[path].append(given[0].flatten(0, -2).double())
-
-    handles = [layer.register_forward_pre_hook(watch(path)) for path, layer in layers.items()]
-    try:
-        for noisy, t, given in batches:
-            exact.family.predict(exact.model, noisy, t, given)
-    finally:
-        for handle in handles:
-            handle.remove()
+    rows: dict[str, list[Tensor]] = {path: [] for path in linear_layers(exact.model)}
+    watch_inputs(exact, batches, lambda path, inputs: rows[path].append(inputs.double()))
     whole = {path: torch.cat(parts) for path, parts in rows.items() if parts}
     return {path: Moments(x.mean(0), x.T @ x / len(x)) for path, x in whole.items()}
 

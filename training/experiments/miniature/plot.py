@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dmp_common import PatchError
 from training.experiments.miniature.study_tables import columns
 from training.experiments.miniature.trial import TrialMeasures
 from training.objective.intervals import t_interval
+
+
+def empty_figure(path: Path, width: float, height: float) -> Any:
+    """A figure of matplotlib for a file, its sides in inches.
+
+    Raises:
+        PatchError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PatchError(
+            f"expected the package matplotlib for {path.name}, found none: pip install matplotlib."
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_confirmation(
@@ -22,13 +38,7 @@ def plot_confirmation(
     Raises:
         PatchError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PatchError(
-            f"expected the package matplotlib for {path.name}, found none: pip install matplotlib."
-        ) from error
-    figure = Figure(figsize=(5 * len(base.frechet), 4.5), layout="constrained")
+    figure = empty_figure(path, 5 * len(base.frechet), 4.5)
     figure.suptitle(title)
     panels = figure.subplots(1, len(base.frechet), squeeze=False)[0]
     for number, (panel, sampler) in enumerate(zip(panels, base.frechet, strict=True)):
