@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -100,12 +101,23 @@ def _mean(run: Run, sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def update(run: Run) -> None:
-    """One optimiser step with the gradients that are there."""
+    """One optimiser step with the gradients that are there.
+
+    Raises:
+        PatchError: a gradient is not finite, which would spoil all values for good.
+    """
     accelerator, config = run.accelerator, run.config
     if run.sharded:
         average_gradients(run.method.trainable().values())
-    if config.max_grad_norm:
-        accelerator.clip_grad_norm_(run.method.trainable().values(), config.max_grad_norm)
+    # Without a limit this only measures.
+    limit = config.max_grad_norm or math.inf
+    norm = accelerator.clip_grad_norm_(run.method.trainable().values(), limit)
+    # The scaler of fp16 leaves such a step out. DeepSpeed measures no norm here.
+    if accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
+        raise PatchError(
+            f"expected finite gradients, found others at step {run.step + 1}, though its loss is "
+            "finite: lower --learning_rate or use --mixed_precision no; no file was overwritten."
+        )
     run.optimiser.step()
     if not accelerator.optimizer_step_was_skipped:
         run.schedule.step()
@@ -117,8 +129,9 @@ def _not_finite(run: Run, aim: Aim, samples: Tensor, losses: dict[str, Tensor]) 
     named = ", ".join(f"{aim.keys[row]} (timestep {float(aim.t[row]):.0f})" for row in bad[:4])
     parts = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
     where = f"sample {named}" if named else "no sample by itself"
+    safer = {"fp16": "bf16", "bf16": "no"}.get(run.accelerator.mixed_precision)
+    other = f", or use --mixed_precision {safer}" if safer else ""
     return PatchError(
         f"expected finite losses, found {parts} at step {run.step + 1}, {where}: look at that "
-        "image, lower --learning_rate or --gate_lr_factor, or use --mixed_precision bf16 instead "
-        "of fp16; no file was overwritten."
+        f"image, lower --learning_rate or --gate_lr_factor{other}; no file was overwritten."
     )

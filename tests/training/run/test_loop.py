@@ -275,3 +275,14 @@ def test_outputs_name_files_as_kohya(start: Start) -> None:
     run.method.remove()
     outputs = Outputs(run.config, run.method, run.frozen)
     assert outputs.path(12).name == "tiny-digits-dmp-step00000012.safetensors"
+
+
+def test_a_gradient_that_is_not_finite_ends_before_the_patch_is_spoiled(start: Start) -> None:
+    for limit in (1.0, 0.0):
+        run, events = start(max_train_steps=3, max_grad_norm=limit)
+        first = next(iter(run.method.trainable().values()))
+        first.register_hook(lambda gradient, run=run: gradient * (torch.nan if run.step else 1))
+        with pytest.raises(PatchError, match="finite gradients, found others at step 2"):
+            loop.train(run, events)
+        assert all(bool(p.isfinite().all()) for p in run.method.trainable().values())
+        assert not events.outputs.path().exists()
