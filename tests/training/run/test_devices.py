@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.subjects import relative_error
 from dmp_common import Patch
 from tests.training.base.test_memory import config_of, gradients
 from tests.training.conftest import Folders, Train
@@ -62,5 +63,5 @@ def test_gradients_through_quantised_weights_are_those_of_the_cpu(
         found[where] = gradients(cheap_base(frozen, config), name)
     assert found[device].keys() == found["cpu"].keys()
     for key, value in found["cpu"].items():
-        size = float(value.abs().max())
-        torch.testing.assert_close(found[device][key].cpu(), value, rtol=5e-2, atol=5e-2 * size)
+        # Some formats compute their products in half precision on one of the two devices.
+        assert relative_error(found[device][key].cpu(), value) < 5e-2 or not value.any(), key
