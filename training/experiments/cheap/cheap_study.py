@@ -1,5 +1,6 @@
 r"""Compare what repairs a cheap call: patches, LoRA and controls without training.
 
+    python -m training.experiments.cheap.cheap_study digits goals --out OUT --processes 2
     python -m training.experiments.cheap.cheap_study digits tune primary --out OUT
     python -m training.experiments.cheap.cheap_study cifar10-s tune primary --data DIR --out OUT
     python -m training.experiments.cheap.cheap_study digits explore --only methods bits --out OUT
@@ -7,7 +8,8 @@ r"""Compare what repairs a cheap call: patches, LoRA and controls without traini
 
 `tune` chooses the learning rate of each method on validation, with seed 0, by the gap of the
 predictions that is left; the grid grows where its edge would be chosen. `primary` trains with five
-other seeds and judges on the test split; `explore` does the rest with one seed, `steps` with other
+other seeds and judges on the test split; `goals` does what the table of the goals needs, alone
+with the rate at which tuning begins. `explore` does the rest with one seed, `steps` with other
 lengths, `scale` with a factor of epsilon scaling that is chosen on validation. What is done is kept
 in `--out`, and a study that was stopped goes on from there. comparisons.py says what is compared.
 """
@@ -33,7 +35,7 @@ from training.experiments.cheap.measures import CheapJob, Measures
 from training.experiments.cheap.remedies import REMEDIES
 from training.objective.grid_search import Choice, best_inside
 
-_STAGES = ("tune", "primary", "explore", "steps", "scale", "sibling")
+_STAGES = ("tune", "goals", "primary", "explore", "steps", "scale", "sibling")
 _LENGTHS = (50, 100, 200, 1000)  # of trainings, beside the usual one
 _PRIMARY = ("repair", "lora", "modulation", "gated-small", "ungated-small")
 
@@ -184,6 +186,8 @@ def main() -> None:
         tune_rates(trial, _wanted(options), options)
     rates = chosen_rates(options.out / options.subject / "rates.json")
     jobs = plan.primary(options.subject, rates) if "primary" in options.stages else []
+    if "goals" in options.stages:
+        jobs += plan.of_goals(options.subject, rates)
     if "explore" in options.stages:
         for name in options.only:
             jobs += plan.explored(options.subject, name, rates)

@@ -59,13 +59,17 @@ COMPARISONS = (
         "guidance at equal calls", Model(GUIDED, "repair"), Model(GUIDED, "full model", EQUAL_CALLS)
     ),
 )
-# What the goals are about, beside what is compared.
-GOALS = {BITS_4: 0.10, BITS_3: 0.20}
+GOALS = {BITS_4: 0.10, BITS_3: 0.20}  # what a repair may leave
+_OF_GOALS = [Model(call, name) for call in GOALS for name in ("none", "full model", "repair")]
+# What shares are of, beside what is compared.
 _BESIDE = [
-    *(Model(call, name) for call in GOALS for name in ("none", "full model", "repair")),
-    *(Model(GUIDED, name) for name in ("none",)),
-    Model(GUIDED, "full model", UseOfModel(guidance=2.0)),
-]
+    *_OF_GOALS, Model(GUIDED, "none"), Model(GUIDED, "full model", UseOfModel(guidance=2.0)),
+]  # fmt: skip
+
+
+def of_goals(subject: str, rates: Rates) -> list[CheapJob]:
+    """The jobs of the goals alone, on the test split."""
+    return [job(subject, model, rates, seed) for seed in SEEDS for model in _OF_GOALS]
 
 
 def primary(subject: str, rates: Rates) -> list[CheapJob]:

@@ -230,6 +230,15 @@ def made_up(ours):
     return found
 
 
+def test_the_goals_alone_make_their_table():
+    goals = {job for s in plan.SUBJECTS for job in plan.of_goals(s, {})}
+    whole = made_up(0.1)
+    assert goals < set(whole)
+    table = tables({job: whole[job] for job in goals})["goals"]
+    assert table == tables(whole)["goals"]
+    assert "not measured" not in table
+
+
 def test_tables_say_what_is_left_and_whether_it_is_different(tmp_path):
     results = made_up(0.1)
     made = tables(results)
