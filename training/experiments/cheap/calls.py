@@ -10,7 +10,7 @@ from training.base.rounding import GROUP
 
 EXACT = "exact"  # the base as it is, for controls
 _GUIDANCE, _SKIPPED = "guidance-", re.compile(r"skip(\d)")
-_ROUNDED = re.compile(rf"rtn(\d)(-group{GROUP})?|gptq(\d)-group{GROUP}")
+_ROUNDED = re.compile(rf"rtn([2-8])(-group{GROUP})?|gptq([2-8])-group{GROUP}")
 _SCALES = 2 * 16  # bits of a group's scale and minimum
 
 

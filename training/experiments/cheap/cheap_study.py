@@ -29,6 +29,7 @@ import torch
 
 from dmp_common.patch.serialize import write_atomically
 from training.experiments.cheap import comparisons as plan
+from training.experiments.cheap.calls import CheapCall
 from training.experiments.cheap.cheap_trial import CheapTrial
 from training.experiments.cheap.comparisons import SIBLING, Model, Rates
 from training.experiments.cheap.measures import CheapJob, Measures
@@ -140,6 +141,12 @@ def _pool(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text}")
+    return int(text)
+
+
 class StudyOptions(argparse.Namespace):
     """The command line."""
 
@@ -169,8 +176,8 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=_STAGES)
     parser.add_argument("--data", type=Path, help="folder that make_cifar filled")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=plan.STEPS, help="of each training")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--steps", type=_count, default=plan.STEPS, help="of each in `tune`")
+    parser.add_argument("--processes", type=_count, default=1)
     parser.add_argument("--methods", nargs="+", choices=REMEDIES, default=[], help="to tune")
     parser.add_argument("--call", default=plan.BITS_3, help="on which these methods are tuned")
     parser.add_argument(
@@ -179,6 +186,7 @@ def main() -> None:
     options = parser.parse_args(namespace=StudyOptions())
     trial = CheapTrial(options.subject, options.data, options.out)
     try:
+        CheapCall(options.call)
         trial.open()
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -119,7 +119,7 @@ def _pair(
 
 
 def _measured(found: Findings, subject: str, one: Comparison) -> bool:
-    return all(len(found.of(subject, model)) > 1 for model in (one.ours, one.other))
+    return min(len(found.of(subject, model)) for model in (one.ours, one.other)) > 1
 
 
 def _p_of_both(found: Findings, one: Comparison) -> float:
@@ -144,7 +144,7 @@ def explored_table(found: Findings, subject: str, models: Sequence[Model]) -> st
         "recall | class | calls | KB added |",
         "|---" * 13 + "|",
     ]
-    lines += [_row(found, subject, model, None) for model in models if found.of(subject, model)]
+    lines += [_row(found, subject, model) for model in models if found.of(subject, model)]
     return "\n".join(lines)
 
 
@@ -181,8 +181,8 @@ def _by_level(measured: Sequence[Measures]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*(m.gaps for m in measured), strict=True)]
 
 
-def _row(found: Findings, subject: str, model: Model, steps: int | None) -> str:
-    measured = found.of(subject, model, steps)
+def _row(found: Findings, subject: str, model: Model) -> str:
+    measured = found.of(subject, model)
     plain = found.of(subject, Model(model.call, "none"))
     broken = [plain[seed] for seed in measured if seed in plain]
 
@@ -261,7 +261,7 @@ def updated(text: str, made: dict[str, str]) -> str:
     def table(match: re.Match[str]) -> str:
         name = match[1]
         if name not in made:
-            raise ValueError(f"expected a table of {', '.join(made)}, found {name!r}")
+            raise ValueError(f"expected one of the tables {'; '.join(made)}, found {name!r}")
         return f"{_BLOCK.format(name)}\n{made[name]}\n\n{_END}"
 
     pattern = re.escape(_BLOCK).replace(r"\{\}", "([^>]*?)") + ".*?" + re.escape(_END)
@@ -286,12 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.update is not None:
             text = updated(options.update.read_text(encoding="utf-8"), made)
             options.update.write_text(text, encoding="utf-8")
+        if options.write is not None:
+            write_results(results, options.write)
+        if options.figure is not None:
+            draw_figure(results, options.figure)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if options.write is not None:
-        write_results(results, options.write)
-    if options.figure is not None:
-        draw_figure(results, options.figure)
     if not (options.write or options.update or options.figure):
         for name, table in made.items():
             print(f"## {name}\n\n{table}\n")

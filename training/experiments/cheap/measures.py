@@ -132,18 +132,31 @@ def read_measures(path: Path) -> Results:
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+            raise TypeError("another kind of JSON")
         return dict(_entry(entry) for entry in entries)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except FileNotFoundError as error:
+        raise ValueError(f"expected measures of the study in {path}, found nothing") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected measures of the study in {path}, found {error}") from error
 
 
 def collected(folders: Iterable[Path]) -> Results:
-    """All measures below some folders of results."""
+    """All measures below some folders of results.
+
+    Raises:
+        ValueError: there are none in a folder, or a file is not one of them.
+    """
     found: Results = {}
     for folder in folders:
-        for path in sorted(folder.rglob("*.json")):
-            if path.name.startswith(("test", "validation")):
-                found |= read_measures(path)
+        paths = [
+            path for path in sorted(folder.rglob("*.json"))
+            if path.name.startswith(("test", "validation"))
+        ]  # fmt: skip
+        if not paths:
+            raise ValueError(f"expected measures of cheap_study in {folder}, found none")
+        for path in paths:
+            found |= read_measures(path)
     return found
 
 

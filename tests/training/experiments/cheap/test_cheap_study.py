@@ -277,8 +277,28 @@ def test_missing_measures_are_said_and_unknown_tables_refused():
     new = updated(text, {"goals": "| new |"})
     assert new == "before\n<!-- table: goals -->\n\n| new |\n\n<!-- end of table -->\nafter"
     assert updated(new, {"goals": "| new |"}) == new
-    with pytest.raises(ValueError, match="expected a table of goals"):
+    with pytest.raises(ValueError, match="expected one of the tables goals"):
         updated(text.replace("goals", "gaols"), {"goals": ""})
+
+
+def test_command_lines_that_cannot_be_done_end_in_one_sentence(tmp_path, capsys, monkeypatch):
+    def said(command, *arguments):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            command()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    (tmp_path / "bad.json").write_text('{"a": 1}', encoding="utf-8")
+    measured = ROOT / "docs" / "results" / "cheap-calls.json"
+    out = ("--out", tmp_path / "out")
+    study = cheap_study.main
+    assert "of at least 1, found 0" in said(study, "digits", "goals", "--processes", 0, *out)
+    assert "found 'rtn9'" in said(study, "digits", "tune", "--call", "rtn9", *out)
+    assert "expected --data" in said(study, "cifar10-s", "goals", *out)
+    assert "found another kind of JSON" in said(main, tmp_path / "bad.json")
+    assert "measures of the study in" in said(main, tmp_path / "none.json")
+    assert "found none" in said(main, tmp_path)
+    assert "No such file" in said(main, measured, "--figure", tmp_path / "none" / "figure.png")
 
 
 def test_the_page_has_the_tables_of_the_measures():
