@@ -12,7 +12,8 @@ from modules import extra_networks, script_callbacks, shared, ui_extra_networks
 from modules.ui_extra_networks import quote_js
 
 from a1111_dmp import host, tags
-from a1111_dmp.choice import from_prompt, hashes_text, read_hashes
+from a1111_dmp.choice import from_prompt
+from a1111_dmp.infotext import hashes_text, read_hashes
 from a1111_dmp.session import PROMPT
 from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord

@@ -18,9 +18,10 @@ import torch
 from modules import paths, script_callbacks, sd_unet, shared
 from PIL import Image
 
-from a1111_dmp.choice import Choice, to_infotext
+from a1111_dmp.choice import Choice
 from a1111_dmp.conditions import pictures_of
 from a1111_dmp.files import Folder
+from a1111_dmp.infotext import to_infotext
 from a1111_dmp.session import Model, Session
 from dmp_common import Base, PatchError
 from dmp_common.attach.record import PatchRecord

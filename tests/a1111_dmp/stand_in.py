@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-OURS = ("host", "axes", "tags", "cards", "listing", "script")  # what imports the host
+OURS = ("host", "axes", "tags", "cards", "listing", "controls", "script")  # what imports the host
 
 
 class Component:

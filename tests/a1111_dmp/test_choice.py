@@ -13,13 +13,12 @@ from a1111_dmp.choice import (
     SLOTS,
     Choice,
     from_controls,
-    from_infotext,
     from_prompt,
     is_on,
     omitted,
-    to_infotext,
 )
 from a1111_dmp.files import Folder
+from a1111_dmp.infotext import from_infotext, to_infotext
 from dmp_common import PatchError
 from dmp_common.patch.file import file_hash
 from tests.tiny import FAMILIES

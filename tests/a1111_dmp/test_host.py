@@ -420,7 +420,7 @@ def test_the_host_keeps_the_defaults_of_both_scripts_apart(host):
 
 def test_patches_of_another_base_are_marked_and_one_button_refreshes_all_lists(host, monkeypatch):
     made: list[Any] = []
-    monkeypatch.setattr(host.script, "create_refresh_button", lambda *args: made.append(args))
+    monkeypatch.setattr(host.controls, "create_refresh_button", lambda *args: made.append(args))
     controls = host.script.Accordion().ui(False)
     ((patches, _, refreshed, _),) = made
     assert patches == [c for c in controls if c.label.startswith("Patch")]
@@ -507,14 +507,14 @@ def test_the_heat_map(host, tmp_path):
     weights = {f"model.diffusion_model.{k}": v for k, v in host.unet.state_dict().items()}
     safetensors.torch.save_file({k: v.clone().half() for k, v in weights.items()}, own)
     host.modules.shared.sd_model.sd_checkpoint_info.filename = str(own)
-    picture = host.script.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])["value"]
-    alone = host.script.draw("ink", *DEFAULTS[1:])["value"]
+    picture = host.controls.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])["value"]
+    alone = host.controls.draw("ink", *DEFAULTS[1:])["value"]
     assert picture.height > alone.height > 100
     with pytest.raises(stand_in.ToastError, match="DMP: expected a patch to draw, found none"):
-        host.script.draw(*DEFAULTS)
+        host.controls.draw(*DEFAULTS)
     host.modules.shared.sd_model = SimpleNamespace()
     with pytest.raises(stand_in.ToastError, match="DMP: expected a loaded checkpoint"):
-        host.script.draw("ink", *DEFAULTS[1:])
+        host.controls.draw("ink", *DEFAULTS[1:])
 
 
 def plot(host: SimpleNamespace) -> Any:
