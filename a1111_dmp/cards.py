@@ -64,7 +64,7 @@ class Network(extra_networks.ExtraNetwork):  # type: ignore[misc]
 
     @staticmethod
     def _choice(params: Any) -> Any:
-        return from_prompt(params.positional, params.named)
+        return from_prompt(params.items)
 
 
 class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from typing import Any
 
 from a1111_dmp.files import NONE, Folder, Known
 from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord
+from dmp_common.tools import written
 
 SLOTS = 3  # How many patches one set of controls can combine.
 _EMPTY = (None, "", NONE, "none")
+_EXAMPLES = {"keyframes": "0: 1, 0.5: 0.3, 1: 0", "site_strengths": "in.1-3: 0.5, mid: 1"}
+_NAMED = re.compile(r":\s*(?=[A-Za-z_]+\s*=)")  # before "start=0.2" in a prompt
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Choice:
         strength: multiplies what the patch adds; 0 is exactly the plain model.
         start, end: the patch acts between these points of progress; 0 is noise, 1 the picture.
         early, middle, late: factors of the strength at progress 0, 0.5 and 1.
+        keyframes: a curve as text, in place of these three, see `written.keyframes`.
+        site_strengths: factors at single sites as text, see `written.site_strengths`.
     """
 
     patch: str = NONE
@@ -33,6 +40,8 @@ class Choice:
     early: float = 1.0
     middle: float = 1.0
     late: float = 1.0
+    keyframes: str = ""
+    site_strengths: str = ""
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Choice:
@@ -44,12 +53,27 @@ class Choice:
         Raises:
             PatchError: a value has the wrong type or is not a finite number.
         """
-        patch, *numbers = values
+        patch, *settings = values
         if patch in _EMPTY:
             patch = NONE
         if not isinstance(patch, str):
             raise PatchError(f"expected the name of a patch, found {patch!r}: give it as text.")
-        return cls(patch, *(number(n, v) for n, v in zip(NUMBERS, numbers, strict=True)))
+        named = zip(FIELDS[1:], settings, strict=True)
+        return cls(patch, *(setting(name, value) for name, value in named))
+
+    @classmethod
+    def named(cls, values: Mapping[str, Any]) -> Choice:
+        """Makes a choice from an object of an API request, {"patch": "ink", "strength": 0.8}.
+
+        Raises:
+            PatchError: as `of`, or a name is not one of the fields.
+        """
+        if unknown := sorted(set(values) - set(FIELDS)):
+            raise PatchError(
+                f"expected any of {', '.join(FIELDS)} for a patch, found {', '.join(unknown)}: "
+                "correct the request."
+            )
+        return cls.of([values.get(name, getattr(cls, name)) for name in FIELDS])
 
     @property
     def empty(self) -> bool:
@@ -66,18 +90,44 @@ class Choice:
             PatchError: there is no such patch, its file is damaged, or a setting is out of range.
         """
         known = folder.load(self.patch)
+        try:
+            keyframes = written.keyframes(self.keyframes)
+            site_strengths = written.site_strengths(known.loaded.patch, self.site_strengths)
+        except PatchError as error:
+            raise PatchError(f"{known.loaded.name}: {error}") from error
         return PatchRecord(
             known.loaded,
             strength=self.strength,
             start=self.start,
             end=self.end,
             curve=(self.early, self.middle, self.late),
+            keyframes=keyframes,
+            site_strengths=site_strengths,
         ), known
 
 
-NUMBERS = tuple(field.name for field in fields(Choice) if field.name != "patch")
 FIELDS = tuple(field.name for field in fields(Choice))
-DEFAULTS = tuple(getattr(Choice(), name) for name in FIELDS) * SLOTS
+TEXTS = ("keyframes", "site_strengths")
+_FIRST = tuple(name for name in FIELDS if name not in TEXTS)
+# Scripts get their values by position, and requests give the first ones alone. So the values of all
+# slots that were there in the first version come first, and then the texts of all slots.
+ORDER = tuple((slot, name) for part in (_FIRST, TEXTS) for slot in range(SLOTS) for name in part)
+DEFAULTS = tuple(getattr(Choice(), name) for _, name in ORDER)
+
+
+def setting(name: str, value: object) -> float | str:
+    """Reads the value of a setting that came from a control, a prompt or a request.
+
+    Raises:
+        PatchError: the value has the wrong type, or it is not a finite number.
+    """
+    if name not in TEXTS:
+        return number(name, value)
+    if not isinstance(value, str | None):
+        raise PatchError(
+            f"expected a text such as {_EXAMPLES[name]} for {name}, found {value!r}: correct it."
+        )
+    return (value or "").strip()
 
 
 def number(name: str, value: object) -> float:
@@ -103,14 +153,14 @@ def from_controls(values: Sequence[Any], axes: Mapping[str, Any] | None = None) 
     """Makes the choices of all slots of a set of controls, in order.
 
     Args:
-        values: the fields of each slot, as in `DEFAULTS`.
+        values: the fields of the slots, in the order of `ORDER`; or an object for each patch, as
+            a request may give it, and the defaults after it.
         axes: fields of the first slot that an X/Y/Z plot has set.
 
     Raises:
         PatchError: a value has the wrong type, or an axis has no patch to act on.
     """
-    size = len(FIELDS)
-    slots = [Choice.of(values[n * size : (n + 1) * size]) for n in range(SLOTS)]
+    slots = _from_objects(values) or [Choice.of(own) for own in by_slot(values)]
     if axes:
         slots[0] = replace(slots[0], **axes)
         if slots[0].empty and "patch" not in axes:
@@ -119,6 +169,26 @@ def from_controls(values: Sequence[Any], axes: Mapping[str, Any] | None = None) 
                 "and choose Patch 1, or make [DMP] Patch another axis."
             )
     return slots
+
+
+def by_slot(values: Sequence[Any]) -> list[list[Any]]:
+    """Sorts values in the order of `ORDER` into a list for each slot, in the order of `FIELDS`."""
+    known = dict(zip(ORDER, values, strict=True))
+    return [[known[slot, name] for name in FIELDS] for slot in range(SLOTS)]
+
+
+def _from_objects(values: Sequence[Any]) -> list[Choice]:
+    """Makes the choices of a request that gives objects; an empty list for other values."""
+    given = list(takewhile(lambda value: isinstance(value, Mapping), values))
+    if not given:
+        return []
+    if len(given) > SLOTS or tuple(values[len(given) :]) != DEFAULTS[len(given) :]:
+        raise PatchError(
+            f"expected one to {SLOTS} objects for DMP and nothing after them, found "
+            f"{len(given)} and other values: give all settings of a patch in its object."
+        )
+    empty = [Choice()] * (SLOTS - len(given))
+    return [Choice.named(value) for value in given] + empty
 
 
 def is_on(enabled: object) -> bool:
@@ -134,26 +204,29 @@ def is_on(enabled: object) -> bool:
     return enabled
 
 
-def from_prompt(positional: Sequence[str], named: Mapping[str, str]) -> Choice:
-    """Makes a choice from the arguments of `<dmp:...>` in a prompt.
+def from_prompt(items: Sequence[str]) -> Choice:
+    """Makes a choice from what stands between the colons of `<dmp:...>` in a prompt.
 
-    Users write `<dmp:name>`, `<dmp:name:0.8>` or `<dmp:name:0.8:start=0.2:end=0.7>`.
+    Users write `<dmp:name>`, `<dmp:name:0.8>` or `<dmp:name:0.8:start=0.2:end=0.7>`. Texts keep the
+    colons of their own: `<dmp:name:keyframes=0: 1, 1: 0>`.
 
     Raises:
         PatchError: the arguments are not of this form.
     """
-    written = ":".join([*positional, *(f"{k}={v}" for k, v in named.items())])
-    unknown = sorted(set(named) - set(NUMBERS))
-    if unknown or not 1 <= len(positional) <= 2 or (len(positional) == 2 and "strength" in named):
+    whole = ":".join(items)
+    first, *rest = _NAMED.split(whole)
+    name, *strengths = (part.strip() for part in first.split(":"))
+    named = {key.strip(): value for key, _, value in (part.partition("=") for part in rest)}
+    given = ["strength"] * len(strengths) + [*named]
+    unknown = set(given) - set(FIELDS[1:])
+    if not name or unknown or len(set(given)) < len(strengths) + len(rest):
         raise PatchError(
             "expected <dmp:name:strength>, with any of "
-            f"{', '.join(f'{n}=' for n in NUMBERS)} after it, found <dmp:{written}>: correct "
+            f"{', '.join(f'{n}=' for n in FIELDS[1:])} once after it, found <dmp:{whole}>: correct "
             "the prompt."
         )
-    values = {name: number(name, value) for name, value in named.items()}
-    if len(positional) == 2:
-        values["strength"] = number("strength", positional[1])
-    return Choice(positional[0].strip(), **values)
+    values = {**dict(zip(given, strengths, strict=False)), **named}
+    return Choice.named({"patch": name, **values})
 
 
 def omitted(values: Sequence[Any], given: int, expected: int) -> list[Any]:

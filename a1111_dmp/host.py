@@ -228,8 +228,8 @@ def say_unused(p: Any, why: str) -> None:
     p.extra_generation_params["DMP not applied"] = why
 
 
-def heat_map(choices: list[Choice]) -> Image.Image:
-    """Draws the gates of the chosen patches for the loaded checkpoint, one below the other.
+def heat_maps(choices: list[Choice]) -> list[Image.Image]:
+    """Draws the gates of the chosen patches for the loaded checkpoint.
 
     The time embedding is read from the checkpoint's file. The loaded model may be sampling with
     our hooks on it, may be in half precision, or may be partly on another device.
@@ -249,11 +249,7 @@ def heat_map(choices: list[Choice]) -> Image.Image:
         except PatchError as error:
             raise PatchError(f"{known.loaded.name}: {error}") from error
         pictures.append(gate_heatmap(patch, steps, e, title=f"Gate of {known.name}"))
-    width, height = max(p.width for p in pictures), sum(p.height for p in pictures)
-    sheet = Image.new("RGB", (width, height), (255, 255, 255))
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (0, sum(p.height for p in pictures[:index])))
-    return sheet
+    return pictures
 
 
 def leave_path() -> None:

@@ -11,24 +11,24 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from a1111_dmp.choice import NUMBERS, Choice, number
+from a1111_dmp.choice import FIELDS, Choice, setting
 from a1111_dmp.files import Folder, Known
 
 
 def label(prefix: str, field: str, slot: int) -> str:
     """Returns the key of a field in an infotext.
 
-    >>> label("DMP", "patch", 0), label("DMP script", "start", 2)
-    ('DMP patch', 'DMP script start 3')
+    >>> label("DMP", "site_strengths", 0), label("DMP script", "start", 2)
+    ('DMP site strengths', 'DMP script start 3')
     """
-    return f"{prefix} {field}" + (f" {slot + 1}" if slot else "")
+    return f"{prefix} {field.replace('_', ' ')}" + (f" {slot + 1}" if slot else "")
 
 
 def to_infotext(prefix: str, slot: int, choice: Choice, known: Known) -> dict[str, Any]:
     """Returns the entries of an infotext for a slot."""
     plain = Choice()
     texts: dict[str, Any] = {"patch": known.name, "hash": known.hash, "strength": choice.strength}
-    for name in NUMBERS:
+    for name in FIELDS[1:]:
         if getattr(choice, name) != getattr(plain, name):
             texts[name] = getattr(choice, name)
     return {label(prefix, name, slot): text for name, text in texts.items()}
@@ -42,7 +42,7 @@ def from_infotext(
     if text is None:
         return getattr(Choice(), field)
     if field != "patch":
-        return number(field, text)
+        return setting(field, text)
     return folder.by_hash(str(text), texts.get(label(prefix, "hash", slot)))
 
 

@@ -32,6 +32,16 @@ class Component:
     def __exit__(self, *error: object) -> None:
         return None
 
+    def get_config(self) -> dict[str, Any]:
+        """What the browser is told."""
+        return {**self.options, "value": self.value}
+
+    def preprocess(self, value: Any) -> Any:
+        return value
+
+    def postprocess(self, value: Any) -> Any:
+        return value
+
     def render(self) -> None:
         """Puts the component where it is called."""
 
@@ -93,14 +103,6 @@ class Params:
     """The host's `ExtraNetworkParams`."""
 
     items: list[str]
-
-    @property
-    def positional(self) -> list[str]:
-        return [item for item in self.items if "=" not in item]
-
-    @property
-    def named(self) -> dict[str, str]:
-        return dict(item.split("=") for item in self.items if "=" in item)
 
 
 def parse_prompt(prompt: str) -> tuple[str, dict[str, list[Params]]]:
@@ -183,7 +185,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         setattr(root, name, module)
     gradio = types.ModuleType("gradio")
-    kinds = ("Row", "Accordion", "Dropdown", "Slider", "HTML", "Button", "Image", "Checkbox")
+    kinds = ("Row", "Accordion", "Dropdown", "Slider", "Textbox", "Button", "Gallery", "Checkbox")
     vars(gradio).update(
         {kind: type(kind, (Component,), {}) for kind in kinds}, Error=ToastError, update=dict
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from a1111_dmp.choice import (
     DEFAULTS,
     FIELDS,
-    SLOTS,
     Choice,
     from_controls,
     from_prompt,
@@ -177,6 +177,36 @@ def test_numbers_must_be_numbers(wrong):
         from_controls(values("ink", 1.0, wrong))
 
 
+def test_keyframes_and_strengths_of_single_sites(folder):
+    """They are read as in ComfyUI, and those of all slots come last, so that old requests hold."""
+    found = from_controls([*DEFAULTS[:21], "0: 1, 0.5: 0.3", "MID: 0.5", "", "", " 1: 0 ", None])
+    assert (found[0].keyframes, found[0].site_strengths) == ("0: 1, 0.5: 0.3", "MID: 0.5")
+    assert (found[2].keyframes, found[2].site_strengths) == ("1: 0", "")
+    record, _ = replace(found[0], patch="ink").record(folder)
+    assert record.keyframes == ((0.0, 1.0), (0.5, 0.3))
+    assert record.site_strengths == (("mid", 0.5),)
+    with pytest.raises(PatchError, match="expected a text such as 0: 1.* for keyframes, found 1"):
+        from_controls([*DEFAULTS[:21], 1, *DEFAULTS[22:]])
+    for wrong, says in (
+        ({"keyframes": "2: 1"}, "ink.safetensors: expected keyframes such as"),
+        ({"site_strengths": "out.99: 1"}, "ink.safetensors: expected sites of this patch"),
+        ({"keyframes": "0: 1", "late": 0.5}, "expected either keyframes or the factors"),
+    ):
+        with pytest.raises(PatchError, match=says):
+            Choice.named({"patch": "ink", **wrong}).record(folder)
+
+
+def test_objects_of_a_request():
+    first, second = {"patch": "ink", "end": 0.9, "keyframes": "0: 1"}, {"patch": "deep/oil"}
+    found = from_controls(values(first, second))
+    assert found == [Choice("ink", end=0.9, keyframes="0: 1"), Choice("deep/oil"), Choice()]
+    with pytest.raises(PatchError, match="found power: correct the request"):
+        from_controls(values({"patch": "ink", "power": 1}))
+    for wrong in (values({"patch": "ink"}, 0.8), [first] * 4 + list(DEFAULTS[4:])):
+        with pytest.raises(PatchError, match="expected one to 3 objects for DMP and nothing after"):
+            from_controls(wrong)
+
+
 def test_other_kinds_of_values():
     assert from_controls(values("ink", "0.5", 0))[0] == Choice("ink", 0.5)
     with pytest.raises(PatchError, match="expected the name of a patch, found 3"):
@@ -197,48 +227,53 @@ def test_axes_change_the_first_slot():
 
 
 @pytest.mark.parametrize(
-    ("positional", "named", "choice"),
+    ("written", "choice"),
     [
-        (["ink"], {}, Choice("ink")),
-        (["ink", "0.8"], {}, Choice("ink", 0.8)),
-        (["deep/oil ", " -1 "], {}, Choice("deep/oil", -1.0)),
-        (["ink"], {"strength": "2"}, Choice("ink", 2.0)),
-        (["ink", "1"], {"start": "0.2", "late": "0"}, Choice("ink", 1.0, start=0.2, late=0.0)),
+        ("ink", Choice("ink")),
+        ("ink:0.8", Choice("ink", 0.8)),
+        ("deep/oil : -1 ", Choice("deep/oil", -1.0)),
+        ("a=b:strength = 2", Choice("a=b", 2.0)),
+        ("ink:1:start=0.2:late=0", Choice("ink", 1.0, start=0.2, late=0.0)),
+        (
+            "ink:keyframes=0: 1, 0.5: 0.3:end=0.9:site_strengths=in.1-3: 0.5, out.*:0",
+            Choice(
+                "ink",
+                end=0.9,
+                keyframes="0: 1, 0.5: 0.3",
+                site_strengths="in.1-3: 0.5, out.*:0",
+            ),
+        ),
     ],
 )
-def test_prompts(positional, named, choice):
-    assert from_prompt(positional, named) == choice
+def test_prompts(written, choice):
+    assert from_prompt(written.split(":")) == choice
 
 
 @pytest.mark.parametrize(
-    ("positional", "named"),
-    [
-        ([], {}),
-        (["ink", "1", "2"], {}),
-        (["ink"], {"te": "1"}),
-        (["ink", "1"], {"strength": "2"}),
-        (["ink", "x"], {}),
-        (["ink"], {"end": "late"}),
-    ],
+    "written",
+    *[["", "ink:1:2", "ink:te=1", "ink:1:strength=2", "ink:end=1:end=1", "ink:x", "ink:end=late"]],
 )
-def test_wrong_prompts(positional, named):
+def test_wrong_prompts(written):
     with pytest.raises(PatchError, match="expected (<dmp:name:strength>|a number)"):
-        from_prompt(positional, named)
+        from_prompt(written.split(":"))
 
 
 def test_omitted_values():
     other = ["values", "of", "the", "next", "script"]
     host_list = ["ink", 0.5, *other, *DEFAULTS]
-    assert omitted(host_list[: len(DEFAULTS)], 50 - 19, 50) == values("ink", 0.5)
+    assert omitted(host_list[: len(DEFAULTS)], 50 - 25, 50) == values("ink", 0.5)
     assert omitted(DEFAULTS, 50, 50) == list(DEFAULTS)
     assert omitted(other, 50 - len(DEFAULTS), 50) == list(DEFAULTS)
-    with pytest.raises(PatchError, match="expected at most 21 values for DMP, found 22"):
+    with pytest.raises(PatchError, match="expected at most 27 values for DMP, found 28"):
         omitted(DEFAULTS, 51, 50)
 
 
 def test_infotext_and_back(folder):
     for slot, choice in enumerate(
-        [Choice("ink", 0.8), Choice("deep/oil", 1.0, 0.1, 0.9, 1.0, 0.5, 0.0)]
+        [
+            Choice("ink", 0.8, keyframes="0: 1, 1: 0", site_strengths="mid: 0.5"),
+            Choice("deep/oil", 1.0, 0.1, 0.9, 1.0, 0.5, 0.0),
+        ]
     ):
         _, known = choice.record(folder)
         texts = {k: str(v) for k, v in to_infotext("DMP", slot, choice, known).items()}
@@ -246,7 +281,6 @@ def test_infotext_and_back(folder):
         back = [from_infotext(texts, "DMP", slot, name, folder) for name in FIELDS]
         assert Choice.of(back) == choice
     assert Choice.of([from_infotext({}, "DMP", 2, name, folder) for name in FIELDS]) == Choice()
-    assert SLOTS * len(FIELDS) == len(DEFAULTS)
 
 
 def test_renamed_files_are_known_by_their_hash(folder):

@@ -61,10 +61,8 @@ def drop_down(host: SimpleNamespace, p: Processing, *values: Any) -> Any:
     return script.run(p, *values)
 
 
-def params(*items: str) -> SimpleNamespace:
-    """The host's `ExtraNetworkParams`."""
-    named = dict(item.split("=") for item in items if "=" in item)
-    return SimpleNamespace(positional=[i for i in items if "=" not in i], named=named)
+def params(*items: str) -> stand_in.Params:
+    return stand_in.Params([*items])
 
 
 def patched(host: SimpleNamespace) -> bool:
@@ -404,9 +402,22 @@ def test_controls_have_labels_names_and_defaults(host, kind):
     ids = [c.elem_id for c in controls]
     assert len(set(ids)) == len(ids)
     assert [c.label for c in again] == [c.label for c in controls]
+    assert all(c.options["tooltip"] for c in controls if c.label != "DMP")
     patches = [c for c in controls if c.label.startswith("Patch")]
     listed = ["None", "broken [unusable]", "deep/oil", "ink"]
     assert [c.options["choices"] for c in patches] == [listed] * 3
+
+
+def test_percent_is_shown_and_a_fraction_is_used(host):
+    _, _, _, start, end, *_ = host.script.Accordion().ui(False)
+    assert (start.value, end.value) == (0.0, 1.0)
+    shown = end.get_config()
+    assert [shown[name] for name in ("value", "minimum", "maximum", "step")] == [100, 0, 100, 1]
+    assert (start.preprocess(35), start.preprocess(None), start.postprocess(0.35)) == (
+        0.35,
+        None,
+        35,
+    )
 
 
 def test_the_host_keeps_the_defaults_of_both_scripts_apart(host):
@@ -507,9 +518,11 @@ def test_the_heat_map(host, tmp_path):
     weights = {f"model.diffusion_model.{k}": v for k, v in host.unet.state_dict().items()}
     safetensors.torch.save_file({k: v.clone().half() for k, v in weights.items()}, own)
     host.modules.shared.sd_model.sd_checkpoint_info.filename = str(own)
-    picture = host.controls.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])["value"]
-    alone = host.controls.draw("ink", *DEFAULTS[1:])["value"]
-    assert picture.height > alone.height > 100
+    gallery, close = host.controls.draw("ink", *DEFAULTS[1:7], "deep/oil", *DEFAULTS[8:])
+    assert [picture.height > 100 for picture in gallery["value"]] == [True, True]
+    assert gallery["visible"] and close["visible"]
+    gallery, close = host.controls.hide()
+    assert not gallery["visible"] and not close["visible"] and gallery["value"] is None
     with pytest.raises(stand_in.ToastError, match="DMP: expected a patch to draw, found none"):
         host.controls.draw(*DEFAULTS)
     host.modules.shared.sd_model = SimpleNamespace()

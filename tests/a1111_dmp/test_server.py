@@ -201,8 +201,8 @@ def test_omitted_values_have_the_defaults(server):
     same(server.make(**script(A)), server.make(A))
     full = ["None", 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
     same(server.make(**script(A, 0.5)), server.make(**script(A, 0.5, *full[2:], *full, *full)))
-    with pytest.raises(FailedError, match="expected at most 21 values for DMP, found 22"):
-        server.make(**script(A, 1.0, *full[2:], *full, *full, 1.0))
+    with pytest.raises(FailedError, match="expected at most 27 values for DMP, found 28"):
+        server.make(**script(A, 1.0, *full[2:], *full, *full, *[""] * 6, ""))
 
 
 def test_start_end_and_curve(server, plain):
@@ -215,6 +215,29 @@ def test_start_end_and_curve(server, plain):
     same(server.make(A, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0), plain)
     same(server.make(A, 0.5), server.make(A, 1.0, 0.0, 1.0, 0.5, 0.5, 0.5))
     differ(server.make(A, 1.0, 0.0, 1.0, 1.0, 0.5, 0.0), whole)
+
+
+def test_keyframes_and_strengths_of_single_sites(server, plain):
+    """In controls, requests and prompts; the curve is that of early, middle and late."""
+    curve = server.make(A, 1.0, 0.0, 1.0, 1.0, 0.5, 0.0)
+    keyframes = {"patch": A, "keyframes": "0: 1, 0.5: 0.5, 1: 0"}
+    same(server.make(keyframes), curve)
+    same(server.make(**script(keyframes)), curve)
+    same(server.make(prompt=f"a cat<dmp:{A}:1:keyframes=0: 1, 0.5: 0.5, 1: 0>"), curve)
+    whole = server.make(A)
+    parts = {"patch": A, "site_strengths": "IN.*: 0.5, mid: 0"}
+    made = server.make(parts)
+    differ(made, whole)
+    differ(made, plain)
+    same(server.make(prompt=f"a cat<dmp:{A}:site_strengths=in.*:0.5,mid:0:start=0>"), made)
+    same(server.make({"patch": A, "site_strengths": "all: 0"}), plain)
+    assert 'DMP site strengths: "IN.*: 0.5, mid: 0"' in made.infotext
+    fields = server.post("/dmp-test/paste", text=made.infotext)["fields"]
+    assert fields["dmp/Site strengths 1"] == "IN.*: 0.5, mid: 0"
+    with pytest.raises(FailedError, match=r"DMP: test-a.safetensors: expected keyframes such as"):
+        server.make({"patch": A, "keyframes": "0.5"})
+    with pytest.raises(FailedError, match=r"DMP: test-a.safetensors: expected sites of this"):
+        server.make(prompt=f"a cat<dmp:{A}:site_strengths=nowhere: 1>")
 
 
 def test_the_three_ways_are_the_same_and_add(server):
@@ -617,7 +640,7 @@ def test_controls_have_labels_and_scripts_are_listed(server):
     assert all({"dmp", "dmp script"} <= set(scripts[tab]) for tab in ("txt2img", "img2img"))
     for info in server.get("/sdapi/v1/script-info"):
         if info["name"] in ("dmp", "dmp script"):
-            assert len(info["args"]) == (22 if info["name"] == "dmp" else 21)
+            assert len(info["args"]) == (28 if info["name"] == "dmp" else 27)
             assert all(arg["label"] for arg in info["args"])
 
 
