@@ -4,6 +4,6 @@
 networks tab and the prompt syntax, `axes.py` the axes of the X/Y/Z plot. `tags.py` reads the
 prompts of a batch, and `listing.py` lists the patches for controls and API. `host.py` finds the
 model and attaches patches inside `p.sample`. Only these import the host. `choice.py`,
-`infotext.py`, `chosen.py`, `conditions.py`, `files.py` and `session.py` follow its conventions but
-do not need its code.
+`infotext.py`, `failure.py`, `chosen.py`, `conditions.py`, `files.py` and `session.py` follow its
+conventions but do not need its code.
 """

@@ -14,6 +14,7 @@ from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord
 from dmp_common.tools import written
 
+AXES = "[DMP] "  # begins the names of our axes of the X/Y/Z plot
 SLOTS = 3  # How many patches one set of controls can combine.
 _EMPTY = (None, "", NONE, "none")
 _EXAMPLES = {"keyframes": "0: 1, 0.5: 0.3, 1: 0", "site_strengths": "in.1-3: 0.5, mid: 1"}
@@ -149,26 +150,38 @@ def number(name: str, value: object) -> float:
     return result
 
 
-def from_controls(values: Sequence[Any], axes: Mapping[str, Any] | None = None) -> list[Choice]:
+def from_controls(
+    values: Sequence[Any], axes: Mapping[tuple[int, str], Any] | None = None
+) -> list[Choice]:
     """Makes the choices of all slots of a set of controls, in order.
 
     Args:
         values: the fields of the slots, in the order of `ORDER`; or an object for each patch, as
             a request may give it, and the defaults after it.
-        axes: fields of the first slot that an X/Y/Z plot has set.
+        axes: the fields that an X/Y/Z plot has set, by slot and name.
 
     Raises:
         PatchError: a value has the wrong type, or an axis has no patch to act on.
     """
     slots = _from_objects(values) or [Choice.of(own) for own in by_slot(values)]
-    if axes:
-        slots[0] = replace(slots[0], **axes)
-        if slots[0].empty and "patch" not in axes:
+    for (slot, name), value in (axes or {}).items():
+        slots[slot] = replace(slots[slot], **{name: value})
+    for slot, name in axes or {}:
+        if slots[slot].empty and (slot, "patch") not in (axes or {}):
             raise PatchError(
-                f"expected a patch for the axis [DMP] {', '.join(axes)}, found none: enable DMP "
-                "and choose Patch 1, or make [DMP] Patch another axis."
+                f"expected a patch for the axis {axis_name(slot, name)}, found none: enable DMP "
+                f"and choose Patch {slot + 1}, or make {axis_name(slot, 'patch')} another axis."
             )
     return slots
+
+
+def axis_name(slot: int, name: str) -> str:
+    """Returns the name of the axis of an X/Y/Z plot that sets a field of a slot.
+
+    >>> axis_name(0, "strength"), axis_name(2, "site_strengths")
+    ('[DMP] Strength', '[DMP] Site strengths 3')
+    """
+    return f"{AXES}{name.capitalize().replace('_', ' ')}" + (f" {slot + 1}" if slot else "")
 
 
 def by_slot(values: Sequence[Any]) -> list[list[Any]]:

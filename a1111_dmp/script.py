@@ -73,7 +73,7 @@ def choose(
     prefix: str,
     values: Sequence[Any],
     enabled: Any = True,
-    chosen: dict[str, Any] | None = None,
+    chosen: dict[tuple[int, str], Any] | None = None,
 ) -> None:
     """Chooses the patches of a generation from the values of some controls.
 
@@ -86,7 +86,7 @@ def choose(
         prefix: begins the keys in the infotext.
         values: of the controls.
         enabled: the switch of the accordion.
-        chosen: fields of the first slot that an X/Y/Z plot has set.
+        chosen: fields that an X/Y/Z plot has set, by slot and name.
     """
     session = host.session_of(p)
     session.fail(source, PatchError("the settings could not be read; the console says why."))

@@ -91,6 +91,16 @@ class Processing:
         """What the sampler does; tests exchange it."""
 
 
+@dataclass
+class Processed:
+    """The host's: what a generation gave."""
+
+    p: Processing
+    images: list[Any]
+    seed: int
+    info: str
+
+
 class Network:
     """The host's `ExtraNetwork`."""
 
@@ -163,7 +173,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
             "opts": SimpleNamespace(samples_format="png"),
         },
         "scripts": {"Script": Script, "AlwaysVisible": object(), "scripts_data": []},
-        "processing": {"process_images": lambda p: p.sample()},
+        "processing": {"process_images": lambda p: p.sample(), "Processed": Processed},
         "ui_common": {"create_refresh_button": lambda *args: None},
         "ui_components": {"InputAccordion": Component},
         "extra_networks": {

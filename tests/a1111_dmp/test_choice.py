@@ -217,13 +217,15 @@ def test_other_kinds_of_values():
             is_on(wrong)
 
 
-def test_axes_change_the_first_slot():
-    slots = from_controls(values("ink", 0.5), {"strength": 2.0, "end": 0.7})
+def test_axes_change_any_slot():
+    slots = from_controls(values("ink", 0.5), {(0, "strength"): 2.0, (0, "end"): 0.7})
     assert slots[0] == Choice("ink", 2.0, end=0.7)
-    assert from_controls(values(), {"patch": "deep/oil"})[0].patch == "deep/oil"
-    assert from_controls(values("ink"), {"patch": "None", "strength": 1.0})[0].empty
-    with pytest.raises(PatchError, match=r"expected a patch for the axis \[DMP\] strength"):
-        from_controls(values(), {"strength": 2.0})
+    assert from_controls(values(), {(1, "patch"): "deep/oil"})[1].patch == "deep/oil"
+    assert from_controls(values("ink"), {(0, "patch"): "None", (0, "late"): 1.0})[0].empty
+    with pytest.raises(
+        PatchError, match=r"the axis \[DMP\] Strength 2, found none: .* Patch 2, or"
+    ):
+        from_controls(values("ink"), {(0, "end"): 0.5, (1, "strength"): 2.0})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -532,6 +533,7 @@ def test_the_heat_map(host, tmp_path):
 
 def plot(host: SimpleNamespace) -> Any:
     module = SimpleNamespace(__name__="xyz_grid.py", axis_options=[], AxisOption=stand_in.Axis)
+    module.process_images = lambda p: p.sample()
     host.modules.scripts.scripts_data[:] = [
         SimpleNamespace(module=SimpleNamespace(__name__="other.py")),
         SimpleNamespace(module=module),
@@ -545,8 +547,7 @@ def test_axes(host):
         for callback in host.called["on_before_ui"]:
             callback()
     axes = {axis.label: axis for axis in module.axis_options}
-    assert list(axes) == ["[DMP] Patch", "[DMP] Strength", "[DMP] Start", "[DMP] End"]
-    assert len(module.axis_options) == 4
+    assert len(axes) == len(module.axis_options) == len(DEFAULTS)
     assert "ink" in axes["[DMP] Patch"].choices()
     p = Processing()
     cell = copy.copy(p)
@@ -559,11 +560,35 @@ def test_axes(host):
     following = copy.copy(p)  # shares the infotext of the cell before
     accordion(host, following, enabled=False)
     assert following.extra_generation_params == {}
+    axes["[DMP] Patch 3"].apply(following, "deep/oil", [])
+    axes["[DMP] Keyframes 3"].apply(following, "0: 1, 1: 0", [])
+    accordion(host, following, "ink", enabled=False)
+    assert following.extra_generation_params["DMP keyframes 3"] == "0: 1, 1: 0"
     axes["[DMP] Patch"].confirm(p, ["ink", "None", ""])
     with pytest.raises(PatchError, match="DMP: expected the name of a patch"):
         axes["[DMP] Patch"].confirm(p, ["missing"])
     with pytest.raises(PatchError, match="DMP: expected end from 0 to 1, found 2"):
         axes["[DMP] End"].confirm(p, [0.5, 2.0])
+    with pytest.raises(PatchError, match="DMP: expected keyframes such as"):
+        axes["[DMP] Keyframes 2"].confirm(p, ["0: 1", "half"])
+
+
+def test_a_cell_that_fails_shows_why(host):
+    module = plot(host)
+    for _ in range(2):
+        host.axes.add()
+    p = Processing(width=200, height=100, seed=1)
+    accordion(host, p, "missing")
+    shown = module.process_images(p)
+    (picture,) = shown.images
+    assert picture.size == (200, 100) and shown.info in p.comments
+    assert shown.info.startswith("DMP: expected the name of a patch")
+    assert 0.01 < (np.asarray(picture.convert("L")) < 128).mean() < 0.3  # it is written there
+    p.hr_upscale_to_x, p.hr_upscale_to_y = 300, 150
+    assert module.process_images(p).images[0].size == (300, 150)
+    p.sample = lambda: 1 / 0  # no error of ours
+    with pytest.raises(ZeroDivisionError):
+        module.process_images(p)
 
 
 def test_no_plot_in_this_host(host):

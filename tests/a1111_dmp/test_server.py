@@ -622,6 +622,22 @@ def test_a_plot_of_start_and_end_with_the_accordion(server):
     np.testing.assert_array_equal(cells[3], server.make(A, 1.0, 0.5, 1.0).image)
 
 
+def test_a_plot_of_another_slot_and_of_keyframes(server):
+    x, y = ("[DMP] Patch 2", f"{B}"), ("[DMP] Keyframes 2", '"0: 1, 1: 0","0: 0.5"')
+    made = server.make(A, **axes(server, x, y))
+    for cell, frames in zip(made.images[1:], ("0: 1, 1: 0", "0: 0.5"), strict=True):
+        wanted = server.make({"patch": A}, {"patch": B, "keyframes": frames})
+        np.testing.assert_array_equal(cell, wanted.image)
+
+
+def test_a_cell_that_fails_shows_why(server, plain):
+    made = server.make(**axes(server, ("[DMP] Patch", "None,test-sdxl")))
+    good, failed = made.images[1:]
+    np.testing.assert_array_equal(good, plain.image)
+    assert failed.shape == good.shape and failed.max() == 255 > failed.min()
+    assert "expected a model of the patch's base sdxl" in made.infotexts[2]
+
+
 def test_a_plot_with_wrong_values_does_not_begin(server):
     with pytest.raises(FailedError, match="DMP: expected the name of a patch"):
         server.make(**axes(server, ("[DMP] Patch", "test-missing")))
@@ -632,7 +648,8 @@ def test_a_plot_with_wrong_values_does_not_begin(server):
 def test_axes_are_there_once(server):
     info = next(i for i in server.get("/sdapi/v1/script-info") if i["name"] == XYZ)
     ours = [name for name in info["args"][0]["choices"] if "DMP" in name]
-    assert ours == ["[DMP] Patch", "[DMP] Strength", "[DMP] Start", "[DMP] End"]
+    assert ours[:4] == ["[DMP] Patch", "[DMP] Strength", "[DMP] Start", "[DMP] End"]
+    assert len(ours) == len(set(ours)) == 27
 
 
 def test_controls_have_labels_and_scripts_are_listed(server):
