@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from modules import extra_networks, script_callbacks, shared, ui_extra_networks
 from modules.ui_extra_networks import quote_js
 
-from a1111_dmp import host, tags
+from a1111_dmp import host, listing, tags
 from a1111_dmp.choice import from_prompt
 from a1111_dmp.infotext import hashes_text, read_hashes
 from a1111_dmp.session import PROMPT
 from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord
 from dmp_common.errors import printable, unmarked
-from dmp_common.tools.inspect import as_text
 
 _NAME = tags.NAME
 _log = logging.getLogger(__name__)
@@ -78,24 +78,26 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
 
     def create_item(
         self, name: str, index: int | None = None, enable_filter: bool = True
-    ) -> dict[str, Any]:
-        """Returns what the host needs to make the card of a patch."""
-        return self._item(name, host.folder().find(name), index)
+    ) -> dict[str, Any] | None:
+        """Returns what the host needs to make the card of a patch; None for no card."""
+        item = self._item(name, host.folder().find(name), index)
+        hidden = enable_filter and listing.hidden(item["metadata"].get("base"))
+        return None if hidden else item
 
     def _item(self, name: str, path: Path, index: int | None) -> dict[str, Any]:
+        """Returns what the host needs to make a card, whether it is shown or not."""
         stem = str(path.with_suffix(""))
+        own = extra_networks.get_user_metadata(str(path)).get("preferred weight")
         try:
             record = host.folder().described(path)
             base, digest = record["base"], record["hash"]
-            summary = as_text({**record, "file": path.name})
-            told = {printable(name): printable(v, 1000) for name, v in record["metadata"].items()}
-            metadata = {**told, "base": base, "summary": summary}
-            use = [f"{key}: {text}" for key, text in record["described_use"]]
-            described = self.find_description(stem) or unmarked("; ".join([f"for {base}", *use]))
+            metadata = _metadata(record)
+            described = _description(record, own, self.find_description(stem))
         except PatchError as error:
             base, digest, metadata = "", "", {"error": str(error)}
             described = unmarked(f"unusable: {error}")
-        prompt = f"{quote_js(f'<{_NAME}:{name}:')} + opts.extra_networks_default_multiplier"
+        strength = f"{own:g}" if _is_strength(own) else "opts.extra_networks_default_multiplier"
+        prompt = f"{quote_js(f'<{_NAME}:{name}:')} + {strength}"
         return {
             "name": name,
             "filename": str(path),
@@ -113,12 +115,55 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
         """Yields all cards. The host makes all tabs at once, so an error here would empty them."""
         for index, (name, path) in enumerate(host.folder().files().items()):
             try:
-                yield self._item(name, path, index)
+                item = self._item(name, path, index)
             except OSError as error:  # the file went while the others were read
                 _log.warning("DMP: no card of %s: %s", name, error)
+                continue
+            if not listing.hidden(item["metadata"].get("base")):
+                yield item
 
     def allowed_directories_for_previews(self) -> list[str]:
         return [str(host.folder().root)]
+
+
+def _metadata(record: dict[str, Any]) -> dict[str, str]:
+    """Returns what the (i) of a card shows: facts of the file, and then what its maker wrote."""
+    told = {name: _lines(text, printable) for name, text in record["metadata"].items()}
+    facts = {
+        "base": record["base"],
+        "hash": record["hash"],
+        "size": f"{record['bytes'] / 1e6:,.2f} MB",
+        "parameters": f"{record['parameters']['total']:,}",
+        "sites": ", ".join(site["name"] for site in record["sites"]),
+        **{name: str(record["variant"][name]) for name in record["not_default"] if name != "sites"},
+        **dict(record["described_use"]),
+    }
+    return {printable(name): text for name, text in {**told, **facts}.items()}
+
+
+def _lines(text: str, safe: Callable[[str], str]) -> str:
+    """Makes a text safe for a page, line by line, so that its line ends stay."""
+    return "\n".join(safe(line) for line in text.splitlines())
+
+
+def _is_strength(own: object) -> bool:
+    """Tells whether a user has set a strength of his own; the host's editors write 0 for none."""
+    return isinstance(own, int | float) and math.isfinite(own) and own != 0
+
+
+def _description(record: dict[str, Any], own: object, text: str | None) -> str:
+    """Returns the text of a card: base, strength and purpose, and then what was written about it.
+
+    Args:
+        record: of the file.
+        own: the strength that the user prefers, from the file beside the patch.
+        text: the user's description, from the file beside the patch; else that of its maker.
+    """
+    strength = f"{own:g} (yours)" if _is_strength(own) else "1"
+    lines = [f"base {record['base']}, strength {strength}"]
+    lines += [f"{key}: {value}" for key, value in record["described_use"]]
+    told = text or record["metadata"].get("modelspec.description", "")
+    return _lines("\n".join([*lines, told]), unmarked)
 
 
 def add() -> None:

@@ -21,7 +21,7 @@ NONE = "None"  # Drop-downs show this where no patch is chosen.
 _SUFFIX = ".safetensors"
 _MARK = re.compile(r" \[[^\[\]]+\]$")
 _Fact = TypeVar("_Fact")
-_KEPT = 6  # How many loaded patches are kept. Each takes about 10 MB, and its cache of fields.
+KEPT = 6  # How many loaded patches are kept. Each takes about 10 MB, and its cache of fields.
 
 
 class Known(NamedTuple):
@@ -37,10 +37,11 @@ class Folder:
 
     Args:
         root: the folder, which need not exist.
+        kept: returns how many loaded patches are kept in memory.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, kept: Callable[[], int] = lambda: KEPT) -> None:
+        self.root, self._kept = root, kept
         self._loaded: OrderedDict[tuple[object, ...], Known] = OrderedDict()
         self._facts: dict[tuple[str, Path], tuple[tuple[int, int], Any]] = {}
 
@@ -81,7 +82,7 @@ class Folder:
             with torch.inference_mode(False), torch.no_grad():
                 known = self._told(path, lambda: self._read(full, path))
         self._loaded[key] = known
-        while len(self._loaded) > _KEPT:
+        while len(self._loaded) > max(self._kept(), 1):
             self._loaded.popitem(last=False)
         return known
 

@@ -18,6 +18,7 @@ import torch
 from modules import paths, script_callbacks, sd_unet, shared
 from PIL import Image
 
+from a1111_dmp import options
 from a1111_dmp.choice import Choice
 from a1111_dmp.conditions import pictures_of
 from a1111_dmp.files import Folder
@@ -43,7 +44,7 @@ def folder() -> Folder:
     given = getattr(shared.cmd_opts, "dmp_dir", None)
     root = Path(given) if given else Path(paths.models_path) / "DMP"
     root.mkdir(parents=True, exist_ok=True)
-    return Folder(root.resolve())
+    return Folder(root.resolve(), options.kept)
 
 
 def current_model() -> Model:

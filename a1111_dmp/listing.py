@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from modules import script_callbacks, sd_models
 
-from a1111_dmp import host
+from a1111_dmp import host, options
 from a1111_dmp.files import NONE, marked
 from dmp_common import PatchError, get_base
 from dmp_common.bases.detect import find_denoiser, naming_of
@@ -17,7 +17,8 @@ from dmp_common.bases.detect import find_denoiser, naming_of
 def choices() -> list[str]:
     """Lists the patches for the controls; those of another base than the loaded model's are marked.
 
-    They are marked like checkpoints with their hash, "oil [sdxl]". Such a text is a name too.
+    They are marked like checkpoints with their hash, "oil [sdxl]", and such a text is a name too;
+    or they are left out, by the settings.
     """
     known = host.folder()
     denoiser = _loaded_denoiser()
@@ -28,8 +29,22 @@ def choices() -> list[str]:
         except PatchError:
             result.append(marked(name, "unusable"))
             continue
-        result.append(name if _fits(denoiser, base) is not False else marked(name, base))
+        if _fits(denoiser, base) is not False:
+            result.append(name)
+        elif options.show_all():
+            result.append(marked(name, base))
     return result
+
+
+def hidden(base: str | None) -> bool:
+    """Tells whether the cards of patches for a base are left out now, by the settings.
+
+    Args:
+        base: None for a file that cannot be used, whose card says why.
+    """
+    if base is None or options.show_all():
+        return False
+    return _fits(_loaded_denoiser(), base) is False
 
 
 def described() -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from modules import scripts
 from modules.processing import process_images
 from modules.ui_components import InputAccordion
 
-from a1111_dmp import axes, cards, host, listing, tags
+from a1111_dmp import axes, cards, host, listing, options, tags
 from a1111_dmp.choice import from_controls, is_on, omitted
 from a1111_dmp.controls import Controls, Switch
 from dmp_common import PatchError
@@ -109,3 +109,4 @@ def register() -> None:
     cards.register()
     axes.register()
     listing.register()
+    options.register()

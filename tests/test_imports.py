@@ -28,6 +28,7 @@ HOST_FILES = {
     *("comfyui_dmp/trained.py", "comfyui_dmp/progress.py", "comfyui_dmp/gradients.py"),
     *("a1111_dmp/script.py", "a1111_dmp/controls.py", "a1111_dmp/host.py"),
     *("a1111_dmp/cards.py", "a1111_dmp/axes.py", "a1111_dmp/listing.py", "a1111_dmp/tags.py"),
+    "a1111_dmp/options.py",
 }
 # The floors of the core, lowest first; a module imports its own floor and those below.
 FLOORS = ("", "bases", "patch", "attach", "tools")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 import types
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-OURS = ("host", "axes", "tags", "cards", "listing", "controls", "script")  # what imports the host
+# What imports the host, each after those of them that it imports.
+OURS = ("options", "host", "axes", "tags", "listing", "cards", "controls", "script")
 
 
 class Component:
@@ -123,6 +125,31 @@ def parse_prompt(prompt: str) -> tuple[str, dict[str, list[Params]]]:
     return re.sub(r"<\w+:[^>]+>", "", prompt), found
 
 
+def user_metadata(filename: str) -> Any:
+    """The host's: what the user has written into the JSON file beside a network."""
+    path = Path(filename).with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+class OptionInfo:
+    """The host's: one of its settings."""
+
+    def __init__(self, default: Any, label: str, *component: Any, section: tuple[str, str]) -> None:
+        self.default, self.label, self.section = default, label, section
+
+    def info(self, text: str) -> OptionInfo:
+        return self
+
+
+class Options(SimpleNamespace):
+    """The host's `opts`."""
+
+    samples_format = "png"
+
+    def add_option(self, name: str, info: OptionInfo) -> None:
+        setattr(self, name, info.default)
+
+
 class Page:
     """The host's `ExtraNetworksPage`."""
 
@@ -157,6 +184,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
             "on_before_ui",
             "on_infotext_pasted",
             "on_app_started",
+            "on_ui_settings",
         )
     }
     pages: list[Any] = []
@@ -170,7 +198,8 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
             "cmd_opts": SimpleNamespace(),
             "sd_model": None,
             "state": SimpleNamespace(interrupted=False, skipped=False),
-            "opts": SimpleNamespace(samples_format="png"),
+            "opts": Options(),
+            "OptionInfo": OptionInfo,
         },
         "scripts": {"Script": Script, "AlwaysVisible": object(), "scripts_data": []},
         "processing": {"process_images": lambda p: p.sample(), "Processed": Processed},
@@ -180,6 +209,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> SimpleNamespace:
             "ExtraNetwork": Network,
             "register_extra_network": networks.append,
             "parse_prompt": parse_prompt,
+            "get_user_metadata": user_metadata,
         },
         "ui_extra_networks": {
             "ExtraNetworksPage": Page,

@@ -6,6 +6,7 @@ import argparse
 import copy
 import gc
 import importlib.util
+import json
 import sys
 import weakref
 from pathlib import Path
@@ -614,9 +615,54 @@ def test_cards(host, tmp_path):
     assert items["broken"]["description"].startswith(
         "unusable: broken.safetensors: expected a header"
     )
-    assert ink["description"] == f"for {TINY.base.name}"
+    assert ink["description"] == f"base {TINY.base.name}, strength 1"
+    assert ink["metadata"]["sites"].startswith("in.1, in.2, ")
     assert page.allowed_directories_for_previews() == [str(root)]
     assert page.create_item("ink")["name"] == "ink"
+
+
+def test_a_card_says_what_a_patch_is_for_line_by_line(host, tmp_path):
+    root = tmp_path / "models" / "DMP"
+    told = {"modelspec.description": "First line.\n<b>Second</b> line."}
+    use = {"dmp.use": json.dumps({"objective": "repair"})}
+    TINY.patch(1).save(root / "told.safetensors", {**told, **use})
+    (root / "told.json").write_text('{"preferred weight": 0.8}', encoding="utf-8")
+    host.cards.add()
+    (page,) = host.pages
+    item = page.create_item("told")
+    assert item["description"].split("\n") == [
+        f"base {TINY.base.name}, strength 0.8 (yours)",
+        "objective: repair",
+        "First line.",
+        "‹b›Second‹/b› line.",
+    ]
+    assert item["metadata"]["modelspec.description"] == "First line.\n<b>Second</b> line."
+    assert item["prompt"] == '"<dmp:told:" + 0.8 + ">"'
+
+
+def test_settings_can_hide_the_patches_of_other_bases(host):
+    for callback in host.called["on_ui_settings"]:
+        callback()
+    FAMILIES["sdxl"].patch().save(host.host.folder().root / "xl.safetensors")
+    host.cards.add()
+    (page,), opts = host.pages, host.modules.shared.opts
+    host.modules.sd_models.model_data.sd_model = host.modules.shared.sd_model
+
+    def shown() -> tuple[bool, bool]:
+        cards = [item["name"] for item in page.list_items()]
+        return "xl [tiny-sdxl]" in host.listing.choices(), "xl" in cards
+
+    assert shown() == (True, True)
+    opts.dmp_show_all = False
+    assert shown() == (False, False)
+    assert page.create_item("xl") is None and page.create_item("ink") is not None
+    assert page.create_item("xl", enable_filter=False)["name"] == "xl"
+    host.modules.sd_models.model_data.sd_model = None  # nothing is loaded yet
+    assert "xl" in host.listing.choices()
+    assert host.options.kept() == 6
+    opts.dmp_kept = 1
+    host.host.folder().load("ink"), host.host.folder().load("deep/oil")
+    assert len(host.host.folder()._loaded) == 1
 
 
 def test_no_file_of_the_folder_breaks_the_cards(host, tmp_path, monkeypatch):

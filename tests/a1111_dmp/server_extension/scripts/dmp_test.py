@@ -5,6 +5,7 @@ and answers what only the inside of the server knows.
 """
 
 import gc
+import importlib
 import importlib.util
 import logging
 import os
@@ -44,6 +45,8 @@ def know_narrow(sizes) -> None:
 
     They build text encoder and decoder by the book, so that only the UNet can be smaller.
     """
+    if "backend.loader" in sys.modules:  # Forge Neo imports it when it loads its first model
+        importlib.import_module("huggingface_guess.model_list")
     for name in ("huggingface_guess.model_list", "ldm_patched.modules.supported_models"):
         if name in sys.modules:
             for kind in ("SD15", "SDXL"):
