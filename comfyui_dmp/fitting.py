@@ -22,6 +22,9 @@ Told = Callable[[int, float], bool]
 
 _CLIPPED = 1.0  # longest gradient
 _MEASURED = 512  # states at which the gap is measured before training
+_ROUNDING = 1e-5  # a gap of at most this size is what calls of other batches round otherwise
+_RATE = 0.02  # times the size of the gap, see `suited_rate`
+_HIGHEST_RATE = 0.005
 _LOSS_SCALE = 2.0**12  # in half precision, where small gradients would become 0
 _TRIES = 12  # how often that scale is halved until the gradients are finite
 
@@ -32,7 +35,7 @@ class Recipe:
 
     Args:
         steps: the number of optimiser steps.
-        learning_rate: the greatest one.
+        learning_rate: the greatest one; 0 for the one that suits the gap, see `suited_rate`.
         warmup: in so many steps the learning rate rises to it.
     """
 
@@ -48,10 +51,57 @@ class Recipe:
         return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How far the cheap call is from the exact one before training.
+
+    Args:
+        weights: of timesteps; with them the gap counts alike at every noise level.
+        mean: the mean squared distance with these weights.
+        size: the root of the mean squared distance, as a share of the predictions' own size.
+    """
+
+    weights: RelativeWeights
+    mean: float
+    size: float
+
+
+def suited_rate(size: float) -> float:
+    """Returns a learning rate that suits the size of a gap.
+
+    A step of Adam moves each value by the learning rate, however small the gradient is. At the
+    rate that suits a model in 4 bits the steps alone move the predictions by more than the gap of
+    a model in 8 bits.
+
+    Args:
+        size: see `Gap`.
+
+    >>> suited_rate(0.05), suited_rate(0.8)
+    (0.001, 0.005)
+    """
+    return min(_RATE * size, _HIGHEST_RATE)
+
+
 @torch.no_grad()
-def measured_gap(
-    predict: Predict, states: States, seed: int, at_once: int = 8
-) -> tuple[RelativeWeights, float]:
+def distances(predict: Predict, states: States, at_once: int) -> tuple[Tensor, Tensor]:
+    """Returns the timesteps of states, and the squared distances of the predictions there (N,).
+
+    Args:
+        predict: the cheap call.
+        states: with the exact predictions.
+        at_once: states of one call.
+    """
+    times, errors = [], []
+    for number, own in states.by_condition():
+        for rows in torch.arange(len(own)).split(at_once):
+            part = own.at(rows)
+            predicted = predict(number, part)
+            times.append(part.t)
+            errors.append(squared_distance(predicted, part.target.to(predicted.device)).cpu())
+    return torch.cat(times), torch.cat(errors)
+
+
+def measured_gap(predict: Predict, states: States, seed: int, at_once: int = 8) -> Gap:
     """Measures how far the cheap call is from the exact one before training.
 
     Args:
@@ -60,37 +110,43 @@ def measured_gap(
         seed: of the choice of states.
         at_once: states of one call.
 
-    Returns:
-        Weights with which the gap counts alike at every noise level, and the mean gap of a batch
-        with them.
-
     Raises:
         PatchError: there is no gap, or it is not finite.
     """
     source = torch.Generator().manual_seed(seed)
     chosen = states.at(torch.randperm(len(states), generator=source)[:_MEASURED])
-    times, gaps = [], []
-    for number, own in chosen.by_condition():
-        for rows in torch.arange(len(own)).split(at_once):
-            part = own.at(rows)
-            predicted = predict(number, part)
-            times.append(part.t)
-            gaps.append(squared_distance(predicted, part.target.to(predicted.device)).cpu())
-    means = level_means(torch.cat(times), torch.cat(gaps))
+    times, gaps = distances(predict, chosen, at_once)
+    means = level_means(times, gaps)
     if not bool(means.isfinite().all()):
         raise PatchError(
             "expected finite predictions of both models, found NaN or infinity: does each draw "
             "pictures by itself?"
         )
-    if not bool((means > 0).any()):
+    size = float((gaps.mean() / chosen.target.square().mean()).sqrt())
+    if not size > _ROUNDING:
         raise PatchError(
             "expected a cheap model that differs from the exact one, found equal predictions: "
             "connect the quantised model as MODEL and the full one as TEACHER MODEL, or choose "
             "the objective guidance."
         )
     weights = gap_weights(means)
-    gap = torch.cat(gaps) * weights(torch.cat(times))
-    return weights, float(gap.mean())
+    mean = float((gaps * weights(times)).mean())
+    return Gap(weights, mean, size)
+
+
+def weighted_gap(
+    predict: Predict, states: States, weights: RelativeWeights, at_once: int = 8
+) -> float:
+    """Returns the mean squared distance of the predictions at states, with weights.
+
+    Args:
+        predict: the cheap call.
+        states: with the exact predictions.
+        weights: see `Gap`.
+        at_once: states of one call.
+    """
+    times, errors = distances(predict, states, at_once)
+    return float((errors * weights(times)).mean())
 
 
 def fit(

@@ -36,7 +36,7 @@ class Job:
         dial: whether the strength of a guidance patch stands for all scales up to that one.
         pictures: how many the exact model draws.
         at_once: pictures and states of a call.
-        steps, learning_rate: of the training.
+        steps, learning_rate: of the training; a rate of 0 is the one that suits the gap.
         how: of the drawing.
         start: a patch to go on with; None for a new one.
         vae: for pictures of the models side by side; None without them.

@@ -81,19 +81,22 @@ class Progress:
         self._bar.update_absolute(self._calls + step, preview=preview)
         return True
 
-    def curve(self, ended: bool = False) -> Image.Image:
+    def curve(self, left: float | None = None) -> Image.Image:
         """The picture of the loss so far.
 
         Args:
-            ended: whether no more steps follow, also where not all were done.
+            left: the share of the gap that is left at states that were not trained on, where no
+                more steps follow.
         """
-        return loss_curve(self.shares, self._steps, self._title(ended))
+        return loss_curve(self.shares, self._steps, self._title(left))
 
-    def _title(self, ended: bool = False) -> str:
+    def _title(self, left: float | None = None) -> str:
+        if left is not None:
+            return f"step {self.done} of {self._steps}, {left:.0%} of the gap is left elsewhere"
         recent = self.shares[-max(1, self.done // 20) :]
         share = sum(recent) / max(len(recent), 1)
         title = f"step {self.done} of {self._steps}, {share:.0%} of the gap is left"
-        if 1 < self.done < self._steps and not ended:
-            left = (time.monotonic() - self._began) / (self.done - 1) * (self._steps - self.done)
-            title += f", {int(left // 60)}:{int(left % 60):02d} to go"
+        if 1 < self.done < self._steps:
+            rest = (time.monotonic() - self._began) / (self.done - 1) * (self._steps - self.done)
+            title += f", {int(rest // 60)}:{int(rest % 60):02d} to go"
         return title

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dmp_common import PatchError
 
+_PART = 8  # One part in so many of all drawings is held back,
+_HELD = 64  # and at most so many states of it are looked at.
+
 
 @dataclass(frozen=True)
 class States:
@@ -74,6 +77,35 @@ class States:
             if (value := getattr(self, field.name)) is not None
         }
         return replace(self, **changed)
+
+
+def held_back(runs: Sequence[States], seed: int) -> tuple[States, States]:
+    """Parts the states in those that are trained on and those that show what was learned.
+
+    Of eight drawings or more each eighth one is held back with all its pictures, of fewer an
+    eighth of all states. So few states that nothing can be spared serve both ends.
+
+    Args:
+        runs: the states of each drawing.
+        seed: of the choice.
+
+    Returns:
+        The states to train on, and at most `_HELD` others.
+
+    Raises:
+        PatchError: there are none.
+    """
+    source = torch.Generator().manual_seed(seed)
+    whole = States.joined(runs)
+    if len(whole) < _PART:
+        return whole, whole
+    if len(runs) < _PART:
+        order = torch.randperm(len(whole), generator=source)
+        trained, held = whole.at(order[len(whole) // _PART :]), order[: len(whole) // _PART]
+        return trained, whole.at(held[:_HELD])
+    trained = States.joined([run for n, run in enumerate(runs, start=1) if n % _PART])
+    held_runs = States.joined(runs[_PART - 1 :: _PART])
+    return trained, held_runs.at(torch.randperm(len(held_runs), generator=source)[:_HELD])
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

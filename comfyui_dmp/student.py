@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from comfyui_dmp.fitting import Predict, Recipe, Told, fit, measured_gap
+from comfyui_dmp.fitting import (
+    Gap,
+    Predict,
+    Recipe,
+    fit,
+    measured_gap,
+    suited_rate,
+    weighted_gap,
+)
 from comfyui_dmp.gradients import ATTENTION, attention, training, weights_with_gradients
 from comfyui_dmp.host import KEY, Wrapper
 from comfyui_dmp.predictions import as_output
 from comfyui_dmp.states import States, batches
 from dmp_common.attach.record import LoadedPatch, PatchRecord
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a training came to.
+
+    Args:
+        rate: the learning rate that was used.
+        left: the share of the gap that is left at states that were not trained on.
+        better: whether the patch is better than the one that the training began with.
+    """
+
+    rate: float
+    left: float
+    better: bool
 
 
 class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
@@ -40,16 +64,21 @@ class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
     def train(
         self,
         states: States,
+        held: States,
         conditionings: list[Any],
         recipe: Recipe,
         at_once: int,
         seed: int,
         told: Callable[[int, float, float], bool],
-    ) -> None:
-        """Trains the patch.
+    ) -> Learned:
+        """Trains the patch. An interrupt ends the training and keeps what is learned.
+
+        A patch that is further from the exact model than it was before does not come out: then the
+        one that the training began with stays.
 
         Args:
             states: with the exact predictions.
+            held: others, which show what was learned.
             conditionings: ComfyUI's, by the numbers in the states; those of no state may be None.
             recipe: steps and learning rate.
             at_once: states of a step.
@@ -60,14 +89,30 @@ class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
         self.inner_set_conds(
             {str(n): cond for n, cond in enumerate(conditionings) if cond is not None}
         )
+        learned: list[Learned] = []
 
         def run(predict: Predict, device: torch.device, half: bool) -> None:
             self.patch.to(device)
-            weights, gap = measured_gap(_without_patch(predict), states, seed, at_once)
-            self.patch.train().requires_grad_(True)
+            gap = measured_gap(_without_patch(predict), states, seed, at_once)
+            rate = recipe.learning_rate or suited_rate(gap.size)
             numbers = batches(len(states), at_once, seed)
-            all_told: Told = lambda step, loss: told(step, loss, gap)  # noqa: E731
-            fit(self.patch, predict, states, numbers, recipe, weights, all_told, half)
+            done: list[int] = []
+
+            def all_told(step: int, loss: float) -> bool:
+                done.append(step)
+                return told(step, loss, gap.mean)
+
+            def steps() -> None:
+                own = replace(recipe, learning_rate=rate)
+                try:
+                    fit(self.patch, predict, states, numbers, own, gap.weights, all_told, half)
+                except comfy.model_management.InterruptProcessingException:
+                    if not done:
+                        raise  # There is nothing to keep.
+
+            plain = weighted_gap(_without_patch(predict), held, gap.weights, at_once)
+            left, kept = self._better(predict, held, gap, at_once, steps)
+            learned.append(Learned(rate, left / plain, kept))
 
         shape = (at_once, *states.noisy.shape[1:])
         try:
@@ -82,6 +127,32 @@ class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
                 )
         finally:
             self.patch.to("cpu").eval().requires_grad_(False)
+        return learned[0]
+
+    def _better(
+        self,
+        predict: Predict,
+        held: States,
+        gap: Gap,
+        at_once: int,
+        steps: Callable[[], None],
+    ) -> tuple[float, bool]:
+        """Trains; takes the values from before where the new ones are not better.
+
+        Returns:
+            The gap that is left at the states held back, and whether the new values were kept.
+        """
+        patch = self.patch
+        start = {name: value.detach().clone() for name, value in patch.state_dict().items()}
+        before = weighted_gap(predict, held, gap.weights, at_once)
+        patch.train().requires_grad_(True)
+        steps()
+        patch.eval()
+        after = weighted_gap(predict, held, gap.weights, at_once)
+        if after < before:
+            return after, True
+        patch.load_state_dict(start)
+        return before, False
 
     def predict(self, number: int, states: States, options: Any) -> Tensor:
         """Returns what the cheap model with the patch puts out (B, ...), float32.

@@ -21,8 +21,8 @@ from comfyui_dmp.gradients import usable
 from comfyui_dmp.host import attach
 from comfyui_dmp.jobs import REPAIR, Job, prepared_patch
 from comfyui_dmp.progress import Progress
-from comfyui_dmp.states import States
-from comfyui_dmp.student import Student
+from comfyui_dmp.states import States, held_back
+from comfyui_dmp.student import Learned, Student
 from comfyui_dmp.teacher import draw
 from dmp_common import Base
 from dmp_common.attach.record import LoadedPatch, PatchRecord
@@ -48,15 +48,18 @@ class Outcome:
 
 @dataclass
 class _Drawn:
-    """What the exact model drew: the states, and the noise and the latents of the first run."""
+    """What the exact model drew: the states of each run, and noise and latents of the first one."""
 
-    states: list[States] = field(default_factory=list)
+    runs: list[States] = field(default_factory=list)
     noise: Tensor = field(default_factory=lambda: torch.zeros(0))
     latents: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def train(job: Job, node: str | None = None) -> Outcome:
     """Trains a patch. An interrupt ends the training, and what is trained so far comes out.
+
+    What comes out is never further from the exact model, at states that were not trained on, than
+    what the training began with.
 
     Args:
         job: what is asked for.
@@ -75,24 +78,38 @@ def train(job: Job, node: str | None = None) -> Outcome:
     if job.teacher is not None:
         comfy.model_management.unload_all_models()
     loaded = LoadedPatch(patch, trained.temporary(base.name, job.objective))
-    conditionings = [job.negative, *job.positive]
+    conditionings, seed = [job.negative, *job.positive], job.how.seed % 2**63
     with torch.inference_mode(False):
-        try:
-            Student(job.model, loaded).train(
-                States.joined(drawn.states),
-                [None if cond is None else usable(cond) for cond in conditionings],
-                Recipe(job.steps, job.learning_rate, min(_WARMUP, job.steps // 10)),
-                job.at_once,
-                job.how.seed % 2**63,
-                progress.trained,
-            )
-        except comfy.model_management.InterruptProcessingException:
-            if not progress.shares:
-                raise
-            _log.info("DMP: interrupted after %d steps; the patch so far comes out.", progress.done)
-        facts = trained.metadata(job, loaded.patch, before, progress.done)
+        learned = Student(job.model, loaded).train(
+            *held_back(drawn.runs, seed),
+            [None if cond is None else usable(cond) for cond in conditionings],
+            Recipe(job.steps, job.learning_rate, min(_WARMUP, job.steps // 10)),
+            job.at_once,
+            seed,
+            progress.trained,
+        )
+        _say(learned, progress.done, job.steps)
+        done = progress.done if learned.better else 0
+        facts = trained.metadata(job, loaded.patch, before, done, learned.rate)
         record = trained.stored(loaded, facts)
-    return Outcome(record, progress.curve(ended=True), _beside(job, record, drawn))
+    return Outcome(record, progress.curve(learned.left), _beside(job, record, drawn))
+
+
+def _say(learned: Learned, done: int, steps: int) -> None:
+    """Logs how a training ended."""
+    if done < steps:
+        _log.info("DMP: interrupted after %d steps; the patch so far comes out.", done)
+    _log.info(
+        "DMP: learning rate %.2g; %.0f%% of the gap is left at noisy latents that were not "
+        "trained on.",
+        learned.rate,
+        100 * learned.left,
+    )
+    if not learned.better:
+        _log.warning(
+            "DMP: the training made the patch no better than it was, so it comes out as it was "
+            "before: train for more steps, draw more pictures, or lower the learning rate."
+        )
 
 
 def _drawn(job: Job, base: Base, runs: Sequence[tuple[int, int]], progress: Progress) -> _Drawn:
@@ -118,7 +135,7 @@ def _drawn(job: Job, base: Base, runs: Sequence[tuple[int, int]], progress: Prog
                 shape,
                 lambda denoised: progress.drew(job.exact, denoised),
             )
-            drawn.states += kept
+            drawn.runs.append(States.joined(kept))
             if n == 0:
                 drawn.noise, drawn.latents = noise[:1], latents[:1]
     return drawn

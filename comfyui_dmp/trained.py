@@ -33,7 +33,7 @@ def temporary(base: str, objective: str) -> Path:
     return Path(folder_paths.get_temp_directory()) / "dmp" / name.replace("/", "-")
 
 
-def metadata(job: Job, patch: Patch, before: int, done: int) -> dict[str, str]:
+def metadata(job: Job, patch: Patch, before: int, done: int, rate: float) -> dict[str, str]:
     """Returns what the file of a trained patch says of its making.
 
     Args:
@@ -41,6 +41,7 @@ def metadata(job: Job, patch: Patch, before: int, done: int) -> dict[str, str]:
         patch: the trained patch.
         before: steps of the patch that the training began with.
         done: steps of this training.
+        rate: its learning rate.
     """
     aim = job.aim
     exact: dict[str, Any] = {"evaluations": 1}
@@ -61,7 +62,7 @@ def metadata(job: Job, patch: Patch, before: int, done: int) -> dict[str, str]:
         "ss_base_model_version": patch.base.name,
         "ss_steps": str(before + done),
         "ss_max_train_steps": str(before + job.steps),
-        "ss_learning_rate": f"{job.learning_rate:g}",
+        "ss_learning_rate": f"{rate:g}",
         "ss_lr_scheduler": "cosine",
         "ss_optimizer": "torch.optim.AdamW",
         "ss_total_batch_size": str(job.at_once),

@@ -33,7 +33,7 @@ _TRAINING = {
     "pictures": 64,
     "steps": 1000,
     "seed": 0,
-    "learning_rate": 0.005,
+    "learning_rate": 0.0,
     "batch_size": 4,
     "sampler_name": "euler",
     "scheduler": "normal",

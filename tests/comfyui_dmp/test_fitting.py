@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from comfyui_dmp.fitting import Recipe, fit, measured_gap
 from comfyui_dmp.plots import loss_curve, side_by_side
-from comfyui_dmp.states import States, batches
+from comfyui_dmp.states import States, batches, held_back
 from dmp_common import PatchError
 from dmp_common.patch.levels import gap_weights
 
@@ -79,12 +80,21 @@ def test_numbers_that_are_not_finite_are_told():
 def test_the_gap_counts_alike_at_every_noise_level():
     kept = states(40)
     sizes = kept.t[:, None, None, None] / 1000  # the gap grows along the schedule
-    weights, gap = measured_gap(
-        lambda _, own: own.target + own.t[:, None, None, None] / 1000, kept, 0
-    )
+    gap = measured_gap(lambda _, own: own.target + own.t[:, None, None, None] / 1000, kept, 0)
     errors = sizes.square().flatten()
-    assert gap == pytest.approx(float(errors.mean()), rel=0.05)
-    assert float((weights(kept.t) * errors)[5:].std()) < 0.1 * gap
+    assert gap.mean == pytest.approx(float(errors.mean()), rel=0.05)
+    assert float((gap.weights(kept.t) * errors)[5:].std()) < 0.1 * gap.mean
+
+
+def test_whole_drawings_are_held_back_where_there_are_enough():
+    runs = [replace(states(4), condition=torch.full((4,), n)) for n in range(17)]
+    trained, held = held_back(runs, 0)
+    assert set(held.condition.tolist()) == {7, 15}
+    assert set(trained.condition.tolist()) == set(range(17)) - {7, 15}
+    few, some = held_back(runs[:3], 0)
+    assert (len(few), len(some)) == (11, 1)
+    one, same = held_back([states(2)], 0)
+    assert len(one) == len(same) == 2
 
 
 def test_every_state_is_seen_in_each_epoch():
