@@ -15,6 +15,7 @@ from comfy_api.latest import ComfyExtension, io
 from torch import Tensor
 
 from comfyui_dmp import files, host, inputs
+from comfyui_dmp.hooknode import CreateHook
 from comfyui_dmp.inputs import DmpPatch
 from comfyui_dmp.promptlist import Prompts
 from comfyui_dmp.saving import SavePatch
@@ -291,4 +292,4 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files.register_folder()
         used = [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo, Stack]
-        return [*used, Prompts, TrainPatch, SavePatch]
+        return [*used, CreateHook, Prompts, TrainPatch, SavePatch]

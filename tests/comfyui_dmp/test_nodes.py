@@ -27,6 +27,7 @@ NAMES = {
     "DMP_GateHeatmap": "DMP Gate Heatmap",
     "DMP_PatchInfo": "DMP Patch Info",
     "DMP_Stack": "Stack DMP Patches",
+    "DMP_CreateHook": "Create Hook DMP",
     "DMP_Prompts": "DMP Prompt List",
     "DMP_Train": "Train DMP Patch",
     "DMP_Save": "Save DMP Patch",
