@@ -40,7 +40,9 @@ def _unet(
     name: str, context: int, widths: tuple[int, ...], attention: tuple[bool, ...], xl: bool = False
 ) -> Tiny:
     base = register_base(
-        bases.unet(f"tiny-{name}", widths=widths, context=context, attention=attention, linear=xl)
+        bases.unet(
+            f"tiny-{name}", widths=widths, context=context, attention=attention, linear=xl, layers=1
+        )
     )
     extra = {}
     if xl:
@@ -55,6 +57,7 @@ def _unet(
         return diffusers.UNet2DConditionModel(
             sample_size=8,
             block_out_channels=widths,
+            layers_per_block=1,
             down_block_types=[f"{'CrossAttn' * a}DownBlock2D" for a in attention],
             up_block_types=[f"{'CrossAttn' * a}UpBlock2D" for a in reversed(attention)],
             cross_attention_dim=context,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +43,7 @@ class Tiny:
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model in evaluation mode, without gradients for its own weights."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = self.build()
-            for parameter in model.parameters():  # also those that start at zero
-                if not parameter.any():
-                    nn.init.normal_(parameter, std=0.05)
-        return model.to(dtype).eval().requires_grad_(False)
+        return _copied(_built(self.build, seed), {}).to(dtype)
 
     def run(
         self,
@@ -70,6 +66,40 @@ class Tiny:
         """A patch in evaluation mode, random unless the seed is None."""
         patch = Patch.create(self.base, **variant).eval()
         return patch if seed is None else randomise(patch, seed, std)
+
+
+@functools.lru_cache(maxsize=32)
+def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The model to copy: making random weights takes longer than copying them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build()
+        for parameter in model.parameters():  # also those that start at zero
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.05)
+    return model.eval().requires_grad_(False)
+
+
+def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy that shares no parameter, buffer, module or container with the module.
+
+    `copy.deepcopy` does this for every object that is reached, which takes as long as building.
+    """
+    if module in copies:
+        return copies[module]
+    copy = copies[module] = object.__new__(type(module))
+    for name, value in vars(module).items():
+        own = type(value) in (dict, OrderedDict, list, set)  # not a model's frozen configuration
+        copy.__dict__[name] = value.copy() if own else value
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            values = parameter.detach().clone()
+            copy._parameters[name] = nn.Parameter(values, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        copy._buffers[name] = None if buffer is None else buffer.clone()
+    for name, inner in module._modules.items():
+        copy._modules[name] = None if inner is None else _copied(inner, copies)
+    return copy
 
 
 def noise(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -163,7 +163,8 @@ MODELS = {
     "flux-schnell": _flux(guidance=False, parameters=11_891_178_560),
     **realllm.known(),
 }
-ALL = pytest.mark.parametrize("name", MODELS)
+# By model: all tests of one follow each other, so that few processes build it.
+ALL = pytest.mark.parametrize("name", MODELS, scope="module")
 
 
 @functools.cache

@@ -110,17 +110,17 @@ def _inference(patch: Patch, *_: object) -> None:
 
 
 @pytest.mark.parametrize("change", [add_in_place, _gate, _step, _load, _state, _vector, _inference])
-def test_change_in_place_between_two_forwards_is_seen(tiny, change: Callable):
-    model, patch = tiny.model(), make(tiny)
+def test_change_in_place_between_two_forwards_is_seen(kind, change: Callable):
+    model, patch = kind.model(), make(kind)
     for learns in (True, False) if change is not _step else (True,):
         patch.requires_grad_(learns)
         with attach(model, patch), torch.no_grad():
-            old = tiny.run(model)
+            old = kind.run(model)
             assert len(patch.cache) > 0
-            change(patch, tiny, model)
-            new = tiny.run(model)
+            change(patch, kind, model)
+            new = kind.run(model)
         with attach(model, copy.deepcopy(patch)), torch.no_grad():
-            expected = tiny.run(model)
+            expected = kind.run(model)
         assert torch.equal(new, expected)
         assert not torch.equal(new, old)
 

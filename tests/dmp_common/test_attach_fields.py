@@ -26,22 +26,22 @@ from tests.dmp_common.attaching import (
 )
 
 
-def test_each_site_alone_changes_the_output(tiny):
-    model, patch = tiny.model(), make(tiny, sites="all")
-    base = tiny.run(model)
+def test_each_site_alone_changes_the_output(kind):
+    model, patch = kind.model(), make(kind, sites="all")
+    base = kind.run(model)
     outputs = {}
     for name in patch.sites:
         with watched(model, patch, sites=[name]) as seen:
-            outputs[name] = tiny.run(model)
+            outputs[name] = kind.run(model)
         assert (outputs[name] - base).abs().max() > 1e-4, name
         changed = [n for n in patch.sites if not torch.equal(seen.before[n], seen.after[n])]
         assert changed == [name]
         # A patch of this site only keeps the site's depth.
-        single = Patch.create(tiny.base, sites=[name]).eval()
+        single = Patch.create(kind.base, sites=[name]).eval()
         tensors = patch.tensors()
         single.load_tensors({k: tensors[k] for k in single.saved()})
         with attach(model, single):
-            assert close(tiny.run(model), outputs[name], 1e-6), name
+            assert close(kind.run(model), outputs[name], 1e-6), name
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(outputs.values(), 2))
 
 
@@ -88,17 +88,17 @@ def test_sites_none_means_all_of_them(kind):
 @pytest.mark.parametrize(
     "latent", [(8, 8), (12, 12), (32, 32), (20, 12), (8, 40)], ids=lambda s: f"{s[0]}x{s[1]}"
 )
-def test_fields_fit_any_resolution(tiny, latent):
-    if tiny.square_only:
+def test_fields_fit_any_resolution(kind, latent):
+    if kind.square_only:
         latent = (max(latent), max(latent))
-    model, patch = tiny.model(), make(tiny, sites="all")
-    base = tiny.run(model, size=latent)
-    with attach(model, tiny.patch(None, sites="all")):
-        assert torch.equal(tiny.run(model, size=latent), base)
+    model, patch = kind.model(), make(kind, sites="all")
+    base = kind.run(model, size=latent)
+    with attach(model, kind.patch(None, sites="all")):
+        assert torch.equal(kind.run(model, size=latent), base)
     with watched(model, patch, strength=0.75) as seen, torch.no_grad():
-        first = tiny.run(model, size=latent)
-        check_fields(tiny, patch, seen, latent, 0.75)
-        assert torch.equal(tiny.run(model, size=latent), first)  # from the cache
+        first = kind.run(model, size=latent)
+        check_fields(kind, patch, seen, latent, 0.75)
+        assert torch.equal(kind.run(model, size=latent), first)  # from the cache
     assert not torch.equal(first, base)
 
 
@@ -131,11 +131,11 @@ def test_negative_and_large_strength_scale_the_field(kind):
         check_fields(kind, patch, seen, (8, 8), strength)
 
 
-def test_two_patches_add(tiny):
+def test_two_patches_add(kind):
     """Equal to one patch with the sum of the prompts: gates none, and gates equal."""
-    model = tiny.model()
+    model = kind.model()
     for variant in ({"gate": "none", "sites": "all"}, {"sites": "all"}):
-        first, second = make(tiny, 1, **variant), make(tiny, 2, **variant)
+        first, second = make(kind, 1, **variant), make(kind, 2, **variant)
         if "gate" not in variant:
             second.gate.load_state_dict(first.gate.state_dict())
         both = copy.deepcopy(first)
@@ -147,32 +147,32 @@ def test_two_patches_add(tiny):
                     for name in patch.sites:
                         patch.pool(name).prompts.div_(patch.variant.count)
         with attach(model, both):
-            expected = tiny.run(model)
+            expected = kind.run(model)
         with attach(model, first), attach(model, second):
-            found = tiny.run(model)
+            found = kind.run(model)
         with attach(model, second), attach(model, first):
-            swapped = tiny.run(model)
+            swapped = kind.run(model)
         with attach(model, first):
-            assert not close(tiny.run(model), expected, 1e-2)
+            assert not close(kind.run(model), expected, 1e-2)
         assert close(found, expected)
         assert close(swapped, found)
         with attach(model, first, strength=0.5), attach(model, first, strength=0.5):
-            halves = tiny.run(model)
+            halves = kind.run(model)
         with attach(model, first):
-            assert close(halves, tiny.run(model))
+            assert close(halves, kind.run(model))
 
 
-def test_unequal_timesteps_of_a_batch_equal_single_runs(tiny):
-    model, patch = tiny.model(), make(tiny, sites="all")
+def test_unequal_timesteps_of_a_batch_equal_single_runs(kind):
+    model, patch = kind.model(), make(kind, sites="all")
     timesteps = [10.0, 900.0, 10.0, 500.0]
-    inputs = tiny.inputs(torch.tensor(timesteps), (8, 8), torch.float32, 1)
+    inputs = kind.inputs(torch.tensor(timesteps), (8, 8), torch.float32, 1)
     schedule = Schedule(first=950.0, last=100.0, curve=((0.0, 0.2), (1000.0, 1.4)))
     for train, settings in itertools.product((False, True), ({}, {"schedule": schedule})):
         patch.train(train)
         with attach(model, patch, **settings), torch.no_grad():
-            batch = tiny.call(model, inputs)
-            singles = torch.cat([tiny.call(model, pick(inputs, [i], 4)) for i in range(4)])
-            turned = tiny.call(model, pick(inputs, [3, 2, 1, 0], 4))
+            batch = kind.call(model, inputs)
+            singles = torch.cat([kind.call(model, pick(inputs, [i], 4)) for i in range(4)])
+            turned = kind.call(model, pick(inputs, [3, 2, 1, 0], 4))
         assert close(batch, singles)
         assert close(turned.flip(0), batch)
         assert not close(batch[0], batch[3], 1e-2)

@@ -28,9 +28,9 @@ from tests.tiny import FAMILIES, Tiny
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_second_forward_before_backward(tiny, train):
-    model, patch = tiny.model(), make(tiny, sites="all").train(train)
-    same_gradients(gradients(tiny, model, patch, between=True), gradients(tiny, model, patch))
+def test_second_forward_before_backward(kind, train):
+    model, patch = kind.model(), make(kind, sites="all").train(train)
+    same_gradients(gradients(kind, model, patch, between=True), gradients(kind, model, patch))
 
 
 @some(SD15, DIT)
@@ -71,32 +71,32 @@ def counted(tiny: Tiny, model: nn.Module) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("when", ["before", "after", "between-patches"])
-def test_gradient_checkpointing_gives_the_same_gradients(tiny, when):
+def test_gradient_checkpointing_gives_the_same_gradients(kind, when):
     """Enabled before or after attaching; with a second forward before backward and without."""
-    model = tiny.model()
-    patches = [make(tiny, 1, sites="all").train(when != "after")]
+    model = kind.model()
+    patches = [make(kind, 1, sites="all").train(when != "after")]
     if when == "between-patches":
-        patches.append(make(tiny, 2))
-    expected = gradients(tiny, model, *patches)
+        patches.append(make(kind, 2))
+    expected = gradients(kind, model, *patches)
     if when == "before":
         checkpoint(model)
     attachments = [attach(model, patches[0])]
     if when != "before":
         checkpoint(model)
     attachments += [attach(model, patch) for patch in patches[1:]]
-    with counted(tiny, model) as calls:
-        found = gradients(tiny, model, *patches, attached=True, between=True)
+    with counted(kind, model) as calls:
+        found = gradients(kind, model, *patches, attached=True, between=True)
     assert len(calls) == 4, "three forwards, and one block recomputed"
     same_gradients(found, expected)
-    same_gradients(gradients(tiny, model, *patches, attached=True), expected)
+    same_gradients(gradients(kind, model, *patches, attached=True), expected)
     attachments[0].remove()
     attachments[0].remove()
     if len(patches) == 2:
-        alone = gradients(tiny, model, patches[1], attached=True, between=True)
+        alone = gradients(kind, model, patches[1], attached=True, between=True)
         attachments[1].remove()
-        same_gradients(alone, gradients(tiny, tiny.model(), patches[1]))
+        same_gradients(alone, gradients(kind, kind.model(), patches[1]))
     model.disable_gradient_checkpointing()
-    assert torch.equal(tiny.run(model), tiny.run(tiny.model()))
+    assert torch.equal(kind.run(model), kind.run(kind.model()))
 
 
 @some(*REPRESENTATIVES)
