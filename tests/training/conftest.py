@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
+from PIL import Image
 
 from dmp_common import Patch, bases, register_base
 from tests.tiny import FAMILIES
@@ -38,6 +39,21 @@ def fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def drawn_gate() -> None:
+    """Asks for gate pictures that are drawn, which takes a third of a short run."""
+
+
+@pytest.fixture(autouse=True)
+def plain_gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate pictures are black squares, unless a test looks at one."""
+    if "drawn_gate" not in request.fixturenames:
+        monkeypatch.setattr(
+            "training.run.outputs.save_heatmap",
+            lambda path, patch, timesteps, e: Image.new("RGB", (8, 8)).save(path),
+        )
 
 
 @pytest.fixture(scope="session")

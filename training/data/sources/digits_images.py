@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -67,6 +68,7 @@ def split_indices(labels: list[int]) -> Mapping[SplitName, list[int]]:
     return {name: sorted(rows) for name, rows in indices.items()}
 
 
+@cache
 def _load_all() -> tuple[torch.Tensor, torch.Tensor]:
     """All images (1797, 1, 8, 8) in [-1, 1] and labels (1797,), in scikit-learn's order."""
     try:

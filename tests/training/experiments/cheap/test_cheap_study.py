@@ -139,6 +139,7 @@ def test_calls_are_read_and_refused():
 
 def test_a_trial_is_judged_once_and_the_full_model_has_no_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "PICTURES", 20)
+    monkeypatch.setattr("training.objective.relative.IMAGES", 16)
     monkeypatch.setattr(judging, "_HELD_OUT", 16)
     trial = CheapTrial("digits", None, tmp_path)
     use = UseOfModel(steps=2)
@@ -183,11 +184,13 @@ def test_a_block_that_is_left_out_gives_what_it_gets(tmp_path):
 
 def test_a_sibling_takes_the_patch_of_the_base(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "PICTURES", 10)
+    monkeypatch.setattr("training.objective.relative.IMAGES", 16)
     monkeypatch.setattr(judging, "_HELD_OUT", 16)
     monkeypatch.setitem(cheap_trial._FINE_TUNING, "max_train_steps", 2)
     jobs = plan.on_sibling("digits", {(plan.BITS_3, "repair"): 1e-2})
     assert [job.method for job in jobs][-1] == plan.BASES_PATCH
-    found = CheapTrial("digits-sibling", None, tmp_path).done(replace(jobs[-1], steps=1))
+    job = replace(jobs[-1], steps=1, use=UseOfModel(steps=2))
+    found = CheapTrial("digits-sibling", None, tmp_path).done(job)
     assert found.pixels > 0
     trained = CheapJob("digits", plan.BITS_3, "repair", 1e-2, 1, plan.SEEDS[0]).folder
     assert (tmp_path / trained / "trained.safetensors").is_file()

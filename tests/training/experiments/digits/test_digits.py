@@ -1,7 +1,7 @@
 """The digits split, the bundled classifier and the bundled base."""
 
 import hashlib
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from training.base.frozen import FrozenBase, load_frozen
+from training.data.sources import digits_images
 from training.data.sources.digits_images import load_digits_split, split_indices
 from training.experiments.digits.make_base import RECIPE
 from training.experiments.miniature.muon import Muon, make_muon, orthogonalise
@@ -69,6 +70,7 @@ def test_unknown_split_is_refused():
 
 
 def test_missing_scikit_learn_says_what_to_install(monkeypatch):
+    digits_images._load_all.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match="pip install"):
         load_digits_split("train")
@@ -190,8 +192,14 @@ def test_training_is_reproducible_and_tied_embeddings_survive_saving(tmp_path):
     assert not torch.equal(loaded.proj_out_2.weight, untrained["proj_out_2.weight"])
 
 
-def test_script_runs_from_any_folder(tmp_path):
+def test_script_runs_from_any_folder(tmp_path, monkeypatch, capsys):
+    """As Python runs a script: its folder stands first on the path, the repository nowhere."""
     script = ROOT / "training" / "experiments" / "digits" / "make_base.py"
-    command = [sys.executable, str(script), "--out", str(tmp_path), "--extra", "-1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and "--extra: expected a fraction" in result.stderr
+    others = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(script.parent), *others])
+    monkeypatch.setattr(sys, "argv", [str(script), "--out", str(tmp_path), "--extra", "-1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2 and "--extra: expected a fraction" in capsys.readouterr().err
+    assert sys.path == [str(ROOT), *others]
