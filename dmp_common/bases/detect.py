@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
 from dmp_common.bases.layerfacts import attribute_of, attribute_of_shape
+from dmp_common.bases.otherfamilies import Stranger
 from dmp_common.bases.strangers import find_stranger, holds, stranger_of
 from dmp_common.bases.table import known_bases
 from dmp_common.errors import PatchError
@@ -97,29 +98,45 @@ def detect_base(model: Any) -> Base:
 
 def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:
     """Returns the bases that a checkpoint fits, judged by names and shapes of its tensors."""
-    # A hostile name could have a million parts, and a path is listed below for each of them.
-    modules = {name.rpartition(".")[0] for name in shapes if len(name) <= _LONGEST_NAME}
-    paths = {path[:end] for path in modules for end in _ends(path)}
-
-    def fits(prefix: str, probe: Probe) -> bool:
-        if probe.attribute is None:
-            return (prefix + probe.path in paths) == probe.value
-        shape = shapes.get(f"{prefix}{probe.path}.weight")
-        return shape is not None and attribute_of_shape(probe.attribute, shape) == probe.value
-
-    prefixes = [
-        prefix for prefix in PREFIXES if find_stranger(functools.partial(fits, prefix)) is None
-    ]
+    seen = _Shapes(shapes)
+    prefixes = [prefix for prefix in PREFIXES if seen.stranger(prefix) is None]
     return [
         base
         for base in known_bases()
         if any(
-            all(fits(prefix, probe) for probe in base.probes[naming])
-            and all(prefix + site.paths[naming] in paths for site in base.sites)
+            all(seen.fits(prefix, probe) for probe in base.probes[naming])
+            and all(prefix + site.paths[naming] in seen.paths for site in base.sites)
             for naming in namings_of(base)
             for prefix in prefixes
         )
     ]
+
+
+def stranger_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Stranger | None:
+    """Returns the unsupported family that a checkpoint is of, or None where no known one fits."""
+    seen = _Shapes(shapes)
+    found = (seen.stranger(prefix) for prefix in PREFIXES)
+    return next((stranger for stranger in found if stranger is not None), None)
+
+
+class _Shapes:
+    """What the names and shapes of a checkpoint's tensors tell of its modules."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        # A hostile name could have a million parts, and a path is listed for each of them.
+        modules = {name.rpartition(".")[0] for name in shapes if len(name) <= _LONGEST_NAME}
+        self.shapes, self.paths = shapes, {path[:end] for path in modules for end in _ends(path)}
+
+    def fits(self, prefix: str, probe: Probe) -> bool:
+        """Tells whether a probe holds for the model whose tensors have a prefix."""
+        if probe.attribute is None:
+            return (prefix + probe.path in self.paths) == probe.value
+        shape = self.shapes.get(f"{prefix}{probe.path}.weight")
+        return shape is not None and attribute_of_shape(probe.attribute, shape) == probe.value
+
+    def stranger(self, prefix: str) -> Stranger | None:
+        """Returns the unsupported family that fits the tensors with a prefix."""
+        return find_stranger(functools.partial(self.fits, prefix))
 
 
 def _ends(path: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Recognises models that resemble a base but are of another family, so that they are refused.
+"""Recognises models of families that are not supported, so that they are refused by name.
 
 Many families are built from the blocks of another one. Their sites have the names and widths of a
 base, and a patch would act on them without being made for them.
@@ -7,28 +7,12 @@ base, and a patch would act on them without being made for them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch.nn as nn
 
 from dmp_common.bases.base import Probe, find_module
 from dmp_common.bases.layerfacts import attribute_of
-
-
-@dataclass(frozen=True)
-class Stranger:
-    """Describes a family that we do not support.
-
-    Args:
-        name: the family's name, as users know it, with an article where it needs one.
-        signs: how it is recognised. One sign is enough; all probes of a sign must hold.
-        classes: names of classes of the denoiser that are always of this family.
-    """
-
-    name: str
-    signs: tuple[tuple[Probe, ...], ...] = ()
-    classes: tuple[str, ...] = ()
-
+from dmp_common.bases.otherfamilies import OTHER_FAMILIES, Stranger
 
 # The first family that fits is named, so siblings come before the family that they derive from.
 STRANGERS: tuple[Stranger, ...] = (
@@ -110,6 +94,7 @@ STRANGERS: tuple[Stranger, ...] = (
         "Qwen-Image-Layered",
         ((Probe("time_text_embed.addition_t_embedding", None, True),),),
     ),
+    *OTHER_FAMILIES,
 )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from dmp_common import Patch, PatchError, attach, detect_base, get_base, known_bases
-from dmp_common.bases.detect import bases_of_shapes, naming_of, require_base
+from dmp_common.bases.detect import bases_of_shapes, naming_of, require_base, stranger_of_shapes
 from dmp_common.bases.strangers import STRANGERS, stranger_of
 from dmp_common.tools.timefile import time_embedding_of
 from tests.dmp_common.realbases import MODELS, model_of
@@ -138,6 +138,7 @@ def test_a_family_without_support_is_named_and_refused(name: str):
 def test_a_family_without_support_is_known_from_its_files(name: str):
     shapes = {k: tuple(v.shape) for k, v in stranger(name).state_dict().items()}
     assert bases_of_shapes(shapes) == []
+    assert REFUSED[name][0] in stranger_of_shapes(shapes).name
 
 
 def test_a_model_that_nobody_knows_is_not_told_to_load_another_patch():

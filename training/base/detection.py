@@ -9,7 +9,8 @@ import diffusers
 import torch
 
 from dmp_common import Base, PatchError, detect_base, known_bases
-from dmp_common.bases.detect import bases_of_shapes
+from dmp_common.bases.detect import bases_of_shapes, stranger_of_shapes
+from dmp_common.bases.otherfamilies import Stranger
 from dmp_common.tools.modelfiles import tensor_shapes
 from training.base.families.checkpoint import read_shapes
 from training.base.places import Source, explained
@@ -25,9 +26,10 @@ def detect_source(source: Source) -> Base:
     if not path.exists():
         return _of_repository(source.place)
     pickled = path.suffix in (".pt", ".pth", ".ckpt")
-    found = bases_of_shapes(read_shapes(path) if pickled else tensor_shapes(path))
+    shapes = read_shapes(path) if pickled else tensor_shapes(path)
+    found = bases_of_shapes(shapes)
     if not found:
-        raise _unknown(source.place)
+        raise _unknown(source.place, stranger_of_shapes(shapes))
     return found[0]
 
 
@@ -53,9 +55,14 @@ def _config_of_repository(place: str) -> dict[str, Any]:
         return dict(model.load_config(place, subfolder="unet"))
 
 
-def _unknown(place: str) -> PatchError:
+def _unknown(place: str, stranger: Stranger | None) -> PatchError:
     names = ", ".join(base.name for base in known_bases())
+    if stranger is None:
+        return PatchError(
+            f"expected weights of one of the bases {names}, found others at {place}: say which "
+            "with --base, or choose other weights."
+        )
     return PatchError(
-        f"expected weights of one of the bases {names}, found others at {place}: say which with "
-        "--base, or choose other weights."
+        f"expected weights of one of the bases {names}, found those of {stranger.name}, which is "
+        f"not supported, at {place}: choose other weights."
     )

@@ -1,0 +1,85 @@
+"""Families with an architecture of their own that we do not support, so that errors name them.
+
+A patch could not act on these by mistake. They stand here for the user, who otherwise would only
+read that no base fits. A family that gets a base loses its row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmp_common.bases.base import Probe
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """Describes a family that we do not support.
+
+    Args:
+        name: the family's name, as users know it, with an article where it needs one.
+        signs: how it is recognised. One sign is enough; all probes of a sign must hold.
+        classes: names of classes of the denoiser that are always of this family.
+    """
+
+    name: str
+    signs: tuple[tuple[Probe, ...], ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+def _having(*paths: str) -> tuple[Probe, ...]:
+    """A sign: the model has all of these modules."""
+    return tuple(Probe(path, None, True) for path in paths)
+
+
+# Of each family its names in diffusers, and those of the original code, which ComfyUI has too.
+OTHER_FAMILIES: tuple[Stranger, ...] = (
+    Stranger("HiDream", (_having("caption_projection.0.linear"),)),
+    Stranger("HiDream-O1", (_having("t_embedder1.mlp.0", "x_embedder.proj1"),)),
+    Stranger("Ideogram 4", (_having("embed_image_indicator"),)),
+    Stranger(
+        "LTX-Video or LTX-2",
+        (
+            _having("patchify_proj"),
+            _having("audio_proj_in", "time_embed.emb"),
+            (*_having("proj_in", "time_embed.emb"), Probe("patch_embed", None, False)),
+        ),
+    ),
+    Stranger(
+        "AuraFlow",
+        (
+            _having("double_layers.0.attn.w1q"),
+            _having("joint_transformer_blocks", "time_step_proj"),
+        ),
+    ),
+    Stranger(
+        "HunyuanImage or HunyuanVideo",
+        (_having("txt_in.individual_token_refiner"), _having("context_embedder.token_refiner")),
+    ),
+    Stranger("Hunyuan-DiT", (_having("mlp_t5"), _having("text_embedder", "time_extra_emb"))),
+    Stranger(
+        "Sana",
+        (_having("attention_y_norm"), _having("caption_norm", "caption_projection", "patch_embed")),
+    ),
+    Stranger("OmniGen2", (_having("ref_image_patch_embedder"),)),
+    Stranger("Krea 2", (_having("txtfusion.projector"), _having("text_fusion", "time_mod_proj"))),
+    Stranger("Chroma", (_having("distilled_guidance_layer"),)),
+    Stranger("ERNIE-Image", (_having("layers.0.mlp.linear_fc2"),)),
+    # Anima is Cosmos-Predict2 with an adapter for its text encoder.
+    Stranger("Anima", (_having("llm_adapter.blocks.0.cross_attn"),)),
+    Stranger(
+        "Cosmos",
+        (
+            _having("blocks.0.mlp.layer1", "t_embedder"),
+            _having("blocks.block0.blocks.0.block.attn"),
+            _having("time_embed.t_embedder", "patch_embed"),
+        ),
+    ),
+    Stranger(
+        "Wan",
+        (
+            _having("patch_embedding", "text_embedding.0", "time_projection.1"),
+            _having("patch_embedding", "condition_embedder.time_embedder"),
+        ),
+    ),
+    Stranger("Qwen-Image 2.1", (_having("time_text_embed", "txt_in", "modulation.1"),)),
+)

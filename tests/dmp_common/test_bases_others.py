@@ -1,0 +1,97 @@
+"""The bases: families of another kind, which are refused by name in the core and by their files."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmp_common import PatchError, detect_base, get_base
+from dmp_common.bases.detect import PREFIXES, bases_of_shapes, require_base, stranger_of_shapes
+from dmp_common.bases.otherfamilies import OTHER_FAMILIES
+from tests.dmp_common.test_bases_strangers import default, on_meta
+
+ONE = dict(num_layers=1)
+# Families of no base's kind: name, class of diffusers, and a small configuration.
+OTHERS = {
+    "ideogram4": ("Ideogram 4", "Ideogram4Transformer2DModel", ONE),
+    "ltx": ("LTX-Video or LTX-2", "LTXVideoTransformer3DModel", ONE),
+    "ltx2": ("LTX-Video or LTX-2", "LTX2VideoTransformer3DModel", ONE),
+    "auraflow": (
+        "AuraFlow",
+        "AuraFlowTransformer2DModel",
+        dict(num_mmdit_layers=1, num_single_dit_layers=1),
+    ),
+    "hunyuan-image": (
+        "HunyuanImage or HunyuanVideo",
+        "HunyuanImageTransformer2DModel",
+        dict(num_layers=1, num_single_layers=1, num_refiner_layers=1),
+    ),
+    "hunyuan-dit": (
+        "Hunyuan-DiT",
+        "HunyuanDiT2DModel",
+        dict(
+            num_layers=2, hidden_size=32, num_attention_heads=2, attention_head_dim=16,
+            in_channels=4, patch_size=2, sample_size=8, cross_attention_dim=8,
+            cross_attention_dim_t5=8, pooled_projection_dim=8, text_len=4, text_len_t5=4,
+        ),
+    ),
+    "hidream": (
+        "HiDream",
+        "HiDreamImageTransformer2DModel",
+        dict(
+            num_layers=1, num_single_layers=1, in_channels=4, out_channels=4, patch_size=2,
+            attention_head_dim=16, num_attention_heads=2, caption_channels=[8, 8],
+            text_emb_dim=8, axes_dims_rope=(4, 6, 6), max_resolution=(8, 8), llama_layers=[0],
+        ),
+    ),
+    "sana": ("Sana", "SanaTransformer2DModel", ONE),
+    "krea2": ("Krea 2", "Krea2Transformer2DModel", ONE),
+    "chroma": ("Chroma", "ChromaTransformer2DModel", dict(num_layers=1, num_single_layers=1)),
+    "ernie": ("ERNIE-Image", "ErnieImageTransformer2DModel", ONE),
+    "cosmos": ("Cosmos", "CosmosTransformer3DModel", ONE),
+    "wan": ("Wan", "WanTransformer3DModel", ONE),
+    "qwen-image-2.1": ("Qwen-Image 2.1", "QwenImage21Transformer2DModel", ONE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_family_is_named_by_its_modules_and_by_its_files(name: str):
+    family, kind, config = OTHERS[name]
+    model = on_meta(default(kind, **config))
+    for refuse in (detect_base, lambda model: require_base(model, get_base("sdxl"))):
+        with pytest.raises(PatchError, match=f"found {family} .{kind}.*not supported"):
+            refuse(model)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert stranger_of_shapes(shapes).name == family
+
+
+# A few tensors of each as its original code, and so ComfyUI, names them.
+ORIGINAL_NAMES = {
+    "HiDream": ["caption_projection.0.linear.weight"],
+    "HiDream-O1": ["t_embedder1.mlp.0.weight", "x_embedder.proj1.weight"],
+    "Ideogram 4": ["embed_image_indicator.weight"],
+    "LTX-Video or LTX-2": ["patchify_proj.weight", "adaln_single.linear.weight"],
+    "AuraFlow": ["double_layers.0.attn.w1q.weight"],
+    "HunyuanImage or HunyuanVideo": ["txt_in.individual_token_refiner.blocks.0.norm1.weight"],
+    "Hunyuan-DiT": ["mlp_t5.0.weight"],
+    "Sana": ["attention_y_norm.weight"],
+    "OmniGen2": ["ref_image_patch_embedder.weight", "time_caption_embed.caption_embedder.0.weight"],
+    "Krea 2": ["txtfusion.projector.weight"],
+    "Chroma": ["distilled_guidance_layer.norms.0.scale", "double_blocks.0.img_attn.qkv.weight"],
+    "ERNIE-Image": ["layers.0.mlp.linear_fc2.weight"],
+    "Anima": ["llm_adapter.blocks.0.cross_attn.q_proj.weight", "blocks.0.mlp.layer1.weight"],
+    "Cosmos": ["blocks.0.mlp.layer1.weight", "t_embedder.1.linear_1.weight"],
+    "Wan": ["patch_embedding.weight", "text_embedding.0.weight", "time_projection.1.weight"],
+}
+
+
+@pytest.mark.parametrize("family", ORIGINAL_NAMES)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_another_family_is_named_by_its_original_file(family: str, prefix: str):
+    shapes = {prefix + name: (4, 4) for name in ORIGINAL_NAMES[family]}
+    assert bases_of_shapes(shapes) == []
+    assert stranger_of_shapes(shapes).name == family
+
+
+def test_every_family_is_shown_to_be_recognised():
+    named = {family for family, _, _ in OTHERS.values()} | set(ORIGINAL_NAMES)
+    assert {family.name for family in OTHER_FAMILIES} == named
