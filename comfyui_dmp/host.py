@@ -28,7 +28,12 @@ from comfyui_dmp.model import (
     time_embedding,
     timesteps_of,
 )
-from comfyui_dmp.notices import SecondCall, conditional_items, say_unlike
+from comfyui_dmp.notices import (
+    SecondCall,
+    conditional_items,
+    say_other_noise,
+    say_unlike,
+)
 from comfyui_dmp.slots import (
     Prepare,
     after_options,
@@ -59,8 +64,10 @@ def attach(model: Any, record: PatchRecord) -> Any:
             than the patch, or the patch prepends its prompts.
     """
     wrapper = Wrapper(record)
-    wrapper.settings(model.model, model.get_model_object("model_sampling"))  # Fails if unfit.
+    model_sampling = model.get_model_object("model_sampling")
+    wrapper.settings(model.model, model_sampling)  # Fails if unfit.
     say_unlike(denoiser_of(model.model), record)
+    say_other_noise(model_sampling, record)
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     if wrapper.mask is not None:

@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from comfyui_dmp.model import zero_terminal_snr
 from dmp_common.attach.record import PatchRecord
-from dmp_common.tools.use import cheap_types, unlike_cheap
+from dmp_common.tools.use import cheap_types, unlike_cheap, unlike_noise
 from dmp_common.tools.weighttypes import weight_types
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,20 @@ def say_unlike(denoiser: nn.Module, record: PatchRecord) -> None:
     metadata = record.loaded.patch.metadata
     if cheap_types(metadata):
         why = unlike_cheap(metadata, weight_types(denoiser))
+        if why is not None:
+            _log.warning("DMP: %s: %s.", record.loaded.name, why)
+
+
+def say_other_noise(model_sampling: Any, record: PatchRecord) -> None:
+    """Logs a warning for a patch that was trained on another noise schedule.
+
+    Args:
+        model_sampling: ComfyUI's object of this name.
+        record: the patch.
+    """
+    rescaled = zero_terminal_snr(model_sampling)
+    if rescaled is not None:
+        why = unlike_noise(record.loaded.patch.metadata, rescaled)
         if why is not None:
             _log.warning("DMP: %s: %s.", record.loaded.name, why)
 

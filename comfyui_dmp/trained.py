@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import folder_paths
 
 from comfyui_dmp import files
-from comfyui_dmp.model import denoiser_of
+from comfyui_dmp.model import denoiser_of, zero_terminal_snr
 from dmp_common import Patch, PatchError, __version__
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 from dmp_common.tools.use import ENTRY
@@ -55,6 +55,9 @@ def metadata(job: Job, patch: Patch, before: int, done: int, rate: float) -> dic
         if name is not None:
             cheap["file"] = {"name": name}
     use = {"objective": "distill", "exact": exact, "cheap": cheap, "states": "teacher"}
+    rescaled = zero_terminal_snr(job.model.get_model_object("model_sampling"))
+    if rescaled is not None:
+        use["zero_terminal_snr"] = rescaled
     now = time.time()
     date = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
     return {

@@ -56,6 +56,27 @@ def unlike_cheap(metadata: Mapping[str, str], found: Mapping[str, int]) -> str |
     )
 
 
+def unlike_noise(metadata: Mapping[str, str], zero_terminal_snr: bool) -> str | None:
+    """Says in a sentence that a model's noise schedule is not that of a patch's training.
+
+    Models with zero terminal SNR begin with pure noise, others with noise that holds a trace of a
+    picture. Both have the same timesteps, so that a patch runs on either.
+
+    Args:
+        metadata: of the patch; None is returned where it does not say.
+        zero_terminal_snr: whether the model's schedule ends in pure noise.
+    """
+    trained = use_of(metadata).get("zero_terminal_snr")
+    if not isinstance(trained, bool) or trained == zero_terminal_snr:
+        return None
+    kinds = {True: "with zero terminal SNR", False: "without zero terminal SNR"}
+    return (
+        f"the patch was trained on a noise schedule {kinds[trained]}, and this model has one "
+        f"{kinds[zero_terminal_snr]}: use a model with the schedule it was made for, or judge its "
+        "pictures before you rely on it"
+    )
+
+
 def described_use(metadata: Mapping[str, str], variant: Variant) -> list[tuple[str, str]]:
     """Describes what a patch is for in names and values, for people.
 
@@ -73,6 +94,8 @@ def described_use(metadata: Mapping[str, str], variant: Variant) -> list[tuple[s
         name = file.get("name") if isinstance(file, dict) else None
         of = f" ({printable(name)})" if isinstance(name, str) else ""
         lines.append(("repairs", f"a model with weights in {_described(types)}{of}"))
+    if use.get("zero_terminal_snr") is True:
+        lines.append(("noise", "zero terminal SNR"))
     if variant.guidance is not None:
         lines.append(("guidance", f"strength 1 stands for scale {variant.guidance:g}; use CFG 1"))
     share = use.get("share_repaired")

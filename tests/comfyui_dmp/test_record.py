@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import doctest
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from comfyui_dmp import checks, slots
 from comfyui_dmp.checks import require_fitting
 from comfyui_dmp.hooks import adding
 from comfyui_dmp.model import latent_of, time_embedding
+from comfyui_dmp.notices import say_other_noise
 from comfyui_dmp.slots import block_keys, dit_options, slot_of, unet_options
 from dmp_common import Patch, PatchError, get_base
 from dmp_common.attach.compatibility import require_compatible
@@ -261,6 +263,20 @@ def test_the_model_must_be_the_patchs(monkeypatch):
     model = SimpleNamespace(diffusion_model=dit.model())
     twice = "shift 0, found 1 in this model.*; and expected a model with prediction type epsilon"
     refused(model, sampling("CONST"), dit.patch(frequency_shift=0.0), twice)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sigma", "said"),
+    [("V_PREDICTION", 14.6, True), ("V_PREDICTION", 4518.0, False), ("CONST", 1.0, False)],
+)
+def test_another_noise_schedule_is_logged(kind, sigma, said, caplog):
+    """A patch of a model with zero terminal SNR, on a model with and one without."""
+    own = record()
+    own.loaded.patch.metadata["dmp.use"] = json.dumps({"zero_terminal_snr": True})
+    model_sampling = sampling(kind)
+    model_sampling.sigma_max = torch.tensor(sigma)
+    say_other_noise(model_sampling, own)
+    assert ("p.safetensors: the patch was trained on a noise schedule with" in caplog.text) is said
 
 
 def test_what_a_host_cannot_use_is_refused():

@@ -19,11 +19,15 @@ def purpose_of(config: TrainConfig, frozen: FrozenBase) -> dict[str, Any]:
         frozen: the base of the cheap call, which the method is on.
 
     Returns:
-        "objective"; with own samples how many and how they were drawn; and where it is distill
-        "exact" and "cheap", which say what both calls are, "states", where their predictions were
-        compared, and "weights", of the timesteps.
+        "objective"; "zero_terminal_snr", of a noise schedule that could have it; with own samples
+        how many and how they were drawn; and where it is distill "exact" and "cheap", which say
+        what both calls are, "states", where their predictions were compared, and "weights", of the
+        timesteps.
     """
     told: dict[str, Any] = {"objective": config.objective}
+    if frozen.scheduler is not None and frozen.prediction != "flow":
+        rescaled = bool(frozen.scheduler.config.get("rescale_betas_zero_snr"))
+        told["zero_terminal_snr"] = rescaled
     if config.uses_own_samples:
         told["own_samples"] = {
             "count": config.own_samples, "sampler": config.own_sampler, "steps": config.own_steps

@@ -157,6 +157,8 @@ def test_dry_run_tells_and_leaves_nothing(train: Train, capsys: pytest.CaptureFi
 def test_options_of_unets(options: list[str], train: Train) -> None:
     patch = Patch.load(train("sd15", *options) / "tiny-sd15-dmp.safetensors")
     assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+    use = json.loads(patch.metadata["dmp.use"])
+    assert use["zero_terminal_snr"] is ("--zero_terminal_snr" in options)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,7 @@ def test_options_of_unets(options: list[str], train: Train) -> None:
 def test_options_of_flow_models(options: list[str], train: Train) -> None:
     patch = Patch.load(train("flux", *options) / "tiny-flux-dmp.safetensors")
     assert any(bool(tensor.any()) for tensor in patch.tensors().values())
+    assert "zero_terminal_snr" not in json.loads(patch.metadata["dmp.use"])
 
 
 @pytest.mark.slow
