@@ -264,6 +264,8 @@ def leave_path() -> None:
 
 def register() -> None:
     """Asks the host to call us. It must be asked again whenever the scripts are reloaded."""
+    # Forge Neo shows errors alone. What a patch does not do must be seen.
+    logging.getLogger("a1111_dmp").setLevel(logging.WARNING)
     script_callbacks.on_cfg_denoiser(follow)
     script_callbacks.on_script_unloaded(close_all)
     script_callbacks.on_before_ui(leave_path)

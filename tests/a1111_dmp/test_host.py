@@ -7,6 +7,7 @@ import copy
 import gc
 import importlib.util
 import json
+import logging
 import sys
 import weakref
 from pathlib import Path
@@ -462,6 +463,20 @@ def test_patches_of_another_base_are_marked_and_one_button_refreshes_all_lists(h
     accordion(host, p, "ink [sdxl]")
     p.sample()
     assert p.extra_generation_params["DMP patch"] == "ink"
+
+
+def test_messages_are_seen_where_the_host_shows_errors_alone(host, caplog):
+    root, ours = logging.getLogger(), logging.getLogger("a1111_dmp")
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        ours.setLevel(logging.NOTSET)
+        host.host.tell(Processing(), "DMP: hidden")
+        host.host.register()
+        host.host.tell(Processing(), "DMP: told")
+    finally:
+        root.setLevel(level)
+    assert "DMP: told" in caplog.text and "hidden" not in caplog.text
 
 
 def test_switched_on_without_a_patch_is_told(host):

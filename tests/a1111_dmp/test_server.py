@@ -85,6 +85,9 @@ def server(folder: Path) -> Server:
     # Forge's own choice for Euler is made for epsilon: noise levels of thousands, and no picture.
     flow = get_base(base_name()).prediction == "flow"
     server = Server(os.environ["WEBUI_URL"], **{"scheduler": "Simple"} if flow else {})
+    # Forge Neo has none but those of pixels.
+    latent = server.get("/sdapi/v1/latent-upscale-modes")
+    server.defaults["hr_upscaler"] = "Latent" if latent else "None"
     # The host restores after a request only those settings that were ever set.
     known = server.get("/sdapi/v1/options")
     server.post("/sdapi/v1/options", **{k: v for k, v in SETTINGS.items() if k in known})
@@ -315,7 +318,6 @@ def test_patches_added_after_the_start_are_found(server, folder):
 HIRES = {
     "enable_hr": True,
     "hr_scale": 1.5,
-    "hr_upscaler": "Latent",
     "denoising_strength": 0.9,
     "hr_second_pass_steps": 4,
     "hr_additional_modules": ["Use same choices"],  # Forge wants it said

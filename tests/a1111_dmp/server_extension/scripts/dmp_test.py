@@ -75,6 +75,12 @@ class Replaced(getattr(sd_unet, "SdUnet", torch.nn.Module)):  # Forge Neo has no
     def forward(self, x, timesteps, context, *args, **kwargs):
         return x * 0.9
 
+    def activate(self):
+        """Does nothing; every host calls it, and the base class has it where there is one."""
+
+    def deactivate(self):
+        """Does nothing, like `activate`."""
+
 
 class Option(sd_unet.SdUnetOption):
     model_name, label = "no such checkpoint", "Simulated engine"
