@@ -267,3 +267,18 @@ def test_latents_of_a_call_are_not_changed(sd15, run, host):
     patched.add_wrapper_with_key("apply_model", "spy", wrapper)
     run.call(patched, sd15, SIGMAS)
     assert torch.equal(*seen)
+
+
+def test_z_image_in_pixel_space_is_refused(real, run, host):
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    kind = getattr(comfy.supported_models, "ZImagePixelSpace", None)
+    if kind is None:
+        pytest.skip("needs a version of ComfyUI with Z-Image in pixel space")
+    family, device = real.FAMILIES["z-image"], torch.device("meta")
+    sizes = {"decoder_hidden_size": 32, "decoder_num_res_blocks": 1, "patch_size": 2}
+    model = kind({**family.unet, **sizes}).get_model({}, device=device)
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+    with pytest.raises(PatchError, match="Z-Image in pixel space"):
+        host.attach(patcher, run.record(family.patch()))
