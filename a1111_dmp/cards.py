@@ -129,12 +129,14 @@ class Page(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]
 def _metadata(record: dict[str, Any]) -> dict[str, str]:
     """Returns what the (i) of a card shows: facts of the file, and then what its maker wrote."""
     told = {name: _lines(text, printable) for name, text in record["metadata"].items()}
+    # The first parts of the names: a patch may have hundreds of sites, and these name them too.
+    places = dict.fromkeys(".".join(site["name"].split(".")[:2]) for site in record["sites"])
     facts = {
         "base": record["base"],
         "hash": record["hash"],
         "size": f"{record['bytes'] / 1e6:,.2f} MB",
         "parameters": f"{record['parameters']['total']:,}",
-        "sites": ", ".join(site["name"] for site in record["sites"]),
+        "sites": f"{len(record['sites'])} of {record['sites_of_base']}: {', '.join(places)}",
         **{name: str(record["variant"][name]) for name in record["not_default"] if name != "sites"},
         **dict(record["described_use"]),
     }

@@ -143,6 +143,15 @@ def forge(server: Server) -> bool:
     return "forge_preset" in server.get("/sdapi/v1/options")
 
 
+def kinds_joined(server: Server, joined: bool) -> dict[str, Any]:
+    """Settings for one call of the model with both kinds of items, or one for each.
+
+    Forge has no such setting; it decides by the free memory.
+    """
+    known = "batch_cond_uncond" in server.get("/sdapi/v1/options")
+    return {"override_settings": {"batch_cond_uncond": joined}} if known else {}
+
+
 def attached(calls: list[dict[str, Any]]) -> list[int]:
     return [call["attached"] for call in calls]
 
@@ -188,7 +197,7 @@ def test_a_guidance_patch_acts_on_the_conditional_items(server, scale):
     differ(made, server.make(cfg_scale=scale))
     # A1111 then calls the model once for the conditional items and once for the others; with a
     # longer prompt it does so in any case.
-    alone = {"override_settings": {"batch_cond_uncond": False}}
+    alone = kinds_joined(server, False)
     assert distance(server.make(GUIDING, cfg_scale=scale, **alone), made) <= 2
     prompt = {"prompt": "a cat, " * 40, "cfg_scale": scale}
     assert distance(server.make(GUIDING, **prompt, **alone), server.make(GUIDING, **prompt)) <= 2
@@ -491,7 +500,7 @@ def test_batch_items_are_as_if_made_alone(server):
 @pytest.mark.parametrize("joined", [True, False])
 def test_each_picture_of_a_batch_has_the_patches_of_its_own_prompt(server, plain, joined):
     """The prompt matrix makes one prompt of each combination of its parts."""
-    alone = {"override_settings": {"batch_cond_uncond": joined}}
+    alone = kinds_joined(server, joined)
     matrix = {
         "script_name": "prompt matrix",
         "script_args": [False, False, "positive", "comma", 0],
