@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def modules_of(package: str) -> dict[str, Path]:
 CORE, TRAINER = modules_of("dmp_common"), modules_of("training")
 
 
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -119,8 +121,10 @@ def test_the_floors_of_the_core(module: str) -> None:
     assert not above, f"{module} imports from above"
 
 
-def imports_between(modules: dict[str, Path]) -> dict[str, set[str]]:
-    """What each module imports of the others, also inside functions."""
+@cache
+def imports_between(package: str) -> dict[str, set[str]]:
+    """What each module of a package imports of the others, also inside functions."""
+    modules = modules_of(package)
     return {
         module: {
             name
@@ -151,7 +155,7 @@ def longest_chain(graph: dict[str, set[str]]) -> list[str]:
 
 @pytest.mark.parametrize("package", ["dmp_common", "training"])
 def test_no_circles_between_files(package: str) -> None:
-    graph = imports_between(modules_of(package))
+    graph = imports_between(package)
     assert len(graph) > 40
     longest_chain(graph)
 
@@ -170,7 +174,7 @@ def wing_of(module: str) -> str:
 @pytest.mark.parametrize("module", [name for name in TRAINER if name.count(".") > 1])
 def test_the_wings_of_the_trainer(module: str) -> None:
     own = wing_of(module)
-    found = {wing_of(name) for name in imports_between(TRAINER)[module] if name.count(".")}
+    found = {wing_of(name) for name in imports_between("training")[module] if name.count(".")}
     above = {name for name in found if WINGS.index(name) > WINGS.index(own)}
     assert not above, f"{module} imports from above"
     assert not {tuple(sorted((own, name))) for name in found} & APART
@@ -179,7 +183,7 @@ def test_the_wings_of_the_trainer(module: str) -> None:
 def test_the_trainer_has_few_floors() -> None:
     """Counted among the folders and files at the top of training/."""
     graph: dict[str, set[str]] = {}
-    for module, found in imports_between(TRAINER).items():
+    for module, found in imports_between("training").items():
         if module.count(".") and not module.endswith("__init__"):
             others = {wing_of(name) for name in found if name.count(".")} - {wing_of(module)}
             graph.setdefault(wing_of(module), set()).update(others)

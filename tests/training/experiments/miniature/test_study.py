@@ -75,7 +75,7 @@ def test_every_ablation_is_a_variant():
 def small(monkeypatch):
     """Fewer contenders, images and steps; jobs in this process."""
     full = subjects.digits()
-    few = replace(full, samples=100, samplers={"ddim": 2}, draws=1, loss_images=40, options={
+    few = replace(full, samples=20, samplers={"ddim": 2}, draws=1, loss_images=10, options={
         **full.options, "train_batch_size": 8})  # fmt: skip
     monkeypatch.setattr("training.objective.relative.IMAGES", 16)
     monkeypatch.setattr(Study, "open", lambda self: few)
