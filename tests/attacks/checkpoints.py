@@ -76,19 +76,19 @@ def nested_in_set(folder: Path) -> Path:
 
 
 def deep_key(folder: Path) -> Path:
-    """A key nested a million deep, which overflows the stack of the C language."""
-    return archive(folder, b"}" + b")" + b"\x85" * 1_000_000 + b"K\x01s")
+    """A key nested 200,000 deep, which overflows the stack of the C language."""
+    return archive(folder, b"}" + b")" + b"\x85" * 200_000 + b"K\x01s")
 
 
 def deep_list(folder: Path) -> Path:
-    """A value nested half a million deep."""
-    return archive(folder, b"]" * 500_000 + b"a" * 499_999)
+    """A value nested a hundred thousand deep."""
+    return archive(folder, b"]" * 100_000 + b"a" * 99_999)
 
 
 def deep_objects(folder: Path) -> Path:
-    """Objects in objects, a hundred thousand deep."""
+    """Objects in objects, thirty thousand deep."""
     make = b"cbuiltins\nobject\n)\x81}" + text("a")
-    return archive(folder, make * 100_000 + b"K\x01" + b"sb" * 100_000)
+    return archive(folder, make * 30_000 + b"K\x01" + b"sb" * 30_000)
 
 
 def large_memo_index(folder: Path) -> Path:

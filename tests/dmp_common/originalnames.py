@@ -32,7 +32,7 @@ class Asked(dict):
         return torch.full((self.rows(name), 1), float(len(self.names) - 1))
 
 
-def unet_original_name(key: str, levels: int) -> str:
+def unet_original_name(key: str, levels: int, layers: int = 2) -> str:
     """What we think the original name of a diffusers UNet's parameter is; the test proves it."""
     head, _, rest = key.partition(".")
     if head not in ("down_blocks", "mid_block", "up_blocks"):
@@ -58,16 +58,16 @@ def unet_original_name(key: str, levels: int) -> str:
     }.items():
         if kind == "resnets" and tail.startswith(diffusers_name):
             tail = tail.replace(diffusers_name, original, 1)
-    block, place = int(level) * 3, int(n)
+    block, place = int(level) * (layers + 1), int(n)
     if head == "mid_block":
         return f"middle_block.{2 * place if kind == 'resnets' else 1}.{tail}"
     if head == "down_blocks":
         if kind == "downsamplers":
-            return f"input_blocks.{block + 3}.0.{tail.replace('conv', 'op')}"
+            return f"input_blocks.{block + layers + 1}.0.{tail.replace('conv', 'op')}"
         return f"input_blocks.{block + 1 + place}.{int(kind == 'attentions')}.{tail}"
     if kind == "upsamplers":
         index = 2 if f"up_blocks.{level}.attentions" in key or _attends(levels, int(level)) else 1
-        return f"output_blocks.{block + 2}.{index}.{tail}"
+        return f"output_blocks.{block + layers}.{index}.{tail}"
     return f"output_blocks.{block + place}.{int(kind == 'attentions')}.{tail}"
 
 

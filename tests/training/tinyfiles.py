@@ -79,7 +79,7 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     if name in ("sd15", "sd21", "sdxl"):
         state = weights_of(folder / "unet")
         levels = len({key.split(".")[1] for key in state if key.startswith("down_blocks.")})
-        return {unet_original_name(key, levels): tensor for key, tensor in state.items()}
+        return {unet_original_name(key, levels, layers=1): tensor for key, tensor in state.items()}
     state = weights_of(folder / "transformer")
     if name in ("lumina2", "z-image"):
         return _joined_as(next_names(name, state), state)

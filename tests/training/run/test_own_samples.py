@@ -125,6 +125,7 @@ def test_both_train_and_say_what_they_are(go: Go, task: dict[str, object]) -> No
     )
     assert events.metadata.purpose == {
         "objective": task["objective"],
+        "zero_terminal_snr": False,
         "own_samples": {"count": 32, "sampler": "unipc", "steps": 2},
     }
 
