@@ -160,8 +160,6 @@ def draw(
         scales = torch.full((shape[0],), aim.guidance)
         if aim.dial:
             scales = 1 + (aim.guidance - 1) * torch.rand(shape[0], generator=source)
-            if run == 0:
-                scales[0] = aim.guidance  # The picture that is shown beside the cheap model's.
     guider = Teacher(model, base, aim, number, scales, seen)
     conds = {"positive": positive} | ({} if negative is None else {"negative": negative})
     guider.inner_set_conds(conds)

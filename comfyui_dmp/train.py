@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass
 class _Drawn:
-    """What the exact model drew: the states of each run, and noise and latents of the first one."""
+    """What the exact model drew: the states of each run, and a picture that is not trained on."""
 
     runs: list[States] = field(default_factory=list)
     noise: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -73,7 +73,8 @@ def train(job: Job, node: str | None = None) -> Outcome:
         patch, before = prepared_patch(job)
     base = patch.base
     runs = job.runs
-    progress = Progress(sum(job.how.steps_of(n) for n in range(len(runs))), job.steps, node)
+    drawings = range(len(runs) + (job.teacher is not None))
+    progress = Progress(sum(job.how.steps_of(n) for n in drawings), job.steps, node)
     drawn = _drawn(job, base, runs, progress)
     if job.teacher is not None:
         comfy.model_management.unload_all_models()
@@ -119,30 +120,35 @@ def _drawn(job: Job, base: Base, runs: Sequence[tuple[int, int]], progress: Prog
     usual = 16 if latent_format.latent_channels == 128 else 8
     ratio = getattr(latent_format, "spacial_downscale_ratio", usual)
     width, height = (side // ratio for side in job.size)
+
+    def drawing(n: int, number: int, count: int) -> tuple[list[States], Tensor, Tensor]:
+        empty = torch.zeros(count, latent_format.latent_channels, height, width)
+        shape = tuple(comfy.sample.fix_empty_latent_channels(job.exact, empty).shape)
+        return draw(
+            job.exact,
+            base,
+            job.aim,
+            job.how,
+            job.positive[number - 1],
+            job.negative,
+            number,
+            n,
+            shape,
+            lambda denoised: progress.drew(job.exact, denoised),
+        )
+
     with torch.no_grad():
         for n, (number, count) in enumerate(runs):
-            empty = torch.zeros(count, latent_format.latent_channels, height, width)
-            shape = tuple(comfy.sample.fix_empty_latent_channels(job.exact, empty).shape)
-            kept, noise, latents = draw(
-                job.exact,
-                base,
-                job.aim,
-                job.how,
-                job.positive[number - 1],
-                job.negative,
-                number,
-                n,
-                shape,
-                lambda denoised: progress.drew(job.exact, denoised),
-            )
+            kept, noise, _ = drawing(n, number, count)
             drawn.runs.append(States.joined(kept))
-            if n == 0:
-                drawn.noise, drawn.latents = noise[:1], latents[:1]
+        drawn.noise = torch.randn(noise[:1].shape, generator=job.how.source(len(runs)))
+        if job.teacher is not None:
+            _, drawn.noise, drawn.latents = drawing(len(runs), 1, 1)
     return drawn
 
 
 def _beside(job: Job, record: PatchRecord, drawn: _Drawn) -> Tensor:
-    """Draws the first picture again with the cheap model, without and with the patch."""
+    """Draws a picture from fresh noise with both models, without and with the patch."""
     nothing = plots.as_tensor(Image.new("RGB", (64, 64), (255, 255, 255)))
     if job.vae is None:
         return nothing
@@ -164,7 +170,9 @@ def _beside(job: Job, record: PatchRecord, drawn: _Drawn) -> Tensor:
 def _picture(job: Job, name: str, model: Any, cfg: float, noise: Tensor) -> tuple[str, Tensor]:
     """Draws a picture; returns its label, with calls a step and seconds, and its latents."""
     sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, job.how.scheduler, job.how.steps_of(0))
+    sigmas = comfy.samplers.calculate_sigmas(
+        sampling, job.how.scheduler, job.how.steps_of(len(job.runs))
+    )
     comfy.model_management.load_models_gpu([model])  # The time is that of drawing alone.
     began = time.monotonic()
     latents = comfy.sample.sample_custom(

@@ -106,6 +106,7 @@ class Workflow:
         self.api: dict[str, Any] = {}
         self.note = note
         self._bottom: dict[int, int] = {}
+        self._columns: dict[int, list[dict[str, Any]]] = {}
 
     def add(self, kind: str, column: int, title: str | None = None, **inputs: Any) -> list[Any]:
         """A node; its first output. Links are [node, output], widgets plain values."""
@@ -129,6 +130,7 @@ class Workflow:
         if "seed" in widgets:  # the browser keeps what happens to a seed as one more widget
             node["widgets_values"].insert(widgets.index("seed") + 1, "fixed")
         self.nodes.append(node)
+        self._columns.setdefault(column, []).append(node)
         self.api[str(number)] = {
             "class_type": kind,
             "inputs": inputs,
@@ -136,10 +138,20 @@ class Workflow:
         }
         return [str(number), 0]
 
+    def bottom(self, column: int) -> int:
+        """Where the next node of a column begins."""
+        return self._bottom.get(column, 120)
+
+    def move(self, column: int, top: int) -> None:
+        """Moves a column, and what will be added to it, so that it begins at a height."""
+        shift = top - 120
+        for node in self._columns.get(column, []):
+            node["pos"][1] += shift
+        self._bottom[column] = self.bottom(column) + shift
+
     def _place(self, column: int, kind: str, slots: int, widgets: int) -> dict[str, Any]:
-        tall = {"CLIPTextEncode": 110, "SaveImage": 300, "PreviewAny": 460, "DMP_Prompts": 160}.get(
-            kind, 0
-        )
+        more = {"DMP_Prompts": 160, "DMP_Save": 60}
+        tall = {"CLIPTextEncode": 110, "SaveImage": 300, "PreviewAny": 460, **more}.get(kind, 0)
         height = 40 + 22 * slots + 26 * widgets + tall
         top = self._bottom.get(column, 120)
         self._bottom[column] = top + height + 60
@@ -349,16 +361,27 @@ def one_call() -> Workflow:
     return flow
 
 
-def _trained(flow: Workflow, prefix: str, **training: Any) -> list[Any]:
-    """Trains a patch, saves it, and shows what it did; the patch."""
-    listed = flow.add("DMP_Prompts", 1, clip=flow.clip, text=PROMPTS, file="None")
-    given = {**_TRAINING, "positive": listed, "negative": flow.negative, "vae": flow.vae}
+def _trained(flow: Workflow, prefix: str, **training: Any) -> None:
+    """Trains a patch, saves it, and shows what it did.
+
+    The prompts stand above the wires from the loaders, so that none runs behind a node.
+    """
+    below = flow.bottom(1) + 40
+    flow.move(0, below)
+    flow.move(2, below)
+    given = {**_TRAINING, "negative": flow.negative, "vae": flow.vae}
     patch = flow.add("DMP_Train", 2, **{**given, **training})
     loss, beside = [patch[0], 1], [patch[0], 2]
-    flow.add("DMP_Save", 2, dmp_patch=patch, preview=beside, filename_prefix=prefix)
-    flow.add("SaveImage", 5, "Loss", images=loss, filename_prefix="dmp/loss")
-    flow.add("SaveImage", 5, "Side by side", images=beside, filename_prefix="dmp/side-by-side")
-    return patch
+    flow.move(3, below - 420)
+    flow.add("DMP_Save", 3, dmp_patch=patch, preview=beside, filename_prefix=prefix)
+    flow.add("SaveImage", 3, "Loss", images=loss, filename_prefix="dmp/loss")
+    flow.add("SaveImage", 3, "Side by side", images=beside, filename_prefix="dmp/side-by-side")
+
+
+def _prompted(flow: Workflow, negative: str) -> list[Any]:
+    """The prompts of a training; their list."""
+    flow.negative = flow.add("CLIPTextEncode", 1, "Negative", clip=flow.clip, text=negative)
+    return flow.add("DMP_Prompts", 1, clip=flow.clip, text=PROMPTS, file="None")
 
 
 def train_repair() -> Workflow:
@@ -366,21 +389,15 @@ def train_repair() -> Workflow:
                     "**Train DMP Patch** lets the full model draw from the prompts, and trains a "
                     "patch with which the quantised one predicts the same. It needs no pictures. "
                     "Stop it when the curve is flat: what is trained so far is saved to "
-                    "`models/dmp`. Then the same seed is drawn by all three. Needs "
+                    "`models/dmp`. *Side by side* shows all three from noise that was not trained "
+                    "on; use the patch with the workflow `dmp-repair-quantised`. Needs "
                     "ComfyUI-GGUF.")  # fmt: skip
     flow.checkpoint(SD35)
-    flow.latent(768, "EmptySD3LatentImage")
-    flow.prompts(GARDEN)
     few = flow.add("UnetLoaderGGUF", 0, unet_name="sd3.5_medium-Q4_0.gguf")
-    sampling = {"cfg": 4.5, "scheduler": "sgm_uniform"}
-    size = {"width": 768, "height": 768}
-    patch = _trained(
-        flow, "repair/sd35-q4_0", model=few, teacher_model=flow.model, **size, **sampling
-    )
-    repaired = flow.add("DMP_Apply", 2, model=few, dmp_patch=patch)
-    flow.picture(flow.model, "full", steps=28, **sampling)
-    flow.picture(few, "q4", steps=28, **sampling)
-    flow.picture(repaired, "repaired", steps=28, **sampling)
+    listed = _prompted(flow, "")
+    facts = {"cfg": 4.5, "scheduler": "sgm_uniform", "width": 768, "height": 768}
+    models = {"model": few, "teacher_model": flow.model}
+    _trained(flow, "repair/sd35-q4_0", positive=listed, **models, **facts)
     return flow
 
 
@@ -388,16 +405,12 @@ def train_guidance() -> Workflow:
     flow = Workflow("## Make your checkpoint twice as fast\n\n**Train DMP Patch** trains a patch "
                     "that predicts with one call of the model a step what CFG needs two for. It "
                     "needs no pictures, only prompts like those that you will use. Stop it when "
-                    "the curve is flat: what is trained so far is saved to `models/dmp`. Then the "
-                    "same seed is drawn with two calls, and with one call and the patch at CFG 1, "
-                    "where its strength takes the place of CFG.")  # fmt: skip
+                    "the curve is flat: what is trained so far is saved to `models/dmp`. *Side by "
+                    "side* shows CFG, the model without and with the patch, with the seconds of "
+                    "each; use the patch with the workflow `dmp-one-call`.")  # fmt: skip
     flow.checkpoint(SD15)
-    flow.latent(512)
-    flow.prompts(GARDEN, "blurry")
-    patch = _trained(flow, "guidance/sd15", model=flow.model, objective="guidance")
-    guided = flow.add("DMP_Apply", 2, model=flow.model, dmp_patch=patch)
-    flow.picture(flow.model, "two-calls")
-    flow.picture(guided, "one-call", cfg=1.0)
+    listed = _prompted(flow, "blurry")
+    _trained(flow, "guidance/sd15", positive=listed, model=flow.model, objective="guidance")
     return flow
 
 

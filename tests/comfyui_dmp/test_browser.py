@@ -11,6 +11,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ CHECKPOINTS = {
     "sd_xl_base_1.0.safetensors": "sdxl",
     "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": "sd3-whole",
 }
+SMALL = {
+    "width": 128,
+    "height": 128,
+    "pictures": 2,
+    "steps": 8,
+    "batch_size": 1,
+    "sampling_steps": 2,
+}
+GGUF = ("dmp-repair-quantised", "dmp-train-repair")  # they need ComfyUI-GGUF
 BYPASS = 4  # a node's mode in LiteGraph
 FIT = """() => {
     const nodes = app.graph._nodes, canvas = app.canvas;
@@ -42,6 +52,11 @@ FIT = """() => {
     canvas.ds.offset = [90 / scale - left, 90 / scale - top];
     canvas.setDirty(true, true);
 }"""
+
+BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map((node) => {
+    const box = node.getBoundingClientRect();
+    return [box.x, box.y, box.width, box.height];
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +130,23 @@ def page(filled: Server) -> Iterator[Any]:
 
 def opened(page: Any, name: str, **modes: int) -> dict[str, Any]:
     """Opens a workflow, small enough for a CPU, some of its nodes in another mode."""
-    flow = json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))
+    flow, api = (
+        json.loads((ROOT / "workflows" / folder / f"{name}.json").read_text("utf-8"))
+        for folder in ("", "api")
+    )
     for node in flow["nodes"]:
         if node["type"] in ("EmptyLatentImage", "EmptySD3LatentImage"):
             node["widgets_values"][:2] = [128, 128]
         if node["type"] == "KSampler":
             node["widgets_values"][2] = 2
+        if node["type"] == "DMP_Prompts":
+            node["widgets_values"][0] = "a cat in a garden\na red bicycle"
+        if node["type"] == "DMP_Train":
+            known = api[str(node["id"])]["inputs"].items()
+            names = [name for name, value in known if not isinstance(value, list)]
+            names.insert(names.index("seed") + 1, "")  # what happens to the seed
+            values = zip(names, node["widgets_values"], strict=True)
+            node["widgets_values"] = [SMALL.get(name, value) for name, value in values]
         node["mode"] = modes.get(node["type"], node.get("mode", 0))
     page.evaluate("async (flow) => { await app.loadGraphData(flow, true, true, 'flow'); }", flow)
     time.sleep(1)
@@ -142,26 +168,65 @@ def run(page: Any, server: Server) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflows_run_in_the_browser(page, filled, name):
-    if name == "dmp-repair-quantised" and not os.environ.get("COMFYUI_GGUF_PATH"):
+    if name in GGUF and not os.environ.get("COMFYUI_GGUF_PATH"):
         pytest.skip("needs ComfyUI-GGUF: set COMFYUI_GGUF_PATH to its folder")
     prompt = opened(page, name)
     api = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
-    small = ("width", "height", "steps")
+    small = ("EmptyLatentImage", "EmptySD3LatentImage", "KSampler", "DMP_Prompts", "DMP_Train")
     assert {
         (node, key): value
         for node, entry in api.items()
         for key, value in entry["inputs"].items()
-        if key not in small or entry["class_type"].startswith("DMP")
+        if key not in (*SMALL, "text") or entry["class_type"] not in small
     }.items() <= {
         (node, key): value
         for node, entry in prompt.items()
         for key, value in entry["inputs"].items()
     }.items()
-    assert run(page, filled)
+    made = run(page, filled)
+    assert made
+    assert page.evaluate("() => app.canvas.constructor.link_type_colors.DMP_PATCH") == "#00c2b2"
+    screenshot(page, name)
+    with nodes_in_html(page) as known:
+        if known:
+            opened(page, name)
+            assert same(run(page, filled), made)  # from ComfyUI's cache
+            screenshot(page, f"{name}-html")
+            no_node_hides_another(page, len(api) + 1)
+
+
+def screenshot(page: Any, name: str) -> None:
+    """Saves what the page shows, where COMFYUI_SCREENSHOTS asks for it."""
+    page.evaluate(FIT)
+    time.sleep(2)
     if folder := os.environ.get("COMFYUI_SCREENSHOTS"):
-        page.evaluate(FIT)
-        time.sleep(2)
         page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+@contextmanager
+def nodes_in_html(page: Any) -> Iterator[bool]:
+    """The page with nodes in HTML; gives whether this version of ComfyUI has them."""
+    known = page.evaluate("() => 'Comfy.VueNodes.Enabled' in app.ui.settings.settingsLookup")
+    switch = """async (on) => {
+        await app.ui.settings.setSettingValueAsync("Comfy.VueNodes.Enabled", on);
+    }"""
+    try:
+        if known:
+            page.evaluate(switch, True)
+        yield bool(known)
+    finally:
+        if known:
+            page.evaluate(switch, False)
+
+
+def no_node_hides_another(page: Any, count: int) -> None:
+    """Nodes in HTML have other heights than those on the canvas."""
+    boxes = page.evaluate(BOXES)
+    assert len(boxes) == count
+    for i, (x, y, width, height) in enumerate(boxes):
+        for other in boxes[i + 1 :]:
+            apart = x + width <= other[0] or other[0] + other[2] <= x
+            assert apart or y + height <= other[1] or other[1] + other[3] <= y, (boxes[i], other)
 
 
 def test_bypassed_node_is_the_plain_model(page, filled):

@@ -54,6 +54,20 @@ def test_links_agree(name):
             assert apart or y + height <= other[1] or other[1] + other[3] <= y
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "train" in name])
+def test_no_wire_runs_behind_a_node(name):
+    flow = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    nodes = {node["id"]: node for node in flow["nodes"]}
+    for _, source, output, target, slot, _ in flow["links"]:
+        ends = nodes[source], nodes[target]
+        left, right = ends[0]["pos"][0] + ends[0]["size"][0], ends[1]["pos"][0]
+        heights = [end["pos"][1] + 20 * n + 15 for end, n in zip(ends, (output, slot), strict=True)]
+        for node in nodes.values():
+            (x, y), (width, height) = node["pos"], node["size"]
+            beside = x >= right or x + width <= left
+            assert beside or y - 30 >= max(heights) or y + height <= min(heights), (ends, node)
+
+
 @pytest.fixture(scope="session")
 def infos(comfyui_path: Path) -> dict[str, Any]:
     """What the server says about each node."""
