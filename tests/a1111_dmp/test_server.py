@@ -326,7 +326,7 @@ def test_patches_added_after_the_start_are_found(server, folder):
 
 HIRES = {
     "enable_hr": True,
-    "hr_scale": 1.5,
+    "hr_scale": 2,
     "denoising_strength": 0.9,
     "hr_second_pass_steps": 4,
     "hr_additional_modules": ["Use same choices"],  # Forge wants it said
@@ -335,7 +335,7 @@ HIRES = {
 
 def test_both_passes_of_hires_fix_are_patched(server):
     made, calls = server.log(A, **HIRES)
-    assert {tuple(call["size"][2:]) for call in calls} == {(8, 8), (12, 12)}
+    assert {tuple(call["size"][2:]) for call in calls} == {(8, 8), (16, 16)}
     assert set(attached(calls)) == {1}
     differ(made, server.make(**HIRES))
     same(server.make(prompt=f"a cat<dmp:{A}>", **HIRES), made)
@@ -344,10 +344,10 @@ def test_both_passes_of_hires_fix_are_patched(server):
 def test_the_hires_prompt_has_its_own_patches(server):
     _, calls = server.log(prompt=f"a cat<dmp:{A}>", hr_prompt="a cat", **HIRES)
     assert [c["attached"] for c in calls if c["size"][2] == 8] == [1] * 4
-    assert {c["attached"] for c in calls if c["size"][2] == 12} == {0}
+    assert {c["attached"] for c in calls if c["size"][2] == 16} == {0}
     _, calls = server.log(hr_prompt=f"a cat<dmp:{A}><dmp:{B}>", **HIRES)
     assert [c["attached"] for c in calls if c["size"][2] == 8] == [0] * 4
-    assert {c["attached"] for c in calls if c["size"][2] == 12} == {2}
+    assert {c["attached"] for c in calls if c["size"][2] == 16} == {2}
     with pytest.raises(FailedError, match="DMP: expected the name of a patch"):
         server.make(hr_prompt="a cat<dmp:test-missing>", **HIRES)
 
