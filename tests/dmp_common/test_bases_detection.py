@@ -88,8 +88,11 @@ def test_a_model_of_no_base_is_described(stranger):
 
 
 def test_siblings_of_a_base_are_of_the_base():
-    """An inpainting UNet has nine input channels and the same sites."""
+    """An inpainting UNet has nine input channels and the same sites, and so has FLUX Fill."""
     inpainting = _on_meta(
         lambda: diffusers.UNet2DConditionModel(in_channels=9, cross_attention_dim=768)
     )
     assert detect_base(inpainting).name == "sd15"
+    flux = FAMILIES["flux"].model()
+    flux.x_embedder = torch.nn.Linear(96, flux.x_embedder.out_features)
+    assert detect_base(flux).name == "tiny-flux"

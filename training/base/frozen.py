@@ -24,7 +24,7 @@ from training.base.families.family import Family
 from training.base.families.table import family_of
 from training.base.latents import LatentSpace, space_of
 from training.base.loading import Blueprint, Loader, Said
-from training.base.option_checks import require_fitting
+from training.base.option_checks import require_fitting, require_plain_inputs
 from training.base.places import find_source
 from training.base.precision import DTYPES
 from training.base.schedulers import adjusted, is_flow
@@ -263,11 +263,10 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
             unconditional=config.unconditional,
             window=family.window(config),
         )
+        require_plain_inputs(model, frozen.channels)
         if config.text_conditional or frozen.conditioning == "caption":
-            text_config = config.model_copy(
-                update={"text_conditional": isinstance(family, dit.DiT)}
-            )
-            loader.config = text_config
+            told = {"text_conditional": isinstance(family, dit.DiT)}
+            loader.config = config.model_copy(update=told)
             frozen.encoders = loader.encoders()
     if config.text_conditional and not dit.takes_text(model):
         encoder = frozen.encoders.get("text_encoder")

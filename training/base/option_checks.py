@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dmp_common import PatchError
 from training.base.families.dit import DiT
@@ -29,6 +30,26 @@ def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> 
     ]
     if problems:
         raise PatchError("\n".join(problems))
+
+
+def require_plain_inputs(model: Any, channels: int) -> None:
+    """Refuses a model that takes another picture beside the noisy one.
+
+    Args:
+        model: the denoiser, of diffusers.
+        channels: of a latent.
+
+    Raises:
+        PatchError: the model has other input channels than the latent, as it is or in patches of
+            two by two cells.
+    """
+    found = int(model.config.in_channels)
+    if found not in (channels, 4 * channels):
+        raise PatchError(
+            f"expected a model that takes the noisy picture alone, in {channels} channels, found "
+            f"one with {found} input channels, as models for inpainting and Fill have: train on "
+            "the base that it was made from; such a patch runs on both."
+        )
 
 
 def _about_conditions(config: TrainConfig, family: Family, trained_text: bool) -> list[str]:

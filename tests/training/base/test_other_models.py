@@ -1,0 +1,40 @@
+"""Models that the trainer refuses by name: another family's, and those of other inputs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dmp_common import PatchError
+from tests.tiny import FAMILIES
+from tests.training.conftest import Folders
+from training.base.frozen import find_base, load_frozen
+from training.options.command_line import resolve
+
+
+def test_a_file_of_a_family_without_support_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"distilled_guidance_layer.norms.0.scale": torch.zeros(2)}, path)
+    config = resolve({"base": "auto", "pretrained_model_name_or_path": str(path)})
+    with pytest.raises(PatchError, match="found those of Chroma, which is not supported, at"):
+        find_base(config)
+
+
+def test_a_model_for_inpainting_is_refused(folders: Folders, tmp_path: Path) -> None:
+    """A patch runs on it, because it has the same sites; to train it would need masks."""
+    shutil.copytree(folders("sd15"), tmp_path / "base")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base" / "unet")
+    unet.conv_in = torch.nn.Conv2d(9, unet.conv_in.out_channels, 3, padding=1)
+    unet.register_to_config(in_channels=9)
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    options = {
+        "base": FAMILIES["sd15"].base.name,
+        "pretrained_model_name_or_path": str(tmp_path / "base"),
+    }
+    with pytest.raises(PatchError, match="in 4 channels, found one with 9 input channels"):
+        load_frozen(resolve(options))
