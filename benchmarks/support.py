@@ -1,7 +1,7 @@
 """Writes the table of families and places into docs/MODELS.md.
 
-    python -m benchmarks.support          # writes the table between its two marks
-    python -m benchmarks.support --print  # prints it
+python -m benchmarks.support          # writes the table between its two marks
+python -m benchmarks.support --print  # prints it
 """
 
 from __future__ import annotations

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.support import PAGE, TITLES, updated
+from dmp_common import PatchError, get_base
 from dmp_common.bases.table import TABLE
+from training.base.families.table import family_of
+from training.options import model_options, presets
 
 
 def test_the_page_has_the_table_of_the_code() -> None:
@@ -13,6 +16,20 @@ def test_the_page_has_the_table_of_the_code() -> None:
     assert updated(text) == text, "run python -m benchmarks.support"
     with pytest.raises(ValueError, match="expected the marks"):
         updated("a page")
+
+
+def test_the_options_name_every_base_of_the_trainer() -> None:
+    """The sizes of DiT are named by examples; the bases of CIFAR-10 are for a study."""
+    for row in TABLE:
+        if row.name.startswith(("dit-", "cifar10")):
+            continue
+        try:
+            family_of(get_base(row.name))
+        except PatchError:
+            assert f" {row.name}," not in f" {model_options.BASES},"
+        else:
+            assert f" {row.name}," in f" {model_options.BASES},"
+            assert "train_batch_size" in presets.PRESETS[row.name]
 
 
 def test_every_base_is_in_the_table_once() -> None:
