@@ -131,12 +131,12 @@ def test_states_of_another_muon_are_refused(tmp_path, monkeypatch):
 def test_classifier_learns_two_colours_and_its_file_gives_it_back(tmp_path):
     from safetensors.torch import save_file
 
-    labels = torch.arange(128) % 2
+    labels = torch.arange(256) % 2
     images = (labels * 200)[:, None, None, None].expand(-1, 3, 32, 32).to(torch.uint8)
     data = cifar.ImageSplit(images.contiguous(), labels)
-    model = train_cifar_classifier(data, epochs=24)
+    model = train_cifar_classifier(data, epochs=30)
     features = features_of(model, data.images)
-    assert features.shape == (128, FEATURES)
+    assert features.shape == (256, FEATURES)
     assert (model.classify(features).argmax(1) == labels).all()
     save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "c.safetensors"
