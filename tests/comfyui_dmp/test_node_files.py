@@ -91,7 +91,7 @@ def test_a_workflow_with_a_missing_file_says_which_and_what_to_do(nodes, folder,
 
     assert told("DMP_Load", patch_name="here.safetensors") == ""
     text = told("DMP_Load", patch_name="../gone.safetensors")
-    for part in ("../gone.safetensors", str(folder), "found here.safetensors", "TRAINING.md"):
+    for part in ("../gone.safetensors", str(folder), "found here.safetensors", "dmp-train-repair"):
         assert part in text
     assert nodes["DMP_LoadApply"].validate_inputs() is True  # another node gives the name
     rows = dict.fromkeys(("patch_1", "patch_2", "patch_3", "patch_4"), "None")

@@ -25,6 +25,10 @@ _MODULATED = {"method": "dmp", "mix": "modulate", "dmp_sites": "modulated"}
 _OUTPUTS = ",".join(f"block.{n}.{layer}" for n in range(6) for layer in ("to_out", "ff.out"))
 
 
+def _held_out(share: float) -> dict[str, Any]:
+    return {"validation_split": share, "max_validation_images": 16}
+
+
 @dataclass(frozen=True)
 class Remedy:
     """Something that is trained on a cheap call.
@@ -74,6 +78,9 @@ REMEDIES: dict[str, Remedy] = {
     # Two pairs and eight.
     "repair-2": Remedy({**_MODULATED, "grids": 2}),
     "repair-8": Remedy({**_MODULATED, "grids": 8}),
+    # From a tenth and a hundredth of the training images; the others are held out.
+    "repair-tenth": Remedy({**_MODULATED, **_held_out(0.9)}),
+    "repair-hundredth": Remedy({**_MODULATED, **_held_out(0.99)}),
     # The same on what the full model passes through while it draws, in the place of noised data.
     "repair-states": Remedy(
         {**_MODULATED, "states": "teacher", "trajectories": 2000, "state_sampler": "unipc"}

@@ -87,8 +87,8 @@ def train_trial(subject: Subject, options: Mapping[str, Any], folder: Path) -> S
         output_dir=str(folder),
         output_name="trained",
         overwrite=True,  # what a killed trial left
-        validation_split=0.0,  # the subject has held-out images of its own
-        **{**subject.options, **told},
+        # The subject has held-out images of its own.
+        **{"validation_split": 0.0, **subject.options, **told},
     )
     if done.is_file():
         before = json.loads(done.read_text(encoding="utf-8"))
