@@ -17,9 +17,9 @@ from dmp_common.bases.otherfamilies import OTHER_FAMILIES
 from dmp_common.bases.strangers import STRANGERS
 from dmp_common.bases.table import TABLE
 from training.base.families.table import family_of
+from training.experiments.cheap import cheap_tables
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "MODELS.md"
-BEGIN, END = "<!-- table: families -->", "<!-- end of table -->"
 
 # What people call a family, by the names of its bases in the table.
 TITLES = {
@@ -104,11 +104,14 @@ def updated(text: str) -> str:
     Raises:
         ValueError: the page has no such marks.
     """
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"expected the marks {BEGIN} and {END} in the page, found none: add them.")
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    made = table()
+    new = cheap_tables.updated(text, {"families": made})
+    if made not in new:
+        raise ValueError(
+            "expected the marks <!-- table: families --> and <!-- end of table --> in the page, "
+            "found none: add them."
+        )
+    return new
 
 
 def main() -> None:
