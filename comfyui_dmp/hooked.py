@@ -9,8 +9,6 @@ import comfy.hooks
 from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 
 from comfyui_dmp.host import KEY, Wrapper
-from comfyui_dmp.model import denoiser_of
-from comfyui_dmp.notices import say_unlike
 from dmp_common import PatchError
 from dmp_common.attach.record import PatchRecord
 
@@ -56,10 +54,7 @@ class PatchHook(comfy.hooks.TransformerOptionsHook):  # type: ignore[misc]
         Raises:
             PatchError: the model is not of the patch's base.
         """
-        assert self.record is not None
-        wrapper = self._wrapper(1.0)
-        wrapper.settings(model.model, model.get_model_object("model_sampling"))  # Fails if unfit.
-        say_unlike(denoiser_of(model.model), self.record)
+        self._wrapper(1.0).check(model)
         added: bool = super().add_hook_patches(model, model_options, target_dict, registered)
         return added
 

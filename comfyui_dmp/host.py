@@ -64,10 +64,7 @@ def attach(model: Any, record: PatchRecord) -> Any:
             than the patch, or the patch prepends its prompts.
     """
     wrapper = Wrapper(record)
-    model_sampling = model.get_model_object("model_sampling")
-    wrapper.settings(model.model, model_sampling)  # Fails if unfit.
-    say_unlike(denoiser_of(model.model), record)
-    say_other_noise(model_sampling, record)
+    wrapper.check(model)
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     if wrapper.mask is not None:
@@ -103,6 +100,20 @@ class Wrapper:
         }
         self._second_call = SecondCall(record)
         self._known: tuple[Any, Settings] | None = None
+
+    def check(self, model: Any) -> None:
+        """Logs what of a model is not as in the patch's training.
+
+        Args:
+            model: ComfyUI's `ModelPatcher`.
+
+        Raises:
+            PatchError: as `attach`; the patch cannot act on the model.
+        """
+        model_sampling = model.get_model_object("model_sampling")
+        self.settings(model.model, model_sampling)  # Fails if unfit.
+        say_unlike(denoiser_of(model.model), self.record)
+        say_other_noise(model_sampling, self.record)
 
     def __call__(
         self,
