@@ -99,14 +99,16 @@ def train(job: Job, node: str | None = None) -> Outcome:
 def _say(learned: Learned, done: int, steps: int) -> None:
     """Logs how a training ended."""
     if done < steps:
-        _log.info("DMP: interrupted after %d steps; the patch so far comes out.", done)
+        _log.info("DMP: interrupted after %d of %d steps.", done, steps)
     _log.info(
         "DMP: learning rate %.2g; %.0f%% of the gap is left at noisy latents that were not "
         "trained on.",
         learned.rate,
         100 * learned.left,
     )
-    if not learned.better:
+    if learned.better:
+        _log.info("DMP: the patch that was trained comes out.")
+    else:
         _log.warning(
             "DMP: the training made the patch no better than it was, so it comes out as it was "
             "before: train for more steps, draw more pictures, or lower the learning rate."
