@@ -17,7 +17,7 @@ from dmp_common.tools import written
 AXES = "[DMP] "  # begins the names of our axes of the X/Y/Z plot
 SLOTS = 3  # How many patches one set of controls can combine.
 _EMPTY = (None, "", NONE, "none")
-_EXAMPLES = {"keyframes": "0: 1, 0.5: 0.3, 1: 0", "site_strengths": "in.1-3: 0.5, mid: 1"}
+EXAMPLES = {"keyframes": "0: 1, 0.5: 0.3, 1: 0", "site_strengths": "in.1-3: 0.5, mid: 1, out.*: 0"}
 _NAMED = re.compile(r":\s*(?=[A-Za-z_]+\s*=)")  # before "start=0.2" in a prompt
 
 
@@ -126,7 +126,7 @@ def setting(name: str, value: object) -> float | str:
         return number(name, value)
     if not isinstance(value, str | None):
         raise PatchError(
-            f"expected a text such as {_EXAMPLES[name]} for {name}, found {value!r}: correct it."
+            f"expected a text such as {EXAMPLES[name]} for {name}, found {value!r}: correct it."
         )
     return (value or "").strip()
 

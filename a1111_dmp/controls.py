@@ -10,7 +10,7 @@ from modules import scripts
 from modules.ui_common import create_refresh_button
 
 from a1111_dmp import host, listing
-from a1111_dmp.choice import ORDER, SLOTS, Choice, by_slot
+from a1111_dmp.choice import EXAMPLES, ORDER, SLOTS, Choice, by_slot
 from a1111_dmp.files import NONE
 from a1111_dmp.infotext import from_infotext, label
 from dmp_common import PatchError
@@ -44,7 +44,6 @@ _TIPS = {
     "site_strengths": "Factors of the strength at single sites (block inputs). Ranges and stars "
     "are allowed; sites that are not named keep 1.",
 }
-_EXAMPLES = {"keyframes": "0: 1, 0.5: 0.3, 1: 0", "site_strengths": "in.1-3: 0.5, mid: 1, out.*: 0"}
 _GROUPS = (
     ("When it acts", True, ("start", "end")),
     ("Curve of the strength", False, ("early", "middle", "late"), ("keyframes",)),
@@ -152,8 +151,8 @@ class Controls:
             "elem_id": self._id(name, slot),
             "tooltip": _TIPS[name],
         }
-        if name in _EXAMPLES:
-            made = gr.Textbox(placeholder=_EXAMPLES[name], **options)
+        if name in EXAMPLES:
+            made = gr.Textbox(placeholder=EXAMPLES[name], **options)
         elif name in ("start", "end"):
             made = Percent.of(**options, **_PERCENT)
         else:
