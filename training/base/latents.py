@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 class LatentSpace:
@@ -117,10 +118,60 @@ class FrameSpace(LatentSpace):
         return mean, std
 
 
+class PackedSpace(LatentSpace):
+    """The latents of `AutoencoderKLFlux2`: 2 x 2 cells of the VAE are one cell, and each of its
+    channels is normalised by the mean and variance of the VAE's batch normalisation.
+
+    The channels of a cell are in the order of the pipelines: channel of the VAE, row, column.
+    """
+
+    @property
+    def channels(self) -> int:
+        """See `LatentSpace.channels`."""
+        return 4 * super().channels
+
+    @property
+    def factor(self) -> int:
+        """See `LatentSpace.factor`."""
+        return 2 * super().factor
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LatentSpace.encode`."""
+        mean, std = super().encode(pixels)
+        return pixel_unshuffle(mean, 2), pixel_unshuffle(std, 2)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """See `LatentSpace.scaled`."""
+        mean, std = self._numbers(latents)
+        return (latents - mean) / std
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See `LatentSpace.unscaled`."""
+        mean, std = self._numbers(latents)
+        return latents * std + mean
+
+    def picture(self, latent: Tensor) -> Tensor:
+        """See `LatentSpace.picture`."""
+        return super().picture(pixel_shuffle(latent, 2))
+
+    def _numbers(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.vae.bn
+        mean, variance = norm.running_mean, norm.running_var
+        std = (variance.float() + self.vae.config.batch_norm_eps).sqrt()
+        return _of_channels(mean, like), _of_channels(std, like)
+
+
+def _of_channels(numbers: Tensor, like: Tensor) -> Tensor:
+    return numbers.to(like.device, like.dtype)[:, None, None]
+
+
 def space_of(vae: Any) -> LatentSpace:
     """The space of a VAE, by its class."""
     return _SPACES.get(type(vae).__name__, LatentSpace)(vae)
 
 
 # The spaces of VAEs that are not `AutoencoderKL`, by the name of their class in diffusers.
-_SPACES: dict[str, type[LatentSpace]] = {"AutoencoderKLQwenImage": FrameSpace}
+_SPACES: dict[str, type[LatentSpace]] = {
+    "AutoencoderKLQwenImage": FrameSpace,
+    "AutoencoderKLFlux2": PackedSpace,
+}
