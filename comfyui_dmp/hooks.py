@@ -107,7 +107,7 @@ class _Call:
         self._prepare = prepare
         self._context: AnyContext | None = None
         self._sum: Tensor | None = None
-        source = base.times["ldm"]
+        source = self._source = base.times["ldm"]
         paths = [source.path, *([str(source.labels)] if labels else [])]
         modules = [module_at(denoiser, path) for path in paths]
         self._last = modules[-1]
@@ -132,7 +132,8 @@ class _Call:
             handle.remove()
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        e = output if self._sum is None else self._sum + output
+        e = self._source.embedding(output)
+        e = e if self._sum is None else self._sum + e
         self._sum = e
         if module is self._last:
             # Qwen-Image-Edit embeds timestep 0 too, after those of the items.

@@ -11,7 +11,7 @@ from comfyui_dmp.slots import SUPPORTED, module_at
 from dmp_common import Base, PatchError
 from dmp_common.bases.base import Latent, ModelCall
 from dmp_common.bases.detect import prediction_of
-from dmp_common.bases.timesteps import time_features
+from dmp_common.bases.timesteps import embedded
 
 # The names of the wrappers that compile nodes add (comfy_api.torch_helpers, and KJNodes likewise).
 _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
@@ -47,8 +47,7 @@ def time_embedding(model: Any, base: Base, timesteps: Tensor) -> Tensor:
     """
     mlp = module_at(denoiser_of(model), base.times["ldm"].mlp)
     dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
-    e: Tensor = mlp(time_features(timesteps, base).to(dtype))
-    return e
+    return embedded(mlp, base, "ldm", timesteps, 0.0, dtype)
 
 
 def is_compiled(model: Any, options: dict[str, Any]) -> bool:

@@ -26,6 +26,8 @@ class Tiny:
         inputs: keyword arguments of a call: (timesteps (B,), latent (H, W), dtype, seed).
         square_only: the architecture takes square latents only.
         text: tokens before the image tokens, of items by turns; None where these come last.
+        time_name: the original name of a tensor of the time embedding, below its module; None
+            where it is two layers whose names `test_timefile` knows.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Tiny:
     inputs: Callable[..., dict[str, Any]]
     square_only: bool = False
     text: tuple[int, ...] | None = None
+    time_name: Callable[[str], str] | None = None
 
     def starts(self, count: int, length: int, tokens: int) -> list[int]:
         """Where the image tokens of `count` items begin in sequences of a length."""

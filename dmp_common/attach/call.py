@@ -23,7 +23,7 @@ from dmp_common.attach.context import Context
 from dmp_common.attach.modulation import Part
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
 from dmp_common.attach.regions import uncompile
-from dmp_common.bases.parts import ModelCall, Site
+from dmp_common.bases.parts import ModelCall, Site, TimeSource
 from dmp_common.compat import function_transform, is_compiling
 from dmp_common.errors import PatchError
 
@@ -37,6 +37,7 @@ class InCall:
     here: threading.local
     active: bool
     enabled: bool
+    source: TimeSource
     sites: list[SiteHook]
     regions: list[Callable[[], Any]]
     checkpointing: list[Callable[[], Any]]
@@ -75,7 +76,7 @@ class InCall:
         """Receives the time embedding, or the embedding of labels, that the model has computed."""
         call = getattr(self.here, "call", None)
         if call is not None and self.active and not call.off:
-            call.embedded(output)
+            call.embedded(self.source.embedding(output))
 
 
 class Call:

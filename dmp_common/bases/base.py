@@ -26,6 +26,7 @@ from dmp_common.bases.parts import (
     Site,
     TimeSource,
 )
+from dmp_common.bases.timenet import TimeNet
 from dmp_common.errors import PatchError
 
 __all__ = [
@@ -65,6 +66,9 @@ class Base:
         sinusoid: channels of the sinusoid that the time embedding is computed from.
         time_hidden: channels between the two layers of the time embedding. None means E.
         time_bias: the two layers of the time embedding have biases.
+        time_constants: numbers whose sinusoids follow that of the timestep, and their channels.
+        time_net: the module of the time embedding as it is in files, where it is not two linear
+            layers with SiLU between them.
         times: where the time embedding comes from, for each naming.
         probes: how the model is recognised, for each naming.
         latent: for each naming, the function of the family that reads the size of the latents from
@@ -115,6 +119,8 @@ class Base:
     outputs: Late[tuple[Site, ...]] = Late(tuple)  # noqa: RUF009 - a descriptor
     output_sets: Late[Mapping[str, tuple[str, ...]]] = Late(dict)  # noqa: RUF009
     default_outputs: str = "linear"
+    time_constants: tuple[tuple[float, int], ...] = ()
+    time_net: TimeNet | None = None
 
     def __post_init__(self, positions: Argument | None, caption_mask: Argument | None) -> None:
         for name, value in (("positions", positions), ("caption_mask", caption_mask)):

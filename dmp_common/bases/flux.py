@@ -22,7 +22,7 @@ _GRIDS = WeakTensorKeyDictionary()
 
 def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
     """Returns the latents of diffusers' FLUX.1."""
-    return _packed_latent(base, call, Argument("img_ids", 4))
+    return tokens_latent(base, call, Argument("img_ids", 4))
 
 
 def packed_latent_2(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
@@ -30,14 +30,15 @@ def packed_latent_2(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
     While it fills its cache of reference pictures, their tokens come before the latent's own.
     """
-    latent = _packed_latent(base, call, Argument("img_ids", 3))
+    latent = tokens_latent(base, call, Argument("img_ids", 3))
     if call.get(Argument("kv_cache_mode", 9)) == "extract":
         return replace(latent, image_tokens=None)
     return latent
 
 
-def _packed_latent(base: Base, call: ModelCall, argument: Argument) -> Latent:
-    """Returns the latents of tokens (B, L, D): one for each square of `stride` x `stride` cells.
+def tokens_latent(base: Base, call: ModelCall, argument: Argument) -> Latent:
+    """Returns the latents of tokens (B, L, D) with position ids, one for each `stride` x `stride`
+    cells.
 
     Args:
         argument: the position ids (L, n) or (B, L, n), which begin with (picture, row, column).
@@ -77,7 +78,7 @@ class Flux:
         layers = partial(flux_layers, self.double, self.single, self.width)
         return Base(
             name=self.name,
-            sites=_sites(self.double, self.single, self.width, stride=2),
+            sites=stream_sites(self.double, self.single, self.width, stride=2),
             layout="tokens",
             embedding=self.width,
             sinusoid=256,
@@ -141,7 +142,7 @@ class Flux2:
         layers = partial(flux2_layers, self.double, self.single, self.width)
         return Base(
             name=self.name,
-            sites=_sites(self.double, self.single, self.width, stride=1),
+            sites=stream_sites(self.double, self.single, self.width, stride=1),
             layout="tokens",
             embedding=self.width,
             sinusoid=256,
@@ -181,7 +182,7 @@ class Flux2:
         )
 
 
-def _sites(double: int, single: int, width: int, stride: int) -> tuple[Site, ...]:
+def stream_sites(double: int, single: int, width: int, stride: int) -> tuple[Site, ...]:
     """Returns the inputs of the double blocks, then those of the single blocks."""
     blocks, singles = "transformer_blocks", "single_transformer_blocks"
     image = Argument("img", 0)

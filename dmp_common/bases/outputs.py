@@ -92,6 +92,8 @@ def output_sets(layers: Callable[[], Iterable[Layer]]) -> dict[str, tuple[str, .
     }
     if all(layer.kind != "convolution" for layer in known):
         del kinds["outputs"]
+    if all(layer.kind != "modulation" for layer in known):
+        del kinds["modulation"]
     return {
         name: tuple(layer.name for layer in known if layer.kind in wanted)
         for name, wanted in kinds.items()

@@ -181,6 +181,10 @@ class TimeSource:
             which takes (timestep, labels).
         labels: the module that embeds class labels, where the base has them; its `embedding_table`
             is the table.
+        row: which vector is e where the module at `path` gives several for each timestep (B, n, E);
+            None where it gives e itself (B, E).
+        own_sinusoid: the module at `mlp` makes the sinusoid itself: it is called with the model's
+            argument and the type of its own weights.
     """
 
     path: str
@@ -191,6 +195,12 @@ class TimeSource:
     inverted: bool = False
     inside: bool = False
     labels: str | None = None
+    row: int | None = None
+    own_sinusoid: bool = False
+
+    def embedding(self, output: Tensor) -> Tensor:
+        """Returns e (B, E) of an output of the module at `path`."""
+        return output if self.row is None or output.dim() == 2 else output[:, self.row]
 
     def timesteps(self, argument: Tensor) -> Tensor:
         """Returns timesteps, 1000 (noise) to 0 (picture), for the model's argument of any shape."""
@@ -198,6 +208,10 @@ class TimeSource:
         # Near 1 a float32 resolves a timestep to 6e-5 only. Rounded timesteps can equal the ends of
         # a schedule.
         return torch.round(LAST - scaled, decimals=3) if self.inverted else scaled
+
+    def values(self, timesteps: Tensor) -> Tensor:
+        """Returns the model's argument for timesteps of any shape: the inverse of `timesteps`."""
+        return (LAST - timesteps if self.inverted else timesteps) / self.scale
 
 
 @dataclass(frozen=True)

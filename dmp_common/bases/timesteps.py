@@ -38,10 +38,37 @@ def time_features(timesteps: Tensor, base: Base, shift: float = 0.0) -> Tensor:
         shift: the frequency shift, see `sinusoid`.
 
     Returns:
-        (T, channels), float32.
+        (T, channels), float32, with those of the base's constants.
     """
     times = LAST - timesteps if base.inverted else timesteps
-    return sinusoid(times * base.sinusoid_scale, base.sinusoid, shift)
+    own = sinusoid(times * base.sinusoid_scale, base.sinusoid, shift)
+    if not base.time_constants:
+        return own
+    constant = [
+        sinusoid(torch.full_like(times, number), channels, shift)
+        for number, channels in base.time_constants
+    ]
+    return torch.cat([own, *constant], dim=-1)
+
+
+def embedded(
+    mlp: nn.Module, base: Base, naming: Naming, timesteps: Tensor, shift: float, dtype: torch.dtype
+) -> Tensor:
+    """Returns the time embedding that a module of a model makes of timesteps.
+
+    Args:
+        mlp: the module, see `TimeSource.mlp`.
+        timesteps: (T,), on the scale 0..1000.
+        shift: the frequency shift, see `sinusoid`.
+        dtype: what the module computes in.
+
+    Returns:
+        e (T, E).
+    """
+    source = base.times[naming]
+    if source.own_sinusoid:
+        return source.embedding(mlp(source.values(timesteps), dtype))
+    return source.embedding(mlp(time_features(timesteps, base, shift).to(dtype)))
 
 
 def embed_timesteps(
@@ -69,8 +96,7 @@ def embed_timesteps(
         )
     weight = next(mlp.parameters())
     shift = frequency_shift(model, base, naming)
-    features = time_features(timesteps.to(weight.device), base, shift)
-    e: Tensor = mlp(features.to(weight.dtype))
+    e = embedded(mlp, base, naming, timesteps.to(weight.device), shift, weight.dtype)
     if labels is None:
         return e
     table = find_module(model, f"{source.labels}.embedding_table")

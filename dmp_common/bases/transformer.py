@@ -65,12 +65,12 @@ def depth_probes(path: str, count: int) -> tuple[Probe, Probe]:
     return Probe(f"{path}.{count - 1}", None, True), Probe(f"{path}.{count}", None, False)
 
 
-def latent_with_references(base: Base, call: ModelCall, references: Argument) -> Latent:
+def latent_with_references(base: Base, call: ModelCall, references: Argument | None) -> Latent:
     """Returns the latents of a host's call whose model pads maps to whole tokens.
 
     Args:
         references: the argument with a list of reference pictures (B, C, H, W), whose tokens
-            follow those of the latent.
+            follow those of the latent; None where the model takes none.
     """
     latent = map_latent(base, call.get(_X))
     pictures = call.get(references) or []

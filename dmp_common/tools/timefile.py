@@ -7,6 +7,7 @@ diffusers is not needed.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from dmp_common.bases.base import Base, Naming, find_module
 from dmp_common.bases.detect import PREFIXES, find_denoiser, require_base
 from dmp_common.bases.strangers import find_stranger
+from dmp_common.bases.timenet import TimeNet
 from dmp_common.bases.timesteps import embed_timesteps, frequency_shift, time_features
 from dmp_common.errors import PatchError, file_error, printable
 from dmp_common.patch.patch import Patch
@@ -142,8 +144,11 @@ def _embed_from_disk(
                 found,
                 "give the model this patch was made for",
             )
-    first, second = (files.linear(prefix + name, base.time_bias) for name in names)
     features = time_features(timesteps, base, patch.variant.frequency_shift)
+    if base.time_net is not None:
+        mlp = prefix + base.times[naming].mlp
+        return _embed_by_net(files, base, base.time_net, mlp, features)
+    first, second = (files.linear(prefix + name, base.time_bias) for name in names)
     hidden = base.embedding if base.time_hidden is None else base.time_hidden
     shapes = (hidden, base.sinusoid), (base.embedding, hidden)
     for name, (weight, bias), shape in zip(names, (first, second), shapes, strict=True):
@@ -170,15 +175,38 @@ def _embed_from_disk(
     return e + rows[classes]
 
 
-def _find_layers(files: ModelFiles, base: Base) -> list[tuple[Naming, str, tuple[str, str]]]:
+def _embed_by_net(
+    files: ModelFiles, base: Base, net: TimeNet, mlp: str, features: Tensor
+) -> Tensor:
+    """Returns e (T, E) of the sinusoid (T, F), by the tensors below a path of the file."""
+
+    def read(*names: str) -> Tensor:
+        paths = [f"{mlp}.{name}" for name in names]
+        return files.read(next((path for path in paths if path in files.where), paths[0]))
+
+    expected, hint = f"the time embedding of base {base.name}", f"give a {base.name} model"
+    try:
+        e = net.embed(read, features, net.depth)
+    except RuntimeError as error:  # its matrices do not fit each other
+        raise file_error(files.path, expected, str(error).splitlines()[0], hint) from error
+    if e.shape != (len(features), base.embedding):
+        found = f"one of {e.shape[-1]} channels"
+        raise file_error(files.path, f"{expected} of {base.embedding} channels", found, hint)
+    return e
+
+
+def _find_layers(files: ModelFiles, base: Base) -> list[tuple[Naming, str, list[str]]]:
     """Returns the possible namings and prefixes of a model's tensors, with its time layers."""
-    found: list[tuple[Naming, str, tuple[str, str]]] = []
+    found: list[tuple[Naming, str, list[str]]] = []
+    known: Sequence[tuple[str, ...]] = _LAYERS
+    if base.time_net is not None:
+        known = [(layer,) for layer in base.time_net.layers]
     for prefix in PREFIXES:
         for naming in base.times:
-            for layers in _LAYERS:
-                first, second = (f"{base.times[naming].mlp}.{layer}" for layer in layers)
-                if all(f"{prefix}{name}.weight" in files.where for name in (first, second)):
-                    found.append((naming, prefix, (first, second)))
+            for layers in known:
+                names = [f"{base.times[naming].mlp}.{layer}" for layer in layers]
+                if all(f"{prefix}{name}.weight" in files.where for name in names):
+                    found.append((naming, prefix, names))
     if found:
         return found
     listed = ", ".join(printable(name, 60) for name in list(files.where)[:3]) or "none"

@@ -61,7 +61,8 @@ class Family:
         size: of the latent, height and width.
         call: the arguments of the twin for (latent, timesteps 0..1000, caption, summary).
         unpack: the twin's output as a latent of a height and width.
-        conds: what a call takes besides the caption and its summary.
+        conds: what a call takes besides the caption and its summary, or makes of the number of
+            items.
         frames: what the latent has between its channels and its height.
     """
 

@@ -44,7 +44,8 @@ def call(
         )
     elif family.channels == 16:  # SD3 and Flux
         conds["y"] = pooled
-    conds = family.conds | conds
+    own = family.conds.items()
+    conds = {name: made(len(x)) if callable(made) else made for name, made in own} | conds
     object_patches = patcher.object_patches.get("model_sampling")
     before = model.model_sampling
     try:

@@ -171,9 +171,12 @@ def watched(model: nn.Module, patch: Patch, **settings) -> Iterator[Seen]:
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     sites = patch.sites.values()
-    mlp = find_module(model, patch.base.times["diffusers"].mlp)
+    source = patch.base.times["diffusers"]
+    mlp = find_module(model, source.mlp)
     handles = [watch(seen.before, site) for site in sites]
-    handles.append(mlp.register_forward_hook(lambda m, args, out: seen.e.append(out)))
+    handles.append(
+        mlp.register_forward_hook(lambda m, args, out: seen.e.append(source.embedding(out)))
+    )
     with attach(model, patch, **settings):
         handles += [watch(seen.after, site) for site in sites]
         yield seen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,24 +12,7 @@ from torch import Tensor
 
 from dmp_common import get_base
 from tests.dmp_common.realbases import MODELS, model_of
-
-
-class Asked(dict):
-    """A checkpoint that has every tensor it is asked for, each filled with its own number.
-
-    diffusers' converters take tensors out by their original names; what they ask for is the list
-    of original names, and the numbers show where each tensor goes.
-    """
-
-    def __init__(self, known: dict[str, Tensor], rows: Callable[[str], int]) -> None:
-        super().__init__(known)
-        self.rows = rows
-        self.names: list[str] = []
-
-    def pop(self, name: str) -> Tensor:
-        super().pop(name, None)
-        self.names.append(name)
-        return torch.full((self.rows(name), 1), float(len(self.names) - 1))
+from tests.dmp_common.realmodel import Asked
 
 
 def unet_original_name(key: str, levels: int, layers: int = 2) -> str:
@@ -80,7 +63,9 @@ def _attends(levels: int, up: int) -> bool:
 def original_names(name: str) -> dict[str, str]:
     """From diffusers' names of parameters to the original ones, as diffusers converts them."""
     model, base = model_of(name), get_base(MODELS[name].base)
-    state = model.state_dict()
+    state, names = model.state_dict(), MODELS[name].names
+    if names is not None:
+        return names(state)
     if base.name == "qwen-image":  # ComfyUI took diffusers' names
         return {key: key for key in state}
     if base.layout == "map":
@@ -112,11 +97,7 @@ def original_names(name: str) -> dict[str, str]:
         rows = lambda key: 2 * base.embedding  # noqa: E731
         checkpoint = Asked(known, lambda key: 3 * rows(key))
         converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
-    names = {}
-    for key, value in converted.items():
-        assert len(value.unique()) == 1
-        names[key] = checkpoint.names[int(value.flatten()[0])]
-    return names
+    return checkpoint.origins(converted)
 
 
 def next_names(name: str, keys: Iterable[str]) -> dict[str, str]:

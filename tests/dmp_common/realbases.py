@@ -195,7 +195,7 @@ def seen(name: str) -> Seen:
     model, real = model_of(name), MODELS[name]
     base = get_base(real.base)
     inputs: dict[str, tuple[int, ...]] = {}
-    times: list[tuple[int, ...]] = []
+    times: list[tuple[torch.Tensor, torch.Tensor]] = []
     handles = []
 
     def watch(site: dmp.Site):
@@ -221,17 +221,19 @@ def seen(name: str) -> Seen:
     handles += [watch(site) for site in base.sites]
     handles += [watch_output(site) for site in base.outputs]
     mlp = find_module(model, base.times["diffusers"].mlp)
-    handles.append(
-        mlp.register_forward_hook(
-            lambda m, args, out: times.extend([tuple(args[0].shape), tuple(out.shape)])
+    layers = [module for module in mlp.modules() if isinstance(module, nn.Linear)]
+    for layer in (layers[0], layers[-1]):
+        handles.append(
+            layer.register_forward_hook(lambda m, args, out: times.append((args[0], out)))
         )
-    )
     with torch.no_grad():
         model(**real.inputs(), return_dict=False)
     for handle in handles:
         handle.remove()
     skips = _skips(model) if base.layout == "map" else {}
-    return Seen(inputs, skips, times[1], times[0], outputs)
+    (first, _), (_, last) = times
+    ends = [(len(tensor), tensor.shape[-1]) for tensor in (last, first)]
+    return Seen(inputs, skips, *ends, outputs)
 
 
 def _skips(model: nn.Module) -> dict[str, int]:

@@ -14,6 +14,32 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*shape, dtype=dtype, device="meta")
 
 
+class Asked(dict):
+    """A checkpoint that has every tensor it is asked for, each filled with its own number.
+
+    diffusers' converters take tensors out by their original names; what they ask for is the list
+    of original names, and the numbers show where each tensor goes.
+    """
+
+    def __init__(self, known: dict[str, Tensor], rows: Callable[[str], int]) -> None:
+        super().__init__(known)
+        self.rows = rows
+        self.names: list[str] = []
+
+    def pop(self, name: str) -> Tensor:
+        super().pop(name, None)
+        self.names.append(name)
+        return torch.full((self.rows(name), 1), float(len(self.names) - 1))
+
+    def origins(self, converted: dict[str, Tensor]) -> dict[str, str]:
+        """From the names of what a converter has made of it to the original ones."""
+        names = {}
+        for key, value in converted.items():
+            assert len(value.unique()) == 1
+            names[key] = self.names[int(value.flatten()[0])]
+        return names
+
+
 @dataclass(frozen=True)
 class Real:
     """A released model: its configuration, and a call at its native size.
@@ -27,6 +53,10 @@ class Real:
         text: tokens of a caption that share a sequence with the image tokens, in some blocks.
         unit_time: its timesteps run from 0 to 1.
         channels: of the latent as hosts hand it to a transformer.
+        names: from its parameters' names in diffusers to the original ones; None for the families
+            that `originalnames` knows.
+        comfyui: module and name of ComfyUI's class, if `test_bases_hosts` does not know it.
+        call: calls that class with (the model, the latent, the timesteps (B,)).
     """
 
     base: str
@@ -37,6 +67,9 @@ class Real:
     text: int = 0
     unit_time: bool = False
     channels: int = 16
+    names: Callable[[dict[str, Tensor]], dict[str, str]] | None = None
+    comfyui: tuple[str, str] | None = None
+    call: Callable[[nn.Module, Tensor, Tensor], object] | None = None
 
     def lengths(self, stride: int) -> tuple[int, int]:
         """Tokens of a sequence: of the image alone, and with the caption."""

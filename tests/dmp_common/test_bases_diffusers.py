@@ -100,9 +100,11 @@ def test_time_embedding(name):
     base = get_base(real.base)
     source = base.times["diffusers"]
     assert seen(name).embedding == (2, base.embedding)
-    assert seen(name).features == (2, base.sinusoid)
+    constants = sum(channels for _, channels in base.time_constants)
+    assert seen(name).features == (2, base.sinusoid + constants)
     assert find_module(model, source.path) is not None
-    assert "time" in source.mlp or "t_embedder" in source.mlp, "the embedding of time alone"
+    known = ("time", "t_embedder")
+    assert any(part in source.mlp for part in known), "the embedding of time alone"
     # diffusers builds its DiT with shift 1; the loader of the original weights sets it to 0.
     assert base.frequency_shift == 0.0
     assert frequency_shift(model, base, "diffusers") == (1.0 if "dit" in real.base else 0.0)

@@ -62,7 +62,7 @@ def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] 
     handles += [watch_output(path) for path in parts]
     handles.append(
         find_module(model, source.path).register_forward_hook(
-            lambda m, args, out: times.append(tuple(out.shape))
+            lambda m, args, out: times.append((len(out), out.shape[-1]))
         )
     )
     with torch.no_grad():
@@ -121,6 +121,7 @@ COMFY_CLASSES = {
     "qwen-image": ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"),
     "lumina2": ("comfy.ldm.lumina.model", "NextDiT"),
     "z-image": ("comfy.ldm.lumina.model", "NextDiT"),
+    **{name: real.comfyui for name, real in MODELS.items() if real.comfyui},
 }
 
 
@@ -148,9 +149,9 @@ def test_comfyui(comfyui, name, monkeypatch):
     model = kind(**config).to("meta")
     model.eval().requires_grad_(False)
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if class_name == "Flux":  # newer releases rename the norms of queries and keys as they load
+    if class_name in ("Flux", "Chroma"):  # newer releases rename norms as they load
         own = {
-            key if key in shapes else key.replace("_norm.weight", "_norm.scale"): shape
+            key if key in shapes else key.replace(".weight", ".scale"): shape
             for key, shape in own.items()
         }
     if "pixart" in name:
@@ -167,6 +168,8 @@ def test_comfyui(comfyui, name, monkeypatch):
             y = meta(2, 2816) if name == "sdxl" else None
             return model(real["sample"], timesteps, context=real["encoder_hidden_states"], y=y)
         latent = meta(2, MODELS[name].channels, *MODELS[name].latent)
+        if MODELS[name].call is not None:
+            return MODELS[name].call(model, latent, timesteps)
         text = real.get("encoder_hidden_states")
         if "pixart" in name:
             return model(latent, timesteps, text)

@@ -40,10 +40,14 @@ def write_original(path: Path, tiny: Tiny, model: torch.nn.Module, prefix: str =
             wanted = tuple(map(max, known, shape[probe.attribute])) + known[2:]
         if probe.value is not False:
             tensors[f"{probe.path}.weight"] = torch.zeros(wanted)
-    for name, tensor in mlp_of(tiny, model).items():
+
+    def usual(name: str) -> str:
         layer, kind = name.split(".")
-        layer = layers[layer in ("linear_2", "2")]
-        tensors[f"{tiny.base.times['ldm'].mlp}.{layer}.{kind}"] = tensor.clone()
+        return f"{layers[layer in ('linear_2', '2')]}.{kind}"
+
+    for name, tensor in mlp_of(tiny, model).items():
+        original = (tiny.time_name or usual)(name)
+        tensors[f"{tiny.base.times['ldm'].mlp}.{original}"] = tensor.clone()
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
     return path
 
