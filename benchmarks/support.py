@@ -37,6 +37,7 @@ TITLES = {
     "Qwen-Image, Qwen-Image-Edit": ("qwen-image",),
     "Z-Image": ("z-image",),
     "Lumina-Image 2.0, Neta Lumina": ("lumina2",),
+    "Chroma": ("chroma",),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

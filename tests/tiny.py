@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests import tinyllm
+from tests import tinychroma, tinyllm
 from tests.tinymodel import Tiny, noise
 
 __all__ = ["FAMILIES", "Tiny"]
@@ -206,5 +206,6 @@ FAMILIES: dict[str, Tiny] = {
         _sd3("sd35", dual=True),
         _flux(),
         *tinyllm.known(),
+        *tinychroma.known(),
     )
 }

@@ -6,9 +6,10 @@ For a model of your own, make a row and take its base: `Flux("mine", 2, 2, 32).b
 function of the family that does both.
 """
 
+from dmp_common.bases.chroma import chroma
 from dmp_common.bases.flux import flux
 from dmp_common.bases.llm import lumina2, qwen_image, z_image
 from dmp_common.bases.transformer import dit, pixart, sd3
 from dmp_common.bases.unet import unet
 
-__all__ = ["dit", "flux", "lumina2", "pixart", "qwen_image", "sd3", "unet", "z_image"]
+__all__ = ["chroma", "dit", "flux", "lumina2", "pixart", "qwen_image", "sd3", "unet", "z_image"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from dmp_common.bases.base import Base, Row
+from dmp_common.bases.chroma import Chroma
 from dmp_common.bases.flux import Flux, Flux2
 from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
 from dmp_common.bases.transformer import SD3, DiT, PixArt
@@ -128,6 +129,7 @@ TABLE: tuple[Row, ...] = (
     QwenImage("qwen-image", depth=60, width=3072, hub_id="Qwen/Qwen-Image"),
     ZImage("z-image", depth=30, width=3840, hub_id="Tongyi-MAI/Z-Image-Turbo"),
     Lumina2("lumina2", depth=26, width=2304, hub_id="Alpha-VLLM/Lumina-Image-2.0"),
+    Chroma("chroma", double=19, single=38, width=3072, hub_id="lodestones/Chroma1-HD"),
 )
 
 _registered: dict[str, Base] = {}

@@ -13,7 +13,7 @@ import torch.nn as nn
 import dmp_common as dmp
 from dmp_common import get_base
 from dmp_common.bases.base import find_module
-from tests.dmp_common import realllm
+from tests.dmp_common import realchroma, realllm
 from tests.dmp_common.realmodel import Real, meta
 
 __all__ = ["ALL", "MODELS", "Seen", "count", "meta", "model_of", "seen"]
@@ -162,6 +162,7 @@ MODELS = {
     "flux-dev": _flux(guidance=True, parameters=11_901_408_320),
     "flux-schnell": _flux(guidance=False, parameters=11_891_178_560),
     **realllm.known(),
+    **realchroma.known(),
 }
 # By model: all tests of one follow each other, so that few processes build it.
 ALL = pytest.mark.parametrize("name", MODELS, scope="module")

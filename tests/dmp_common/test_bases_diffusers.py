@@ -103,7 +103,7 @@ def test_time_embedding(name):
     constants = sum(channels for _, channels in base.time_constants)
     assert seen(name).features == (2, base.sinusoid + constants)
     assert find_module(model, source.path) is not None
-    known = ("time", "t_embedder")
+    known = ("time", "t_embedder", "distilled_guidance")
     assert any(part in source.mlp for part in known), "the embedding of time alone"
     # diffusers builds its DiT with shift 1; the loader of the original weights sets it to 0.
     assert base.frequency_shift == 0.0
@@ -144,5 +144,6 @@ def test_prediction_types():
         "qwen-image",
         "z-image",
         "lumina2",
+        "chroma",
     ):
         assert predictions[name] == "flow"
