@@ -22,7 +22,8 @@ Prepare = Callable[[Tensor], AnyContext]  # from the time embedding (B, E)
 # The models that error messages name as supported. A new base is added here and below.
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
-    "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2"
+    "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2, "
+    "Chroma"
 )
 # The kind of slot, by the first part of the blocks' paths in the naming "ldm".
 _SLOTS: dict[str, Slot] = {

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests.comfyui_dmp import realllm
+from tests.comfyui_dmp import realchroma, realllm
 from tests.comfyui_dmp.family import TEXT, Family, noise, packed, randomised, unpacked
 
 __all__ = ["FAMILIES", "noise", "randomised"]
@@ -274,5 +274,6 @@ FAMILIES: dict[str, Family] = {
         _flux(),
         _pixart(),
         *realllm.known(),
+        *realchroma.known(),
     )
 }

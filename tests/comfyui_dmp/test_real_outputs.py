@@ -13,7 +13,7 @@ from dmp_common.bases.base import Base, Naming, find_module
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
-NAMES += ["flux2"]
+NAMES += ["flux2", "chroma"]
 
 
 def modulate(model: nn.Module, base: Base, naming: Naming) -> None:
