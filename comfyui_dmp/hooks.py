@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from comfyui_dmp.slots import AnyContext, Prepare, module_at
 from dmp_common import Base, PatchError, Site
+from dmp_common.attach.forms import as_given, as_tokens
 from dmp_common.attach.modulation import Part
 
 
@@ -36,16 +37,19 @@ def adding(
     """
     call = _Call(denoiser, base, items, prepare, labels)
 
-    def before(site: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def before(site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        form = site.forms.get("ldm")
+
         def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return call.known().add(site, args[0]), *args[1:]
+            tokens = call.known().add(site.name, as_tokens(args[0], form))
+            return as_given(tokens, args[0], form), *args[1:]
 
         return add
 
     try:
-        for name, site in sites.items():
+        for site in sites.values():
             block = module_at(denoiser, site.paths["ldm"])
-            call.handles.append(block.register_forward_pre_hook(before(name)))
+            call.handles.append(block.register_forward_pre_hook(before(site)))
         yield
     finally:
         call.end()

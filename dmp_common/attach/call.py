@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dmp_common.attach.checkpointing import bind
 from dmp_common.attach.context import Context
+from dmp_common.attach.forms import as_given, as_tokens
 from dmp_common.attach.modulation import Part
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
 from dmp_common.attach.regions import uncompile
@@ -214,6 +215,7 @@ class OutputHook(AtSite):
     def __init__(self, hooks: CallHooks, parts: tuple[Part, ...], module: nn.Module) -> None:
         super().__init__(hooks, parts[0].site, module)
         self.parts = parts
+        self.form = hooks.runtime.patch.sites[self.name].forms.get(hooks.naming)
         self.handles.append(module.register_forward_hook(self.after))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -226,11 +228,9 @@ class OutputHook(AtSite):
             raise self.outside()
         if call.off:
             return None
-        context = call.context
-        if context is None:
-            context = call.late(self.name, output)
-        changed: Tensor = context.modulate(self.parts, output)
-        return changed
+        context = call.context or call.late(self.name, output)
+        changed: Tensor = context.modulate(self.parts, as_tokens(output, self.form))
+        return as_given(changed, output, self.form)
 
 
 class SiteHook(AtSite):
@@ -248,7 +248,7 @@ class SiteHook(AtSite):
 
     def __init__(self, hooks: CallHooks, site: Site, module: nn.Module) -> None:
         super().__init__(hooks, site.name, module)
-        self.argument = site.arguments[hooks.naming]
+        self.argument, self.form = site.arguments[hooks.naming], site.forms.get(hooks.naming)
         self.prepends = hooks.runtime.patch.variant.mix == "prepend"
         self.where: Literal["hook", "inside", "outside"] | None = None
 
@@ -271,10 +271,9 @@ class SiteHook(AtSite):
             x = kwargs[name]
         else:
             raise self._missing(args, kwargs)
-        context = call.context
-        if context is None:
-            context = call.late(self.name, x)
-        x = context.prepend(self.name, x) if self.prepends else context.add(self.name, x)
+        context = call.context or call.late(self.name, x)
+        act = context.prepend if self.prepends else context.add
+        x = as_given(act(self.name, as_tokens(x, self.form)), x, self.form)
         if len(args) > index:
             return (*args[:index], x, *args[index + 1 :]), kwargs
         return args, {**kwargs, name: x}

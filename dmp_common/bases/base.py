@@ -80,6 +80,7 @@ class Base:
         frequency_shift: `downscale_freq_shift` of the sinusoid.
         inverted: the model counts from noise to picture: its sinusoid is that of 1000 - timestep.
         sinusoid_scale: factor of the (inverted) timestep in the sinusoid.
+        sines_first: whether the sines of the sinusoid come before its cosines.
         grid: rows and columns of the default prompt grid.
         labels: argument of the model that carries class labels, where the base has them.
         shared: text and image tokens share a sequence, in all blocks or in some.
@@ -121,6 +122,7 @@ class Base:
     default_outputs: str = "linear"
     time_constants: tuple[tuple[float, int], ...] = ()
     time_net: TimeNet | None = None
+    sines_first: bool = False
 
     def __post_init__(self, positions: Argument | None, caption_mask: Argument | None) -> None:
         for name, value in (("positions", positions), ("caption_mask", caption_mask)):

@@ -7,10 +7,10 @@ the fused layer's channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from dmp_common.bases.parts import Site
+from dmp_common.bases.parts import Form, Naming, Site
 
 Kind = Literal["linear", "modulation", "convolution"]
 
@@ -25,6 +25,7 @@ class Layer(NamedTuple):
         start: its first channel in the output of the module of the naming "ldm".
         kind: "linear" for attention and feed-forward, "modulation" for what computes scales,
             shifts and gates from the time embedding, "convolution" for convolutions.
+        forms: see `Site`; None where all are (B, L, D).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Layer(NamedTuple):
     ldm: str
     start: int = 0
     kind: Kind = "linear"
+    forms: Mapping[Naming, Form] | None = None
 
 
 def under(layers: Iterable[Layer], name: str, diffusers: str, ldm: str) -> Iterator[Layer]:
@@ -70,6 +72,7 @@ def output_sites(layers: Callable[[], Iterable[Layer]]) -> tuple[Site, ...]:
             place="output",
             starts={"ldm": layer.start} if layer.start else {},
             axis=1 if layer.kind == "convolution" else -1,
+            forms=layer.forms or {},
         )
         for layer in layers()
     )

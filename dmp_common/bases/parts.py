@@ -15,6 +15,8 @@ from dmp_common.errors import PatchError
 Naming = Literal["diffusers", "ldm"]
 NAMINGS: tuple[Naming, ...] = ("diffusers", "ldm")
 Place = Literal["input", "output"]
+# How a tensor holds tokens, besides (B, L, D): (L, B, D), or (B, T, H, W, D).
+Form = Literal["sequence first", "grid"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Site:
         starts: the first of the site's channels in the module's output, for each naming where it
             is not 0: a fused layer computes several sites at once.
         axis: the channel axis of the output, -1 for linear layers and 1 for convolutions.
+        forms: how the stream or the output holds its tokens, for each naming where it is not
+            (B, L, D).
     """
 
     name: str
@@ -157,6 +161,7 @@ class Site:
     place: Place = "input"
     starts: Mapping[Naming, int] = field(default_factory=dict)
     axis: int = -1
+    forms: Mapping[Naming, Form] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, what in (("paths", "a module"), ("arguments", "an argument")):

@@ -13,13 +13,16 @@ from dmp_common.bases.schedule import LAST
 from dmp_common.errors import PatchError
 
 
-def sinusoid(timesteps: Tensor, channels: int, shift: float = 0.0) -> Tensor:
+def sinusoid(
+    timesteps: Tensor, channels: int, shift: float = 0.0, sines_first: bool = False
+) -> Tensor:
     """Returns sinusoidal features of timesteps, cosines first.
 
     Args:
         timesteps: (T,), on the scale 0..1000; may be fractional.
         channels: size of the result, even.
         shift: diffusers' `downscale_freq_shift`; 0 in the original LDM and DiT code.
+        sines_first: whether the sines come first.
 
     Returns:
         (T, channels), float32.
@@ -27,7 +30,8 @@ def sinusoid(timesteps: Tensor, channels: int, shift: float = 0.0) -> Tensor:
     half = channels // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * steps / (half - shift))
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    halves = [angles.cos(), angles.sin()]
+    return torch.cat(halves[::-1] if sines_first else halves, dim=-1)
 
 
 def time_features(timesteps: Tensor, base: Base, shift: float = 0.0) -> Tensor:
@@ -41,11 +45,11 @@ def time_features(timesteps: Tensor, base: Base, shift: float = 0.0) -> Tensor:
         (T, channels), float32, with those of the base's constants.
     """
     times = LAST - timesteps if base.inverted else timesteps
-    own = sinusoid(times * base.sinusoid_scale, base.sinusoid, shift)
+    own = sinusoid(times * base.sinusoid_scale, base.sinusoid, shift, base.sines_first)
     if not base.time_constants:
         return own
     constant = [
-        sinusoid(torch.full_like(times, number), channels, shift)
+        sinusoid(torch.full_like(times, number), channels, shift, base.sines_first)
         for number, channels in base.time_constants
     ]
     return torch.cat([own, *constant], dim=-1)

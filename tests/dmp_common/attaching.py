@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dmp_common as dmp
 from dmp_common import Patch, attach
+from dmp_common.attach.forms import as_tokens
 from dmp_common.bases.base import find_module
 from dmp_common.patch.prompts import PromptPool
 from tests.tiny import FAMILIES, Tiny
@@ -165,6 +166,7 @@ def watched(model: nn.Module, patch: Patch, **settings) -> Iterator[Seen]:
 
         def hook(module, args, kwargs):
             x = args[key.index] if len(args) > key.index else kwargs[key.name]
+            x = as_tokens(x, site.forms.get("diffusers"))
             store[site.name] = x.clone(memory_format=torch.preserve_format)
 
         module = find_module(model, site.paths["diffusers"])
