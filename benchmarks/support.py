@@ -38,6 +38,7 @@ TITLES = {
     "Z-Image": ("z-image",),
     "Lumina-Image 2.0, Neta Lumina": ("lumina2",),
     "Chroma": ("chroma",),
+    "ERNIE-Image, ERNIE-Image-Turbo": ("ernie-image",),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

@@ -23,7 +23,7 @@ Prepare = Callable[[Tensor], AnyContext]  # from the time embedding (B, E)
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
     "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2, "
-    "Chroma"
+    "Chroma, ERNIE-Image"
 )
 # The kind of slot, by the first part of the blocks' paths in the naming "ldm".
 _SLOTS: dict[str, Slot] = {
@@ -37,6 +37,8 @@ _SLOTS: dict[str, Slot] = {
     "layers": "after",
     "blocks": "hooks",
 }
+# Models without slots, by the architecture of the base, whose blocks have the name of others'.
+_WITHOUT = frozenset({"ernie-image"})
 # ComfyUI's key for the joint blocks of SD3, the blocks of Qwen-Image and the double blocks of Flux.
 _BLOCKS = dict.fromkeys(("joint_blocks", "transformer_blocks", "double_blocks"), "double_block")
 _BLOCKS["single_blocks"] = "single_block"
@@ -60,7 +62,9 @@ def slot_of(base: Base, modulates: bool = False) -> Slot:
             f"{base.name} with {blocks}: use it in diffusers, or add its slot to "
             "comfyui_dmp/slots.py."
         )
-    return "outputs" if modulates else _SLOTS[blocks]
+    if modulates:
+        return "outputs"
+    return "hooks" if base.architecture in _WITHOUT else _SLOTS[blocks]
 
 
 def block_keys(base: Base) -> dict[tuple[str, int], str]:

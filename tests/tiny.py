@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests import tinychroma, tinyllm
+from tests import tinychroma, tinyernie, tinyllm
 from tests.tinymodel import Tiny, noise
 
 __all__ = ["FAMILIES", "Tiny"]
@@ -207,5 +207,6 @@ FAMILIES: dict[str, Tiny] = {
         _flux(),
         *tinyllm.known(),
         *tinychroma.known(),
+        *tinyernie.known(),
     )
 }

@@ -63,7 +63,6 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
     Stranger("OmniGen2", (_having("ref_image_patch_embedder"),)),
     Stranger("Krea 2", (_having("txtfusion.projector"), _having("text_fusion", "time_mod_proj"))),
     Stranger("Chroma Radiance", (_having("distilled_guidance_layer", "nerf_blocks"),)),
-    Stranger("ERNIE-Image", (_having("layers.0.mlp.linear_fc2"),)),
     # Anima is Cosmos-Predict2 with an adapter for its text encoder.
     Stranger("Anima", (_having("llm_adapter.blocks.0.cross_attn"),)),
     Stranger(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
+from unittest import mock
 
 import diffusers
 import pytest
@@ -12,8 +14,9 @@ import torch.nn as nn
 
 import dmp_common as dmp
 from dmp_common import get_base
+from dmp_common.attach.forms import as_tokens
 from dmp_common.bases.base import find_module
-from tests.dmp_common import realchroma, realllm
+from tests.dmp_common import realchroma, realernie, realllm
 from tests.dmp_common.realmodel import Real, meta
 
 __all__ = ["ALL", "MODELS", "Seen", "count", "meta", "model_of", "seen"]
@@ -163,6 +166,7 @@ MODELS = {
     "flux-schnell": _flux(guidance=False, parameters=11_891_178_560),
     **realllm.known(),
     **realchroma.known(),
+    **realernie.known(),
 }
 # By model: all tests of one follow each other, so that few processes build it.
 ALL = pytest.mark.parametrize("name", MODELS, scope="module")
@@ -205,7 +209,7 @@ def seen(name: str) -> Seen:
         def hook(module, args, kwargs):
             assert site.name not in inputs, "a site is entered once a call"
             x = args[key.index] if len(args) > key.index else kwargs[key.name]
-            inputs[site.name] = tuple(x.shape)
+            inputs[site.name] = tuple(as_tokens(x, site.forms.get("diffusers")).shape)
 
         module = find_module(model, site.paths["diffusers"])
         return module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -227,7 +231,8 @@ def seen(name: str) -> Seen:
         handles.append(
             layer.register_forward_hook(lambda m, args, out: times.append((args[0], out)))
         )
-    with torch.no_grad():
+    without = mock.patch("torch.autocast", return_value=contextlib.nullcontext())  # not on meta
+    with torch.no_grad(), without:
         model(**real.inputs(), return_dict=False)
     for handle in handles:
         handle.remove()

@@ -70,7 +70,7 @@ def test_sites_have_the_widths_their_modules_state(name):
         elif isinstance(module, diffusers.models.resnet.Downsample2D):
             assert module.channels == site.width
         else:
-            names = ("attn1", "attn", "attention")
+            names = ("attn1", "attn", "attention", "self_attention")
             attention = next(getattr(module, name) for name in names if hasattr(module, name))
             first = next(m for m in attention.modules() if isinstance(m, torch.nn.Linear))
             assert first.in_features == site.width
@@ -145,5 +145,6 @@ def test_prediction_types():
         "z-image",
         "lumina2",
         "chroma",
+        "ernie-image",
     ):
         assert predictions[name] == "flow"
