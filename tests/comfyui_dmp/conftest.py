@@ -36,6 +36,7 @@ collect_ignore = [
     "family.py",
     "real.py",
     "realllm.py",
+    "realernie.py",
     "running.py",
     "checkpoints.py",
     "pack",

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests.comfyui_dmp import realchroma, realllm
+from tests.comfyui_dmp import realchroma, realernie, realllm
 from tests.comfyui_dmp.family import TEXT, Family, noise, packed, randomised, unpacked
 
 __all__ = ["FAMILIES", "noise", "randomised"]
@@ -275,5 +275,6 @@ FAMILIES: dict[str, Family] = {
         _pixart(),
         *realllm.known(),
         *realchroma.known(),
+        *realernie.known(),
     )
 }
