@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -14,6 +14,7 @@ import torch.nn as nn
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
+from torch.nn.functional import rms_norm
 
 ATTENTION = "optimized_attention_override"  # ComfyUI's name for another attention
 
@@ -52,7 +53,7 @@ def training(changes: bool) -> Iterator[None]:
     management = comfy.model_management
     told = hasattr(management, "in_training")  # ComfyUI 0.8 does not ask for it
     before = getattr(management, "in_training", False)
-    ways = nullcontext() if told else _rotations()
+    ways = _kernels() if told else _rotations()
     kept = allow_mutation_on_saved_tensors() if changes else nullcontext()
     if told:
         management.in_training = True
@@ -64,22 +65,36 @@ def training(changes: bool) -> Iterator[None]:
             management.in_training = before
 
 
-@contextmanager
-def _rotations() -> Iterator[None]:
+def _rotations() -> AbstractContextManager[None]:
     """Gives the models of ComfyUI 0.8 rotations of positions that have a backward pass."""
+    models = [module for name, module in sys.modules.items() if name.startswith("comfy.ldm.")]
+    return _instead(models, {"apply_rope": _rotated_both, "apply_rope1": _rotated})
+
+
+def _kernels() -> AbstractContextManager[None]:
+    """Gives newer models ways of rotating halves of channels that have a backward pass.
+
+    comfy-kitchen 0.2.31 has none for these; ERNIE-Image and Cosmos-Predict2 call them.
+    """
+    kernels = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
+    ours = {"apply_rope_split_half": _rotated_halves, "rms_rope_split_half": _normed_and_rotated}
+    return _instead([] if kernels is None else [kernels], ours)
+
+
+@contextmanager
+def _instead(modules: Iterable[Any], functions: Mapping[str, Any]) -> Iterator[None]:
+    """Puts functions in the place of those that modules have under the same names."""
     changed = []
-    for name, module in list(sys.modules.items()):
-        if not name.startswith("comfy.ldm."):
-            continue
-        for function, ours in (("apply_rope", _rotated_both), ("apply_rope1", _rotated)):
-            if hasattr(module, function):
-                changed.append((module, function, getattr(module, function)))
-                setattr(module, function, ours)
+    for module in modules:
+        for name, ours in functions.items():
+            if hasattr(module, name):
+                changed.append((module, name, getattr(module, name)))
+                setattr(module, name, ours)
     try:
         yield
     finally:
-        for module, function, theirs in changed:
-            setattr(module, function, theirs)
+        for module, name, theirs in changed:
+            setattr(module, name, theirs)
 
 
 def _rotated_both(query: Tensor, key: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +105,25 @@ def _rotated(x: Tensor, turns: Tensor) -> Tensor:
     """Turns pairs of channels (..., D) by matrices (..., D / 2, 2, 2)."""
     pairs = x.to(turns.dtype).unflatten(-1, (-1, 1, 2))  # (..., D / 2, 1, 2)
     return (turns * pairs).sum(-1).reshape(x.shape).type_as(x)
+
+
+def _rotated_halves(query: Tensor, key: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    return _halves(query, turns), _halves(key, turns)
+
+
+def _halves(x: Tensor, turns: Tensor) -> Tensor:
+    """Turns each channel of the first half with its fellow of the second, see `_rotated`."""
+    pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    turned = _rotated(pairs.flatten(-2), turns).unflatten(-1, (-1, 2))
+    return turned.transpose(-1, -2).flatten(-2)
+
+
+def _normed_and_rotated(
+    query: Tensor, key: Tensor, turns: Tensor, of_query: Tensor, of_key: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Normalises queries and keys (..., D) by weights (D,), then turns them."""
+    query = rms_norm(query, of_query.shape, of_query, epsilon)
+    return _rotated_halves(query, rms_norm(key, of_key.shape, of_key, epsilon), turns)
 
 
 @contextmanager

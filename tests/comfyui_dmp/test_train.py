@@ -64,10 +64,14 @@ def test_a_repair_in_inference_mode(train, real, host, run):
     assert outcome.record.loaded.path.is_file()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "qwen-image", "z-image"])
+NAMES = ["sd15", "sdxl", "sd3", "flux", "qwen-image", "z-image"]
+NAMES += ["ernie-image"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_through_comfyui_are_those_of_diffusers(train, real, name, monkeypatch):
     """The same steps on the diffusers model, as the trainer makes them, give the same patch."""
-    family = real.FAMILIES[name]
+    family = real.FAMILIES.get(name) or pytest.skip("not in these releases")
     fitting, student = (importlib.import_module(f"comfyui_dmp.{n}") for n in ("fitting", "student"))
     patcher = family.comfy()
     sampling = patcher.model.model_sampling
