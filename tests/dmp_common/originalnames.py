@@ -66,7 +66,7 @@ def original_names(name: str) -> dict[str, str]:
     state, names = model.state_dict(), MODELS[name].names
     if names is not None:
         return names(state)
-    if base.name in ("qwen-image", "ernie-image"):  # ComfyUI took diffusers' names
+    if base.name == "qwen-image":  # ComfyUI took diffusers' names
         return {key: key for key in state}
     if base.layout == "map":
         levels = len(model.down_blocks)

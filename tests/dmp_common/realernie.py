@@ -33,5 +33,19 @@ def known() -> dict[str, Real]:
             "text_lens": meta(2, dtype=torch.long),
         }
 
-    real = Real("ernie-image", build, inputs, SIZE, 8_033_490_048, text=100, channels=128)
+    def call(model: nn.Module, latent: torch.Tensor, timesteps: torch.Tensor) -> object:
+        return model(latent, timesteps, meta(2, 100, 3072))
+
+    real = Real(
+        "ernie-image",
+        build,
+        inputs,
+        SIZE,
+        8_033_490_048,
+        text=100,
+        channels=128,
+        names=lambda state: {key: key for key in state},  # ComfyUI took diffusers' names
+        comfyui=("comfy.ldm.ernie.model", "ErnieImageModel"),
+        call=call,
+    )
     return {"ernie-image": real}
