@@ -22,13 +22,13 @@ def known() -> list[Tiny]:
 
 def _ernie() -> Tiny:
     """A token for each cell of the latent; captions of two lengths, padded behind."""
-    base = register_base(ErnieImage("tiny-ernie-image", depth=2, width=32, hidden=48).base())
+    base = register_base(ErnieImage("tiny-ernie-image", depth=3, width=32, hidden=48).base())
 
     def build() -> nn.Module:
         return diffusers.ErnieImageTransformer2DModel(
             hidden_size=32,
             num_attention_heads=2,
-            num_layers=2,
+            num_layers=3,
             ffn_hidden_size=48,
             in_channels=16,
             out_channels=16,

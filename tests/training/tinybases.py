@@ -15,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.tiny import FAMILIES, Tiny
+from tests.training import tinyernie
 from training.base.families import table
 from training.base.families.table import register_family
 
@@ -41,6 +42,7 @@ TRAINED = {
     "qwen-image": (table.QWEN_IMAGE, 4),
     "z-image": (table.Z_IMAGE, 4),
     "lumina2": (table.LUMINA2, 4),
+    "ernie-image": (table.ERNIE_IMAGE, 4),
 }
 TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
@@ -52,6 +54,7 @@ OPTIONS: dict[str, list[str]] = {
     "dit": [],
     "qwen-image": ["--llm_max_token_length", "16"],
     "z-image": ["--llm_max_token_length", "16"],
+    "ernie-image": ["--llm_max_token_length", "16"],
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
 
@@ -123,6 +126,8 @@ def tiny_of(name: str) -> Tiny:
 
 
 def _vae_of(name: str) -> nn.Module:
+    if name == "ernie-image":
+        return tinyernie.vae()
     if name != "qwen-image":
         return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image"))
     with torch.random.fork_rng():
@@ -161,7 +166,7 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
-    if name == "z-image":
+    if name in ("z-image", "ernie-image"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     prediction = "v_prediction" if name == "sd21" else "epsilon"
     return diffusers.DDIMScheduler(
@@ -200,6 +205,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": _gemma2}
         case "qwen-image":
             return {"text_encoder": _qwen2_vl}
+        case "ernie-image":
+            return {"text_encoder": lambda: tinyernie.ministral(len(WORDS) + 3)}
         case "z-image":
             return {"text_encoder": _qwen3}
     return {}

@@ -81,6 +81,8 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         levels = len({key.split(".")[1] for key in state if key.startswith("down_blocks.")})
         return {unet_original_name(key, levels, layers=1): tensor for key, tensor in state.items()}
     state = weights_of(folder / "transformer")
+    if name == "ernie-image":  # whose names in diffusers are the original ones
+        return state
     if name in ("lumina2", "z-image"):
         return _joined_as(next_names(name, state), state)
     return (_flux if name == "flux" else _sd3)(state)

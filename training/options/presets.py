@@ -37,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{name: {"train_batch_size": 4} for name in ("sd15", "sd21", "pixart")},
     **{name: {"train_batch_size": 1} for name in ("sdxl", "sd3", "sd35-medium", "sd35-large")},
     **{name: {"train_batch_size": 1} for name in ("flux", "qwen-image", "z-image", "lumina2")},
+    "ernie-image": {"train_batch_size": 1},
     **{
         f"dit-{size}/{tokens}": {"train_batch_size": 16}
         for size in ("s", "b", "l", "xl")
@@ -51,6 +52,7 @@ GUIDANCE: dict[str, float] = {
     "pixart": 4.5,
     **dict.fromkeys(("sd3", "sd35-medium", "sd35-large"), 7.0),
     **dict.fromkeys(("qwen-image", "lumina2"), 4.0),
+    "ernie-image": 4.0,
     **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
 }
 # What --method dmp is on a base where another variant than the paper's was shown to be better.

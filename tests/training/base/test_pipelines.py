@@ -22,6 +22,7 @@ from training.objective.sampling import condition, draw_latents, is_guided, nois
 PIPELINES = [name for name, (family, _) in TRAINED.items() if family.pipeline]
 PACKED = ("flux", "qwen-image")  # the pipeline takes and gives tokens
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
+UNLIMITED = ("ernie-image",)  # the pipeline reads captions of any length
 SIDE = 8  # cells of a latent
 # What a pipeline is told besides the prompt, without guidance and with it.
 PLAIN: dict[str, dict[str, Any]] = {}
@@ -47,7 +48,7 @@ def from_pipeline(
     if not is_flow(frozen.scheduler):  # as in the trainer, without noise on the way
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     given, length = options_of(name), {}
-    if given:
+    if given and name not in UNLIMITED:
         length["max_sequence_length"] = next(int(v) for v in given.values() if v.isdigit())
     if "system_prompt" in given:
         length["system_prompt"] = given["system_prompt"]

@@ -84,6 +84,7 @@ def test_every_part_in_a_file_of_its_own(
         ("sd3", ("vae",)),
         ("flux", ("vae", "text_encoder", "text_encoder_2")),
         ("lumina2", ("vae", "text_encoder")),
+        ("ernie-image", ()),
     ],
 )
 def test_what_one_file_holds_is_taken_from_it(

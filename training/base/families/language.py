@@ -109,7 +109,7 @@ class ZImage(LanguageFamily):
             do_classifier_free_guidance=False,
             max_sequence_length=self.length(config),
         )
-        return _padded(texts, self.length(config))
+        return padded(texts, self.length(config))
 
 
 class QwenImage(LanguageFamily):
@@ -144,10 +144,10 @@ class QwenImage(LanguageFamily):
         if mask is None:  # no caption is shorter than another
             mask = prompt.new_ones(prompt.shape[:2])
         texts = [text[own] for text, own in zip(prompt, mask.bool(), strict=True)]
-        return _padded(texts, self.length(config))
+        return padded(texts, self.length(config))
 
 
-def _padded(texts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
+def padded(texts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
     """{"prompt": (B, length, D), "mask": (B, length)} of texts (L, D) of B captions."""
     longest = texts[0].new_zeros(length, texts[0].shape[1])  # so that all batches fit together
     prompt = pad_sequence([*texts, longest], batch_first=True)[:-1]

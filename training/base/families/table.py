@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dmp_common import Base, PatchError
 from training.base.families.dit import DiT
+from training.base.families.ernie import ErnieImage
 from training.base.families.family import Family
 from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.transformer import SD3, Flux, PixArt
@@ -111,6 +112,15 @@ Z_IMAGE = ZImage(
     guidance=1.0,  # Turbo, the usual weights, is distilled
     even=True,
 )
+ERNIE_IMAGE = ErnieImage(
+    denoiser="transformer",
+    model="ErnieImageTransformer2DModel",
+    pipeline="ErnieImagePipeline",
+    autoencoder="AutoencoderKLFlux2",
+    encoders={"text_encoder": "Mistral3Model"},
+    guidance=4.0,
+    even=True,
+)
 
 _FAMILIES: dict[str, Family] = {
     "digits": DIGITS,
@@ -128,6 +138,7 @@ _FAMILIES: dict[str, Family] = {
     "qwen-image": QWEN_IMAGE,
     "z-image": Z_IMAGE,
     "lumina2": LUMINA2,
+    "ernie-image": ERNIE_IMAGE,
 }
 
 

@@ -1,0 +1,44 @@
+"""The VAE and the text encoder of ERNIE-Image in small."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+import torch.nn as nn
+import transformers
+
+
+def vae() -> nn.Module:
+    """A VAE of factor 4, with its packing, and channels that the normalisation changes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        made = diffusers.AutoencoderKLFlux2(
+            block_out_channels=(8, 16),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+        made.bn.running_mean.normal_()
+        made.bn.running_var.uniform_(0.5, 2.0)
+        return made
+
+
+def ministral(vocabulary: int) -> nn.Module:
+    """Ministral 3, with a half that sees pictures, as the repository has it."""
+    return transformers.Mistral3Model(
+        transformers.Mistral3Config(
+            text_config={
+                "model_type": "ministral3", "vocab_size": vocabulary, "hidden_size": 12,
+                "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "head_dim": 6,
+            },
+            vision_config={
+                "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 16,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+                "patch_size": 14,
+            },
+        )
+    )  # fmt: skip
