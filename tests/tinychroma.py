@@ -56,3 +56,32 @@ def time_name(name: str) -> str:
     """The original name of a tensor of the network that makes the modulation."""
     name = name.replace("linear_1", "in_layer").replace("linear_2", "out_layer")
     return name.replace("weight", "scale") if name.startswith("norms") else name
+
+
+def original_name(key: str) -> str:
+    """The original name of a tensor; those of joined projections have one name."""
+    head, _, rest = key.partition(".")
+    if head == "distilled_guidance_layer":
+        return f"{head}.{time_name(rest)}"
+    parts = {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"}
+    if head in parts:
+        return f"{parts[head]}.{rest}"
+    number, _, path = rest.partition(".")
+    norm = "norm" if head.startswith("single") else "img_attn.norm"
+    for part, other in {
+        "proj_mlp": "linear1",
+        "proj_out": "linear2",
+        "ff.net": "img_mlp",
+        "ff_context.net": "txt_mlp",
+        "0.proj": "0",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "attn.norm_q.weight": f"{norm}.query_norm.scale",
+        "attn.norm_k.weight": f"{norm}.key_norm.scale",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+        **{f"attn.to_{k}": "linear1" if norm == "norm" else "img_attn.qkv" for k in "qkv"},
+        **{f"attn.add_{kind}_proj": "txt_attn.qkv" for kind in "qkv"},
+    }.items():
+        path = path.replace(part, other)
+    return f"{'single' if norm == 'norm' else 'double'}_blocks.{number}.{path}"

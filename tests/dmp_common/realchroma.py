@@ -8,6 +8,7 @@ from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor
 
 from tests.dmp_common.realmodel import Asked, Real, meta
+from tests.tinychroma import original_name
 
 
 def known() -> dict[str, Real]:
@@ -49,6 +50,7 @@ def _names(state: dict[str, Tensor]) -> dict[str, str]:
     known |= {f"single_blocks.{n}.x": None for n in range(38)}
     known |= {f"distilled_guidance_layer.layers.{n}.x": None for n in range(5)}
     checkpoint = Asked(known, lambda key: 3072 * 7 if ".linear1." in key else 6)
-    return checkpoint.origins(
-        single_file.convert_chroma_transformer_checkpoint_to_diffusers(checkpoint)
-    )
+    convert = single_file.convert_chroma_transformer_checkpoint_to_diffusers
+    names = checkpoint.origins(convert(checkpoint))
+    assert names == {key: original_name(key) for key in state}
+    return names

@@ -43,6 +43,7 @@ TRAINED = {
     "z-image": (table.Z_IMAGE, 4),
     "lumina2": (table.LUMINA2, 4),
     "ernie-image": (table.ERNIE_IMAGE, 4),
+    "chroma": (table.CHROMA, 4),
 }
 TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
@@ -50,7 +51,9 @@ for _name, (_family, _multiple) in TRAINED.items():
 
 # What each family needs on the command line besides its name.
 OPTIONS: dict[str, list[str]] = {
-    **{name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux")},
+    **{
+        name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux", "chroma")
+    },
     "dit": [],
     "qwen-image": ["--llm_max_token_length", "16"],
     "z-image": ["--llm_max_token_length", "16"],
@@ -129,7 +132,7 @@ def _vae_of(name: str) -> nn.Module:
     if name == "ernie-image":
         return tinyernie.vae()
     if name != "qwen-image":
-        return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image"))
+        return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image", "chroma"))
     with torch.random.fork_rng():
         torch.manual_seed(11)
         return diffusers.AutoencoderKLQwenImage(
@@ -162,7 +165,7 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
     if name in ("sd3", "sd35"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if name in ("flux", "qwen-image"):
+    if name in ("flux", "qwen-image", "chroma"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
@@ -191,7 +194,7 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
                 "text_encoder": lambda: plain(_clip(12)),
                 "text_encoder_2": lambda: projected(_clip(16, 16)),
             }
-        case "pixart":
+        case "pixart" | "chroma":
             return {"text_encoder": _t5}
         case "sd3" | "sd35":
             return {

@@ -13,6 +13,7 @@ from diffusers.loaders import single_file_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests import tinychroma
 from tests.dmp_common.originalnames import next_names, unet_original_name
 
 # What ComfyUI and Stability put before the text encoders that a file holds.
@@ -24,8 +25,10 @@ IN_FILE = {
         "text_encoder": "text_encoders.clip_l.transformer.text_model.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
     },
+    "chroma": {"text_encoder": "text_encoders.t5xxl.transformer."},
 }
-_PARTS = {"to_q": 0, "to_k": 1, "to_v": 2}  # their order in a joined projection
+# Their order in a joined projection.
+_PARTS = {"to_q": 0, "to_k": 1, "to_v": 2, "proj_mlp": 3, "add_k_proj": 1, "add_v_proj": 2}
 _VAE_NAMES = {
     r"mid_block\.resnets\.0\.": "mid.block_1.",
     r"mid_block\.resnets\.1\.": "mid.block_2.",
@@ -83,6 +86,8 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     state = weights_of(folder / "transformer")
     if name == "ernie-image":  # whose names in diffusers are the original ones
         return state
+    if name == "chroma":
+        return _joined_as({key: tinychroma.original_name(key) for key in state}, state)
     if name in ("lumina2", "z-image"):
         return _joined_as(next_names(name, state), state)
     return (_flux if name == "flux" else _sd3)(state)
@@ -96,7 +101,9 @@ def save_single(path: Path, folder: Path, name: str, *parts: str) -> Path:
     }
     for part in parts:
         if part == "vae":
-            prefix = "vae." if name in ("flux", "lumina2", "z-image") else "first_stage_model."
+            prefix = (
+                "vae." if name in ("flux", "lumina2", "z-image", "chroma") else "first_stage_model."
+            )
             tensors |= {prefix + key: value for key, value in vae_tensors(folder).items()}
             continue
         prefix = IN_FILE[name][part]
@@ -119,6 +126,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers' converters know the real widths alone: here they know those of tiny models."""
     for name, sizes in {
         "FluxTransformer2DModel": {3072: 32},
+        "ChromaTransformer2DModel": {3072: 32},
         "Lumina2Transformer2DModel": {2304: 32, 768: 16},  # queries; keys and values
     }.items():
         entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(name)

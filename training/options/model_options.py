@@ -21,7 +21,7 @@ Quantization = Literal[
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
     "sd3, sd35-medium, sd35-large, flux, qwen-image, z-image, lumina2, "
-    "ernie-image"
+    "ernie-image, chroma"
 )
 
 

@@ -20,7 +20,7 @@ from training.base.schedulers import is_flow
 from training.objective.sampling import condition, draw_latents, is_guided, noises
 
 PIPELINES = [name for name, (family, _) in TRAINED.items() if family.pipeline]
-PACKED = ("flux", "qwen-image")  # the pipeline takes and gives tokens
+PACKED = ("flux", "qwen-image", "chroma")  # the pipeline takes and gives tokens
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
 UNLIMITED = ("ernie-image",)  # the pipeline reads captions of any length
 SIDE = 8  # cells of a latent
@@ -45,6 +45,13 @@ def from_pipeline(
     """What the pipeline of a base draws in two steps."""
     pipe = frozen.pipeline()
     pipe.set_progress_bar_config(disable=True)
+    if name == "chroma":  # whose own mask of ones and zeros masks nothing, see its family
+        masked = pipe._prepare_attention_mask
+        pipe._prepare_attention_mask = lambda attention_mask, **sizes: (
+            attention_mask
+            if attention_mask is None
+            else masked(attention_mask=attention_mask.bool(), **sizes)
+        )
     if not is_flow(frozen.scheduler):  # as in the trainer, without noise on the way
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     given, length = options_of(name), {}

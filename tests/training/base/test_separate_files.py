@@ -27,6 +27,7 @@ FILES = {
     "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "flux": {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
     "lumina2": {"text_encoder": "text_encoder"},
+    "chroma": {"t5xxl": "text_encoder"},
     "z-image": {"text_encoder": "text_encoder"},
 }
 Make = Callable[..., TrainConfig]
@@ -48,7 +49,9 @@ def require_equal(frozen: FrozenBase, whole: FrozenBase) -> None:
             assert frozen.encoders[part].dtype == encoder.dtype
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sd35", "flux", "lumina2", "z-image"])
+@pytest.mark.parametrize(
+    "name", ["sd15", "sdxl", "sd3", "sd35", "flux", "lumina2", "z-image", "chroma"]
+)
 def test_every_part_in_a_file_of_its_own(
     name: str, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +88,7 @@ def test_every_part_in_a_file_of_its_own(
         ("flux", ("vae", "text_encoder", "text_encoder_2")),
         ("lumina2", ("vae", "text_encoder")),
         ("ernie-image", ()),
+        ("chroma", ("vae", "text_encoder")),
     ],
 )
 def test_what_one_file_holds_is_taken_from_it(

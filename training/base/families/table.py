@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dmp_common import Base, PatchError
+from training.base.families.chroma import Chroma
 from training.base.families.dit import DiT
 from training.base.families.ernie import ErnieImage
 from training.base.families.family import Family
@@ -84,6 +85,15 @@ FLUX = Flux(
     guidance=1.0,  # told to the model, see Previews
     even=True,
 )
+CHROMA = Chroma(
+    denoiser="transformer",
+    model="ChromaTransformer2DModel",
+    pipeline="ChromaPipeline",
+    encoders={"text_encoder": "T5EncoderModel"},
+    files={"text_encoder": "t5xxl"},
+    guidance=5.0,
+    even=True,
+)
 LUMINA2 = Lumina2(
     denoiser="transformer",
     model="Lumina2Transformer2DModel",
@@ -139,6 +149,7 @@ _FAMILIES: dict[str, Family] = {
     "z-image": Z_IMAGE,
     "lumina2": LUMINA2,
     "ernie-image": ERNIE_IMAGE,
+    "chroma": CHROMA,
 }
 
 
