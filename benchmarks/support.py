@@ -39,6 +39,7 @@ TITLES = {
     "Lumina-Image 2.0, Neta Lumina": ("lumina2",),
     "Chroma": ("chroma",),
     "ERNIE-Image, ERNIE-Image-Turbo": ("ernie-image",),
+    "Krea 2": ("krea2",),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

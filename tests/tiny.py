@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests import tinychroma, tinyernie, tinyllm
+from tests import tinychroma, tinyernie, tinykrea2, tinyllm
 from tests.tinymodel import Tiny, noise
 
 __all__ = ["FAMILIES", "Tiny"]
@@ -208,5 +208,6 @@ FAMILIES: dict[str, Tiny] = {
         *tinyllm.known(),
         *tinychroma.known(),
         *tinyernie.known(),
+        *tinykrea2.known(),
     )
 }

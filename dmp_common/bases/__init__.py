@@ -8,8 +8,20 @@ function of the family that does both.
 
 from dmp_common.bases.chroma import chroma
 from dmp_common.bases.flux import flux
+from dmp_common.bases.krea2 import krea2
 from dmp_common.bases.llm import lumina2, qwen_image, z_image
 from dmp_common.bases.transformer import dit, pixart, sd3
 from dmp_common.bases.unet import unet
 
-__all__ = ["chroma", "dit", "flux", "lumina2", "pixart", "qwen_image", "sd3", "unet", "z_image"]
+__all__ = [
+    "chroma",
+    "dit",
+    "flux",
+    "krea2",
+    "lumina2",
+    "pixart",
+    "qwen_image",
+    "sd3",
+    "unet",
+    "z_image",
+]

@@ -61,7 +61,6 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
         (_having("attention_y_norm"), _having("caption_norm", "caption_projection", "patch_embed")),
     ),
     Stranger("OmniGen2", (_having("ref_image_patch_embedder"),)),
-    Stranger("Krea 2", (_having("txtfusion.projector"), _having("text_fusion", "time_mod_proj"))),
     Stranger("Chroma Radiance", (_having("distilled_guidance_layer", "nerf_blocks"),)),
     # Anima is Cosmos-Predict2 with an adapter for its text encoder.
     Stranger("Anima", (_having("llm_adapter.blocks.0.cross_attn"),)),

@@ -8,6 +8,7 @@ from dmp_common.bases.base import Base, Row
 from dmp_common.bases.chroma import Chroma
 from dmp_common.bases.ernie import ErnieImage
 from dmp_common.bases.flux import Flux, Flux2
+from dmp_common.bases.krea2 import Krea2
 from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
 from dmp_common.bases.transformer import SD3, DiT, PixArt
 from dmp_common.bases.unet import Unet
@@ -132,6 +133,7 @@ TABLE: tuple[Row, ...] = (
     Lumina2("lumina2", depth=26, width=2304, hub_id="Alpha-VLLM/Lumina-Image-2.0"),
     Chroma("chroma", double=19, single=38, width=3072, hub_id="lodestones/Chroma1-HD"),
     ErnieImage("ernie-image", depth=36, width=4096, hidden=12288, hub_id="baidu/ERNIE-Image"),
+    Krea2("krea2", depth=28, width=6144, hub_id="krea/Krea-2-Raw"),
 )
 
 _registered: dict[str, Base] = {}

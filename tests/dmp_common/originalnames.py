@@ -217,7 +217,9 @@ def original_shapes(name: str) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     state = model_of(name).state_dict()
     for key, original in original_names(name).items():
-        shape = tuple(state[key].shape)
+        shape, flat = tuple(state[key].shape), MODELS[name].flat
+        if flat is not None and original.endswith(flat):
+            shape = (state[key].numel(),)
         if original in shapes:
             shape = (shapes[original][0] + shape[0], *shape[1:])
         shapes[original] = shape

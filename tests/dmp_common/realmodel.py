@@ -55,6 +55,7 @@ class Real:
         channels: of the latent as hosts hand it to a transformer.
         names: from its parameters' names in diffusers to the original ones; None for the families
             that `originalnames` knows.
+        flat: the end of original names of tensors that are vectors in the original code.
         comfyui: module and name of ComfyUI's class, if `test_bases_hosts` does not know it.
         call: calls that class with (the model, the latent, the timesteps (B,)).
     """
@@ -68,6 +69,7 @@ class Real:
     unit_time: bool = False
     channels: int = 16
     names: Callable[[dict[str, Tensor]], dict[str, str]] | None = None
+    flat: str | None = None
     comfyui: tuple[str, str] | None = None
     call: Callable[[nn.Module, Tensor, Tensor], object] | None = None
 

@@ -146,5 +146,6 @@ def test_prediction_types():
         "lumina2",
         "chroma",
         "ernie-image",
+        "krea2",
     ):
         assert predictions[name] == "flow"
