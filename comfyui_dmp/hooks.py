@@ -136,6 +136,8 @@ class _Call:
             handle.remove()
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._context is not None:  # Krea 2 embeds timestep 0 too, for reference pictures
+            return
         e = self._source.embedding(output)
         e = e if self._sum is None else self._sum + e
         self._sum = e

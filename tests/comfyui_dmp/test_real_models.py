@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
 NAMES += ["flux2", "chroma"]
-NAMES += ["ernie-image"]
+NAMES += ["ernie-image", "krea2"]
 
 
 @pytest.fixture(params=NAMES)
@@ -172,7 +172,7 @@ def test_odd_size_uses_the_padded_grid(real, run, host):
     assert difference[7] > 1
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen-image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen-image", "krea2"])
 def test_edits_patch_the_picture_and_not_the_reference(real, run, host, name):
     """FLUX Kontext and Qwen-Image-Edit append the tokens of reference pictures."""
     family = real.FAMILIES.get(name) or pytest.skip("this release of diffusers does not know it")
@@ -180,7 +180,8 @@ def test_edits_patch_the_picture_and_not_the_reference(real, run, host, name):
     patcher = host.attach(family.comfy(), run.record(patch, strength=0.7))
     reference = real.noise(9, 2, family.channels, *family.frames, 4, 8)
     sigmas = torch.tensor([0.5, 0.5])
-    ours = run.call(patcher, family, sigmas, ref_latents=[reference])
+    method = {"ref_latents_method": "index"} if name == "krea2" else {}  # which has no usual one
+    ours = run.call(patcher, family, sigmas, ref_latents=[reference], **method)
     x, text, pooled = family.inputs(2)
     x = x * 0.5
     arguments = family.call(x, sigmas * 1000, text, pooled)
@@ -193,6 +194,10 @@ def test_edits_patch_the_picture_and_not_the_reference(real, run, host, name):
         ids = added["img_ids"].clone()
         ids[:, 0] = family.unet.get("ref_index_scale", 1)
         arguments["img_ids"] = torch.cat([arguments["img_ids"], ids])
+    elif "position_ids" in added:
+        ids = added["position_ids"][text.shape[1] :].clone()
+        ids[:, 0] = 1
+        arguments["position_ids"] = torch.cat([arguments["position_ids"], ids])
     else:
         both = zip(arguments["img_shapes"], added["img_shapes"], strict=True)
         arguments["img_shapes"] = [own + other for own, other in both]
