@@ -12,7 +12,7 @@ from dmp_common import Base, bases, register_base
 from tests.tinymodel import Tiny, noise
 
 TEXT = 5  # tokens of a caption
-LAYERS, WIDTH = 3, 12  # of the text encoder: layers that are read, and their channels
+LAYERS, WIDTH = 12, 12  # of the text encoder: layers that are read, and their channels
 
 
 def known() -> list[Tiny]:

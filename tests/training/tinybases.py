@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.tiny import FAMILIES, Tiny
 from tests.training import tinyernie
+from tests.training.tinykrea2 import qwen3_vl
 from training.base.families import table
 from training.base.families.table import register_family
 
@@ -44,6 +45,7 @@ TRAINED = {
     "lumina2": (table.LUMINA2, 4),
     "ernie-image": (table.ERNIE_IMAGE, 4),
     "chroma": (table.CHROMA, 4),
+    "krea2": (table.KREA2, 4),
 }
 TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
@@ -55,9 +57,9 @@ OPTIONS: dict[str, list[str]] = {
         name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux", "chroma")
     },
     "dit": [],
-    "qwen-image": ["--llm_max_token_length", "16"],
-    "z-image": ["--llm_max_token_length", "16"],
-    "ernie-image": ["--llm_max_token_length", "16"],
+    **dict.fromkeys(
+        ("qwen-image", "z-image", "ernie-image", "krea2"), ["--llm_max_token_length", "16"]
+    ),
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
 
@@ -131,7 +133,7 @@ def tiny_of(name: str) -> Tiny:
 def _vae_of(name: str) -> nn.Module:
     if name == "ernie-image":
         return tinyernie.vae()
-    if name != "qwen-image":
+    if name not in ("qwen-image", "krea2"):
         return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image", "chroma"))
     with torch.random.fork_rng():
         torch.manual_seed(11)
@@ -165,7 +167,7 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
     if name in ("sd3", "sd35"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if name in ("flux", "qwen-image", "chroma"):
+    if name in ("flux", "qwen-image", "chroma", "krea2"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
@@ -210,6 +212,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": _qwen2_vl}
         case "ernie-image":
             return {"text_encoder": lambda: tinyernie.ministral(len(WORDS) + 3)}
+        case "krea2":
+            return {"text_encoder": lambda: qwen3_vl(len(WORDS) + 3)}
         case "z-image":
             return {"text_encoder": _qwen3}
     return {}

@@ -33,6 +33,7 @@ _PREFIXES = {
         "text_encoders.gemma2_2b.",
         "text_encoders.qwen3_4b.",
         "text_encoders.qwen25_7b.",
+        "text_encoders.qwen3vl_4b.",
     ),
 }
 _UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."

@@ -21,7 +21,7 @@ Quantization = Literal[
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
     "sd3, sd35-medium, sd35-large, flux, qwen-image, z-image, lumina2, "
-    "ernie-image, chroma"
+    "ernie-image, chroma, krea2"
 )
 
 
@@ -141,7 +141,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
-        "z-image and qwen-image. With "
+        "z-image, qwen-image and krea2. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{name: {"train_batch_size": 1} for name in ("sdxl", "sd3", "sd35-medium", "sd35-large")},
     **{name: {"train_batch_size": 1} for name in ("flux", "qwen-image", "z-image", "lumina2")},
     "ernie-image": {"train_batch_size": 1},
-    "chroma": {"train_batch_size": 1},
+    **{name: {"train_batch_size": 1} for name in ("chroma", "krea2")},
     **{
         f"dit-{size}/{tokens}": {"train_batch_size": 16}
         for size in ("s", "b", "l", "xl")
@@ -55,6 +55,7 @@ GUIDANCE: dict[str, float] = {
     **dict.fromkeys(("qwen-image", "lumina2"), 4.0),
     "ernie-image": 4.0,
     "chroma": 5.0,
+    "krea2": 5.5,
     **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
 }
 # What --method dmp is on a base where another variant than the paper's was shown to be better.

@@ -20,7 +20,7 @@ from training.base.schedulers import is_flow
 from training.objective.sampling import condition, draw_latents, is_guided, noises
 
 PIPELINES = [name for name, (family, _) in TRAINED.items() if family.pipeline]
-PACKED = ("flux", "qwen-image", "chroma")  # the pipeline takes and gives tokens
+PACKED = ("flux", "qwen-image", "chroma", "krea2")  # the pipeline takes and gives tokens
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
 UNLIMITED = ("ernie-image",)  # the pipeline reads captions of any length
 SIDE = 8  # cells of a latent
@@ -66,7 +66,7 @@ def from_pipeline(
         width=side,
         latents=pack(noise) if name in PACKED else noise.clone(),
         num_inference_steps=2,
-        guidance_scale=scale - (name == "z-image"),  # which counts from 0
+        guidance_scale=scale - (name in ("z-image", "krea2")),  # which count from 0
         output_type="latent",
         **length,
         **more,

@@ -7,6 +7,7 @@ from training.base.families.chroma import Chroma
 from training.base.families.dit import DiT
 from training.base.families.ernie import ErnieImage
 from training.base.families.family import Family
+from training.base.families.krea2 import Krea2
 from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
@@ -94,6 +95,16 @@ CHROMA = Chroma(
     guidance=5.0,
     even=True,
 )
+KREA2 = Krea2(
+    denoiser="transformer",
+    model="Krea2Transformer2DModel",
+    pipeline="Krea2Pipeline",
+    autoencoder="AutoencoderKLQwenImage",
+    encoders={"text_encoder": "Qwen3VLModel"},
+    files={"text_encoder": "text_encoder"},
+    guidance=5.5,
+    even=True,
+)
 LUMINA2 = Lumina2(
     denoiser="transformer",
     model="Lumina2Transformer2DModel",
@@ -150,6 +161,7 @@ _FAMILIES: dict[str, Family] = {
     "lumina2": LUMINA2,
     "ernie-image": ERNIE_IMAGE,
     "chroma": CHROMA,
+    "krea2": KREA2,
 }
 
 
