@@ -57,9 +57,10 @@ OPTIONS: dict[str, list[str]] = {
         name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux", "chroma")
     },
     "dit": [],
-    **dict.fromkeys(
-        ("qwen-image", "z-image", "ernie-image", "krea2"), ["--llm_max_token_length", "16"]
-    ),
+    **{
+        name: ["--llm_max_token_length", "16"]
+        for name in ("qwen-image", "z-image", "ernie-image", "krea2")
+    },
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
 

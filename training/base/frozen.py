@@ -245,7 +245,8 @@ def base_kind(config: TrainConfig) -> DataKind:
 
 def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> FrozenBase:
     base = find_base(config) if config.base == "auto" else get_base(config.base)
-    source, family = find_source(config, base), family_of(base)
+    source = find_source(config, base)
+    family = family_of(base).of_weights(source)
     dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
     text = text_facts(Path(source.place))
     require_fitting(config, family, trained_text=text is not None)

@@ -22,7 +22,8 @@ from dmp_common import Base, PatchError
 from training.base.families.family import Family
 from training.base.places import Source, explained
 from training.base.single_files import SingleFile, vae_of_file
-from training.base.text_files import load_text_encoder
+from training.base.text_files import load_text_encoder, text_encoder_of_folder
+from training.base.vae_files import READERS
 from training.options.config import TrainConfig
 
 Said = Callable[[str], None]
@@ -122,14 +123,14 @@ class Loader:
         with self._loading("VAE", "a VAE", chosen or place, "--vae"):
             if chosen is not None and Path(chosen).is_file():
                 self._require_file_reader(chosen)
-                return vae_of_file(Path(chosen), place, dtype)
+                return vae_of_file(Path(chosen), cls, place, dtype)
             if chosen is None and self._file_has("vae"):
                 assert self.file is not None
                 return self.file.model(cls, place, str(subfolder), dtype)
             return cls.from_pretrained(place, subfolder=subfolder, torch_dtype=dtype)
 
     def _require_file_reader(self, file: str) -> None:
-        if self.family.autoencoder not in SINGLE_FILE_LOADABLE_CLASSES:
+        if self.family.autoencoder not in (*SINGLE_FILE_LOADABLE_CLASSES, *READERS):
             raise PatchError(
                 f"expected a diffusers folder or hub id with --vae for base {self.base.name}, "
                 f"found the file {file}: diffusers reads no single files of its VAE."
@@ -173,22 +174,21 @@ class Loader:
     def _encoder(self, name: str, file: Path | None = None, prefix: str = "") -> dict[str, Any]:
         """One text encoder with its tokenizer, from a folder or repository or from a file."""
         cls = getattr(transformers, self.family.encoders[name])
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        around = self._around()
+        tokenizer, around = name.replace("text_encoder", "tokenizer"), self._around()
         if around is None or (self.base.hub_id is not None and not _has(around, name)):
             around = self.base.hub_id  # as --method full leaves a folder without text encoders
         place = str(around)
-        option = self.family.files.get(name)
+        option, layers = self.family.files.get(name), self.family.encoder_layers
         hint = f"--base_config or --{option}" if option else "--base_config"
         with self._loading(
             name, f"{name} and {tokenizer}", place, hint, place if file is None else file
         ):
             if file is None:
-                encoder = cls.from_pretrained(place, subfolder=name, dtype=self.dtype)
+                encoder = text_encoder_of_folder(cls, place, name, self.dtype, layers)
             else:
                 config = cls.config_class.from_pretrained(place, subfolder=name)
                 with explained(f"the weights of a {cls.__name__}", str(file), hint):
-                    encoder = load_text_encoder(file, cls, config, self.dtype, prefix)
+                    encoder = load_text_encoder(file, cls, config, self.dtype, prefix, layers)
             words = transformers.AutoTokenizer.from_pretrained(place, subfolder=tokenizer)
         return {name: encoder, tokenizer: words}
 

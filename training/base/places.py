@@ -6,9 +6,11 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
@@ -39,6 +41,20 @@ class Source:
 
     place: str
     kind: Literal["pipeline", "denoiser", "single", "original"]
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The configuration of a pipeline; empty where none can be read.
+
+        What it tells is of use and not needed: without a connection, the parts of the pipeline say
+        so when they are loaded.
+        """
+        if self.kind != "pipeline":
+            return {}
+        try:
+            return dict(DiffusionPipeline.load_config(self.place))
+        except OSError:
+            return {}
 
 
 def find_source(config: TrainConfig, base: Base | None) -> Source:

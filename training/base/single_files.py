@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from dmp_common.tools.modelfiles import tensor_shapes
 from training.base.families import checkpoint
 from training.base.families.dit import set_frequency_shift
 from training.base.places import ORIGINAL
+from training.base.vae_files import READERS
 
 # What comes before the names of the tensors of a part, by the option that replaces the part:
 # in files of Stable Diffusion 1 and 2, of SDXL, and of SD3 and ComfyUI.
@@ -34,6 +34,8 @@ _PREFIXES = {
         "text_encoders.qwen3_4b.",
         "text_encoders.qwen25_7b.",
         "text_encoders.qwen3vl_4b.",
+        "text_encoders.qwen3_8b.",
+        "text_encoders.mistral3_24b.",
     ),
 }
 _UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
@@ -75,13 +77,15 @@ class SingleFile:
     def usual_config(self) -> str | None:
         """The repository whose configuration fits such a file, None where diffusers knows none.
 
-        It tells FLUX.1-schnell from FLUX.1-dev, for example.
+        It tells FLUX.1-schnell from FLUX.1-dev, for example. All of FLUX.2 is dev to diffusers, and
+        the base tells better.
         """
         blank = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
         fetch: Any = fetch_diffusers_config
         found, default = fetch(blank), fetch({})
         place = str(found["pretrained_model_name_or_path"])
-        return None if place == default["pretrained_model_name_or_path"] else place
+        vague = (default["pretrained_model_name_or_path"], "black-forest-labs/FLUX.2-dev")
+        return None if place in vague else place
 
     @cached_property
     def readable(self) -> str:
@@ -107,11 +111,15 @@ class SingleFile:
             PatchError: some of its tensors are not in the file.
         """
         given: Any = self.readable
+        read = READERS.get(cls.__name__)
+        if read is not None:
+            settings = dict(cls.load_config(config, subfolder=folder))
+            return read(_part(given, _PREFIXES[folder]), cls, settings, self.path, dtype)
         if folder == "unet" and _UNET_INPUT in self.shapes:
             # diffusers knows the original UNet with this prefix only.
             given = {_PREFIX + name: value for name, value in load_file(given).items()}
         elif folder == "transformer" and any(name.startswith(_PREFIX) for name in self.shapes):
-            given = _without_prefix(given)  # diffusers does not know it of every transformer
+            given = _part(given, (_PREFIX,))  # diffusers does not know it of every transformer
         model = cls.from_single_file(given, config=config, subfolder=folder, torch_dtype=dtype)
         # diffusers leaves weights that the file lacks without values.
         missing = [name for name, value in model.named_parameters() if value.is_meta]
@@ -176,18 +184,21 @@ class SingleFile:
             )
 
 
-def _without_prefix(path: str) -> dict[str, Tensor]:
-    """The tensors of the denoiser in a file with several parts, under its own names."""
+def _part(path: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a part of a file, under its own names; all of them in a file of its own."""
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(_PREFIX)]  # noqa: SIM118
-        return {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
+        known = list(file.keys())
+        prefix = next((p for p in prefixes if any(n.startswith(p) for n in known)), "")
+        names = [name for name in known if name.startswith(prefix)]
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
-def vae_of_file(path: Path, config: str, dtype: torch.dtype) -> Any:
+def vae_of_file(path: Path, cls: Any, config: str, dtype: torch.dtype) -> Any:
     """A VAE from a file of its own, in the original naming or in that of diffusers.
 
     Args:
+        cls: its class in diffusers.
         config: a diffusers folder or hub id with its configuration, in the folder `vae`.
     """
     with SingleFile(path) as file:
-        return file.model(diffusers.AutoencoderKL, config, "vae", dtype)
+        return file.model(cls, config, "vae", dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from training.base.schedulers import dynamic_shift
 
 if TYPE_CHECKING:
+    from training.base.places import Source
     from training.options.config import TrainConfig
 
 Given = Mapping[str, Tensor]
@@ -39,6 +40,7 @@ class Family:
         vae_id: the usual VAE, where the weights come without one.
         even: the pipeline of a flow model spaces noise levels evenly from 1 to 1 / steps, before
             they are shifted.
+        distilled: the weights were distilled to draw in a few steps without guidance.
     """
 
     denoiser: Literal["unet", "transformer"]
@@ -56,6 +58,16 @@ class Family:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     vae_id: str | None = None
     even: bool = False
+    distilled: bool = False
+
+    @property
+    def encoder_layers(self) -> int | None:
+        """How many layers of its text encoder it needs, a language model; None for all of them."""
+        return None
+
+    def of_weights(self, source: Source) -> Family:
+        """The family with what its weights tell of themselves, where siblings share a structure."""
+        return self
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """The model's output (B, C or 2C, H, W).
