@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.tiny import FAMILIES, Tiny
-from tests.training import tinyernie
+from tests.training import tinyernie, tinyflux2
 from tests.training.tinykrea2 import qwen3_vl
 from training.base.families import table
 from training.base.families.table import register_family
@@ -40,6 +40,7 @@ TRAINED = {
     "sd3": (table.STABLE3, 4),
     "sd35": (table.STABLE3, 4),
     "flux": (table.FLUX, 4),
+    "flux2": (tinyflux2.DEV, 4),
     "qwen-image": (table.QWEN_IMAGE, 4),
     "z-image": (table.Z_IMAGE, 4),
     "lumina2": (table.LUMINA2, 4),
@@ -61,6 +62,7 @@ OPTIONS: dict[str, list[str]] = {
         name: ["--llm_max_token_length", "16"]
         for name in ("qwen-image", "z-image", "ernie-image", "krea2")
     },
+    "flux2": ["--llm_max_token_length", "64"],  # its system prompt is longer than captions
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
 
@@ -134,6 +136,8 @@ def tiny_of(name: str) -> Tiny:
 def _vae_of(name: str) -> nn.Module:
     if name == "ernie-image":
         return tinyernie.vae()
+    if name == "flux2":
+        return tinyflux2.vae()
     if name not in ("qwen-image", "krea2"):
         return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image", "chroma"))
     with torch.random.fork_rng():
@@ -168,7 +172,7 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
     if name in ("sd3", "sd35"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if name in ("flux", "qwen-image", "chroma", "krea2"):
+    if name in ("flux", "flux2", "qwen-image", "chroma", "krea2"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
@@ -207,6 +211,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             }
         case "flux":
             return {"text_encoder": lambda: plain(_clip(10)), "text_encoder_2": _t5}
+        case "flux2":
+            return {"text_encoder": lambda: tinyflux2.mistral(len(WORDS) + 3)}
         case "lumina2":
             return {"text_encoder": _gemma2}
         case "qwen-image":

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import tinychroma
-from tests.dmp_common.originalnames import next_names, unet_original_name
+from tests.dmp_common.originalnames import flux2_names, next_names, unet_original_name
+from tests.training import tinyflux2
 
 # What ComfyUI and Stability put before the text encoders that a file holds.
 IN_FILE = {
     "sd15": {"text_encoder": "cond_stage_model.transformer.text_model."},
     "lumina2": {"text_encoder": "text_encoders.gemma2_2b.transformer."},
     "z-image": {"text_encoder": "text_encoders.qwen3_4b.transformer."},
+    "flux2": {"text_encoder": "text_encoders.mistral3_24b.transformer."},
     "flux": {
         "text_encoder": "text_encoders.clip_l.transformer.text_model.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
@@ -61,13 +63,15 @@ def vae_tensors(folder: Path) -> dict[str, Tensor]:
         name = re.sub(r"\bup\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
         attends = "mid.attn_1." in name and name.endswith("weight") and tensor.ndim == 2
         renamed[name] = tensor[:, :, None, None] if attends else tensor
-    return renamed
+    return tinyflux2.vae_names(renamed) if "bn.running_mean" in renamed else renamed
 
 
 def text_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     """A text encoder as in clip_l.safetensors, clip_g.safetensors, t5xxl_fp16.safetensors or the
     file of a language model."""
     state = weights_of(folder / part)
+    if "language_model.model.embed_tokens.weight" in state:
+        return tinyflux2.pruned(state)
     if "embed_tokens.weight" in state:
         return {f"model.{key}": tensor for key, tensor in state.items()}
     plain = ("text_model.", "text_projection.", "encoder.block", "encoder.final", "shared.")
@@ -90,6 +94,10 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         return _joined_as({key: tinychroma.original_name(key) for key in state}, state)
     if name in ("lumina2", "z-image"):
         return _joined_as(next_names(name, state), state)
+    if name == "flux2":
+        found = _joined_as(flux2_names(state), state)
+        last = "final_layer.adaLN_modulation.1.weight"
+        return {**found, last: _swapped(found[last])}
     return (_flux if name == "flux" else _sd3)(state)
 
 
@@ -101,9 +109,7 @@ def save_single(path: Path, folder: Path, name: str, *parts: str) -> Path:
     }
     for part in parts:
         if part == "vae":
-            prefix = (
-                "vae." if name in ("flux", "lumina2", "z-image", "chroma") else "first_stage_model."
-            )
+            prefix = "first_stage_model." if name.startswith("sd") else "vae."
             tensors |= {prefix + key: value for key, value in vae_tensors(folder).items()}
             continue
         prefix = IN_FILE[name][part]

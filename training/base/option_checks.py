@@ -10,6 +10,24 @@ from training.base.families.dit import DiT
 from training.base.families.family import Family
 from training.options.config import TrainConfig
 
+_UNDISTILLED = "name those from before the distillation, such as FLUX.2-klein-base-4B"
+
+
+def weights_warnings(config: TrainConfig, family: Family) -> list[str]:
+    """What a user should know of the weights; none of it stops a run.
+
+    Args:
+        config: of the run.
+        family: of the base, with what its weights tell.
+    """
+    if config.objective == "distill" or not family.distilled:
+        return []
+    return [
+        f"the weights of base {config.base} are distilled to draw in a few steps, and --objective "
+        f"{config.objective} trains them as if they were not, which can undo it: {_UNDISTILLED}; a "
+        "patch that is trained on those runs on both."
+    ]
+
 
 def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> None:
     """Refuses options that the base cannot do.
@@ -65,6 +83,16 @@ def _about_conditions(config: TrainConfig, family: Family, trained_text: bool) -
             "expected a DiT whose text embedding is trained, found one for classes: train it with "
             "--text_conditional --method full first, then name that folder as "
             "--pretrained_model_name_or_path."
+        )
+    chosen = {
+        "--teacher_guidance_scale": config.teacher_guidance_scale is not None,
+        "--state_guidance_scale": config.state_guidance_scale != 1.0,
+    }
+    asked = " and ".join(name for name, on in chosen.items() if on)
+    if asked and family.distilled:
+        problems.append(
+            f"expected weights that draw with guidance for {asked}, found weights of base "
+            f"{config.base} that are distilled and draw without: {_UNDISTILLED}, or leave it out."
         )
     if config.unconditional and not is_dit:
         problems.append(

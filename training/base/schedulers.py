@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmp_common import PatchError
+from dmp_common import Base, PatchError
 from training.options.config import TrainConfig
 
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler is of a flow model; it has no prediction type then."""
     return "FlowMatch" in type(scheduler).__name__
+
+
+def token_side(base: Base) -> int:
+    """Cells of the latent in a side of a token, of a transformer."""
+    return min(site.stride for site in base.sites)
 
 
 def flux_shift(tokens: int) -> float:

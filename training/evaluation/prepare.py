@@ -12,6 +12,7 @@ from dmp_common import PatchError
 from training.base.cheap import cheap_base
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase, load_frozen
+from training.base.schedulers import token_side
 from training.evaluation.clip import ClipScore
 from training.evaluation.comparison import resamples
 from training.evaluation.features import Extractor, load_classifier, load_extractor
@@ -155,8 +156,9 @@ def prepare_evaluation(
             subset_size=options.kid_subset_size,
         )  # fmt: skip
     rows = resamples(max(1, options.samples), options.bootstrap_draws, options.seed)
+    process = process_of(frozen.scheduler, config, token_side(frozen.base))
     evaluation = Evaluation(
-        options, config, frozen, exact, process_of(frozen.scheduler, config), encoders, held_out,
+        options, config, frozen, exact, process, encoders, held_out,
         device, extractor, clip, reference, rows, classifier,
     )  # fmt: skip
     if options.samples:

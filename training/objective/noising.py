@@ -137,15 +137,16 @@ class Flow:
     Args:
         scheduler: diffusers' FlowMatchEulerDiscreteScheduler, for its shift.
         options: the prediction's timesteps and weights.
+        side: cells of the latent in a side of a token.
     """
 
     prediction = "flow"
 
-    def __init__(self, scheduler: SchedulerMixin, options: ObjectiveOptions) -> None:
+    def __init__(self, scheduler: SchedulerMixin, options: ObjectiveOptions, side: int = 2) -> None:
         config = scheduler.config
         own = 1.0 if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
         self.shift = options.discrete_flow_shift or own
-        self.options = options
+        self.options, self.side = options, side
 
     def times(self, u: Tensor, z: Tensor, latent_hw: Sequence[int]) -> Tensor:
         """Times (B,), float32, from uniform u (B,) and standard normal z (B,).
@@ -162,7 +163,7 @@ class Flow:
             case "shift":
                 sigma = self._shifted(torch.sigmoid(options.sigmoid_scale * z), self.shift)
             case "flux_shift":
-                tokens = (latent_hw[0] // 2) * (latent_hw[1] // 2)
+                tokens = (latent_hw[0] // self.side) * (latent_hw[1] // self.side)
                 shift = math.exp(flux_shift(tokens))
                 sigma = self._shifted(torch.sigmoid(options.sigmoid_scale * z), shift)
             case "sigma":
@@ -232,8 +233,13 @@ _DISCRETE_ONLY = (
 )
 
 
-def process_of(scheduler: SchedulerMixin, options: ObjectiveOptions) -> Process:
+def process_of(scheduler: SchedulerMixin, options: ObjectiveOptions, side: int = 2) -> Process:
     """The process a scheduler describes.
+
+    Args:
+        scheduler: of the base.
+        options: of the run.
+        side: cells of a flow model's latent in a side of a token.
 
     Raises:
         PatchError: an unknown prediction type, or options that the process does not have.
@@ -252,4 +258,4 @@ def process_of(scheduler: SchedulerMixin, options: ObjectiveOptions) -> Process:
             f"{', '.join('--' + name for name in wrong)}, found a flow model: use "
             "--weighting_scheme and --timestep_sampling."
         )
-    return Flow(scheduler, options)
+    return Flow(scheduler, options, side)

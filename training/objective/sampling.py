@@ -14,7 +14,7 @@ from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.families.family import Family
 from training.base.frozen import FrozenBase
-from training.base.schedulers import is_flow
+from training.base.schedulers import is_flow, token_side
 from training.data.draws import generator
 
 # Samplers of diffusers for discrete schedules; flow models take Euler.
@@ -174,8 +174,8 @@ def draw_latents(
 
 def tokens_of(frozen: FrozenBase, height: int, width: int) -> int:
     """How many tokens a transformer makes of a latent of this size."""
-    stride = min(site.stride for site in frozen.base.sites)
-    return (height // stride) * (width // stride)
+    side = token_side(frozen.base)
+    return (height // side) * (width // side)
 
 
 def draw_images(
@@ -197,7 +197,17 @@ def noises(names: Sequence[object], shape: tuple[int, ...]) -> tuple[Tensor, lis
 
 def is_guided(frozen: FrozenBase, scale: float) -> bool:
     """Whether a scale means a second call without condition; a model that takes the scale itself
-    needs none."""
+    needs none.
+
+    Raises:
+        PatchError: a scale that is not 1 for weights that were distilled to draw without guidance,
+            whose pipelines ignore it.
+    """
+    if scale != 1.0 and frozen.family.distilled:
+        raise PatchError(
+            f"expected a guidance scale of 1 for the distilled weights of base {frozen.base.name}, "
+            f"found {scale:g}: leave it out, or name weights that are not distilled."
+        )
     embedded = bool(getattr(frozen.model.config, "guidance_embeds", False))
     return scale != 1.0 and not embedded and frozen.kind.conditioning != "none"
 

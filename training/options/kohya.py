@@ -29,6 +29,7 @@ MEANT: dict[str, dict[str, Any]] = {
 # kohya's values of options that we have, and ours for the same thing.
 VALUES: dict[str, dict[str, str]] = {
     "weighting_scheme": {"uniform": "none"},
+    "timestep_sampling": {"flux2_shift": "flux_shift"},  # which counts the base's own tokens
     "loss_type": {"L2": "l2"},
 }
 

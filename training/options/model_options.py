@@ -20,8 +20,8 @@ Quantization = Literal[
 # The bases that the trainer knows, as `--help` and errors list them.
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
-    "sd3, sd35-medium, sd35-large, flux, qwen-image, z-image, lumina2, "
-    "ernie-image, chroma, krea2"
+    "sd3, sd35-medium, sd35-large, flux, flux2, flux2-klein-4b, flux2-klein-9b, qwen-image, "
+    "z-image, lumina2, ernie-image, chroma, krea2"
 )
 
 
@@ -141,7 +141,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
-        "z-image, qwen-image and krea2. With "
+        "z-image, qwen-image, krea2 and flux2. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )
@@ -151,8 +151,8 @@ class ModelOptions(Options):
     flux_guidance_scale: float = option(
         "model",
         1.0,
-        "Give a guidance-distilled Flux this guidance scale in training. kohya's "
-        "--guidance_scale is the same.",
+        "Give a guidance-distilled Flux (FLUX.1 dev, FLUX.2 dev) this guidance scale in training. "
+        "kohya's --guidance_scale is the same.",
         ge=0,
     )
 

@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{name: {"train_batch_size": 1} for name in ("flux", "qwen-image", "z-image", "lumina2")},
     "ernie-image": {"train_batch_size": 1},
     **{name: {"train_batch_size": 1} for name in ("chroma", "krea2")},
+    **{f"flux2{name}": {"train_batch_size": 1} for name in ("", "-klein-4b", "-klein-9b")},
     **{
         f"dit-{size}/{tokens}": {"train_batch_size": 16}
         for size in ("s", "b", "l", "xl")
@@ -56,6 +57,7 @@ GUIDANCE: dict[str, float] = {
     "ernie-image": 4.0,
     "chroma": 5.0,
     "krea2": 5.5,
+    **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), 4.0),  # distilled ones are refused
     **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
 }
 # What --method dmp is on a base where another variant than the paper's was shown to be better.

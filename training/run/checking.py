@@ -10,6 +10,7 @@ import torch
 
 from dmp_common import Patch, PatchError, get_base
 from training.base.families.dit import DiT
+from training.base.families.flux2 import Flux2, Flux2Klein
 from training.base.families.language import LanguageFamily, Lumina2
 from training.base.families.table import family_of
 from training.base.families.transformer import Flux
@@ -118,7 +119,8 @@ def _suit_base(config: TrainConfig) -> tuple[TrainConfig, str | None]:
         "llm_max_token_length": isinstance(family, LanguageFamily),
         "system_prompt": isinstance(family, Lumina2),
         "text_encoder": isinstance(family, LanguageFamily | DiT),
-        "flux_guidance_scale": isinstance(family, Flux),
+        "flux_guidance_scale": isinstance(family, Flux | Flux2)
+        and not isinstance(family, Flux2Klein),
         **dict.fromkeys(_OF_FLOW, base.prediction == "flow"),
     }
     idle = {

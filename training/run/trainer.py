@@ -16,6 +16,8 @@ from dmp_common import Patch, PatchError
 from training.base.encoders import FrozenEncoders, fingerprint
 from training.base.frozen import FrozenBase, load_frozen
 from training.base.memory import memory_warnings
+from training.base.option_checks import weights_warnings
+from training.base.schedulers import token_side
 from training.data.batch import Data
 from training.data.sources.caption_lines import CaptionData
 from training.objective.noising import process_of
@@ -176,13 +178,13 @@ def _loaded(config: TrainConfig, accelerator: Accelerator, tell: Telling) -> Par
     with tell.timed("loading the base"):
         frozen = load_frozen(config, tell.say).to(accelerator.device)
         require_conditions(frozen, config)
-    _warn_of_memory(config, frozen, accelerator, tell)
+    _warn(config, frozen, accelerator, tell)
     encoders, distills = FrozenEncoders(frozen, config), config.objective == "distill"
     return Parts(
         config=config,
         accelerator=accelerator,
         frozen=frozen,
-        process=process_of(frozen.scheduler, config),
+        process=process_of(frozen.scheduler, config, token_side(frozen.base)),
         encoders=encoders,
         exact=frozen if distills else None,
         nothing=unconditional_side(frozen, encoders, config, accelerator.device)
@@ -191,15 +193,14 @@ def _loaded(config: TrainConfig, accelerator: Accelerator, tell: Telling) -> Par
     )
 
 
-def _warn_of_memory(
-    config: TrainConfig, frozen: FrozenBase, accelerator: Accelerator, tell: Telling
-) -> None:
-    """Says what the options that save memory do not do here.
+def _warn(config: TrainConfig, frozen: FrozenBase, accelerator: Accelerator, tell: Telling) -> None:
+    """Says what the options that save memory do not do here, and what is odd about the weights.
 
     Raises:
         PatchError: there is something to say, and --strict is given.
     """
     warnings = memory_warnings(config, len(frozen.blocks), accelerator.device)
+    warnings += weights_warnings(config, frozen.family)
     if warnings and config.strict:
         raise PatchError(f"{' '.join(warnings)} --strict makes this an error.")
     for warning in warnings:

@@ -13,6 +13,7 @@ from tests.tiny import FAMILIES
 from tests.training.base.test_memory import config_of
 from tests.training.conftest import Folders
 from tests.training.tinybases import OPTIONS, TRAINED
+from tests.training.tinyflux2 import TAPS
 from training.base.encoders import FrozenEncoders
 from training.base.families.transformer import pack, unpack
 from training.base.frozen import FrozenBase, load_frozen
@@ -21,11 +22,12 @@ from training.objective.sampling import condition, draw_latents, is_guided, nois
 
 PIPELINES = [name for name, (family, _) in TRAINED.items() if family.pipeline]
 PACKED = ("flux", "qwen-image", "chroma", "krea2")  # the pipeline takes and gives tokens
+GIVES_TOKENS = ("flux2",)  # of one cell each
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
 UNLIMITED = ("ernie-image",)  # the pipeline reads captions of any length
 SIDE = 8  # cells of a latent
 # What a pipeline is told besides the prompt, without guidance and with it.
-PLAIN: dict[str, dict[str, Any]] = {}
+PLAIN: dict[str, dict[str, Any]] = {"flux2": {"text_encoder_out_layers": TAPS}}
 GUIDED: dict[str, dict[str, Any]] = {
     "sdxl": {"negative_prompt": ""},  # without one it takes zeros
     "lumina2": {"cfg_normalization": False},
@@ -61,7 +63,7 @@ def from_pipeline(
         length["system_prompt"] = given["system_prompt"]
     side = PICTURE.get(name, SIDE * frozen.factor)
     made = pipe(
-        "a red cat",
+        prompt="a red cat",
         height=side,
         width=side,
         latents=pack(noise) if name in PACKED else noise.clone(),
@@ -71,6 +73,8 @@ def from_pipeline(
         **length,
         **more,
     )[0]
+    if name in GIVES_TOKENS:
+        return made.transpose(1, 2).unflatten(2, (SIDE, SIDE))
     return unpack(made, SIDE, SIDE) if name in PACKED else made
 
 

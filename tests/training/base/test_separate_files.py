@@ -26,6 +26,7 @@ FILES = {
     "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "flux": {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
+    "flux2": {"text_encoder": "text_encoder"},
     "lumina2": {"text_encoder": "text_encoder"},
     "chroma": {"t5xxl": "text_encoder"},
     "z-image": {"text_encoder": "text_encoder"},
@@ -50,7 +51,7 @@ def require_equal(frozen: FrozenBase, whole: FrozenBase) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sd15", "sdxl", "sd3", "sd35", "flux", "lumina2", "z-image", "chroma"]
+    "name", ["sd15", "sdxl", "sd3", "sd35", "flux", "flux2", "lumina2", "z-image", "chroma"]
 )
 def test_every_part_in_a_file_of_its_own(
     name: str, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +87,7 @@ def test_every_part_in_a_file_of_its_own(
         ("sdxl", ("vae",)),
         ("sd3", ("vae",)),
         ("flux", ("vae", "text_encoder", "text_encoder_2")),
+        ("flux2", ("vae", "text_encoder")),
         ("lumina2", ("vae", "text_encoder")),
         ("ernie-image", ()),
         ("chroma", ("vae", "text_encoder")),

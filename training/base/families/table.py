@@ -7,6 +7,7 @@ from training.base.families.chroma import Chroma
 from training.base.families.dit import DiT
 from training.base.families.ernie import ErnieImage
 from training.base.families.family import Family
+from training.base.families.flux2 import Flux2, Flux2Klein
 from training.base.families.krea2 import Krea2
 from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.transformer import SD3, Flux, PixArt
@@ -105,6 +106,26 @@ KREA2 = Krea2(
     guidance=5.5,
     even=True,
 )
+FLUX2 = Flux2(
+    denoiser="transformer",
+    model="Flux2Transformer2DModel",
+    pipeline="Flux2Pipeline",
+    autoencoder="AutoencoderKLFlux2",
+    encoders={"text_encoder": "MistralModel"},
+    files={"text_encoder": "text_encoder"},
+    guidance=4.0,  # told to the model
+    even=True,
+)
+FLUX2_KLEIN = Flux2Klein(
+    denoiser="transformer",
+    model="Flux2Transformer2DModel",
+    pipeline="Flux2KleinPipeline",
+    autoencoder="AutoencoderKLFlux2",
+    encoders={"text_encoder": "Qwen3Model"},
+    files={"text_encoder": "text_encoder"},
+    guidance=4.0,  # 1 where it is distilled
+    even=True,
+)
 LUMINA2 = Lumina2(
     denoiser="transformer",
     model="Lumina2Transformer2DModel",
@@ -156,6 +177,8 @@ _FAMILIES: dict[str, Family] = {
     "sd35-medium": STABLE3,
     "sd35-large": STABLE3,
     "flux": FLUX,
+    "flux2": FLUX2,
+    **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), FLUX2_KLEIN),
     "qwen-image": QWEN_IMAGE,
     "z-image": Z_IMAGE,
     "lumina2": LUMINA2,
