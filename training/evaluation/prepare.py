@@ -27,7 +27,7 @@ from training.evaluation.settings import EvaluationOptions, as_epsilon
 from training.evaluation.spec import How, Spec
 from training.objective.frechet import Gaussian
 from training.objective.noising import Process, process_of
-from training.objective.sampling import make_sampler
+from training.objective.sampling import is_guided, make_sampler
 from training.objective.scaling import epsilon_scaled
 from training.options.config import TrainConfig
 
@@ -193,6 +193,7 @@ def _check_rows(evaluation: Evaluation, specs: Sequence[Spec]) -> None:
     hows = {evaluation.how(spec) for spec in specs}
     for how in hows:
         make_sampler(evaluation.frozen.scheduler, how.steps, 64, how.sampler)
+        is_guided(evaluation.frozen, how.scale)
         if how.epsilon != 1:
             with epsilon_scaled(evaluation.frozen, how.epsilon or 1.01):
                 pass

@@ -62,7 +62,10 @@ def rounded(frozen: FrozenBase, like: FrozenBase) -> FrozenBase:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [*((name, True) for name in ("sd15", "dit", "pixart", "sd3", "flux")), ("flux", False)],
+    [
+        *((name, True) for name in ("sd15", "dit", "pixart", "sd3", "flux", "flux2")),
+        ("flux", False),
+    ],
 )
 def test_gradients_on_fp8_weights_are_those_on_rounded_weights(
     name: str, checkpointing: bool, folders: Folders

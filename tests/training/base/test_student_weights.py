@@ -43,7 +43,7 @@ FILES = [
     ("sdxl", "original", ""), ("sd3", "original", ""), ("flux", "original", ""),
     ("flux", "diffusers", "model.diffusion_model."), ("dit", "diffusers", ""),
     ("pixart", "diffusers", ""), ("lumina2", "original", "model.diffusion_model."),
-    ("z-image", "original", ""),
+    ("z-image", "original", ""), ("flux2", "original", ""),
 ]  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def in_fp8(tensors: dict[str, Tensor], scaled: str | None) -> dict[str, Tensor]:
     [
         ("sd15", "original", "scale_weight"), ("flux", "original", "weight_scale"),
         ("sd3", "original", "scale_weight"), ("dit", "diffusers", None),
+        ("flux2", "original", "weight_scale"),
     ],
 )  # fmt: skip
 def test_fp8_files(
