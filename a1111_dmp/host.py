@@ -27,6 +27,7 @@ from a1111_dmp.session import Model, Session
 from dmp_common import Base, PatchError
 from dmp_common.attach.record import PatchRecord
 from dmp_common.bases.detect import find_denoiser, prediction_of
+from dmp_common.patch.noise import ends_in_pure_noise, is_pure_noise
 from dmp_common.tools.heatmap import even_timesteps, gate_heatmap, time_embedding_of
 
 _PREDICTIONS = {
@@ -65,6 +66,7 @@ def current_model() -> Model:
         checkpoint=str(info.filename),
         prediction=_prediction(model, sampling),
         to_timestep=partial(_to_timestep, sampling),
+        zero_terminal_snr=_zero_terminal_snr(model, sampling),
         replaced=None if sd_unet.current_unet is None else _label(sd_unet.current_unet),
     )
 
@@ -91,6 +93,18 @@ def _prediction(model: Any, sampling: Any) -> str | None:
     else:
         said = getattr(sampling, "prediction_type", None) or prediction_of(sampling)
     return None if said is None else _PREDICTIONS.get(said, str(said))
+
+
+def _zero_terminal_snr(model: Any, sampling: Any) -> bool | None:
+    """Tells whether the model's schedule ends in pure noise, also where a setting of the host made
+    it so; None for models whose schedule cannot."""
+    if _prediction(model, sampling) not in ("epsilon", "v_prediction"):
+        return None
+    if sampling is not None:
+        greatest = getattr(sampling, "sigma_max", None)
+        return None if greatest is None else is_pure_noise(float(greatest))
+    alphas = getattr(model, "alphas_cumprod", None)
+    return None if alphas is None else ends_in_pure_noise(alphas)
 
 
 def _to_timestep(sampling: Any, base: Base, percent: float) -> float:

@@ -19,6 +19,7 @@ from a1111_dmp.chosen import NAME, Chosen, of_pictures
 from a1111_dmp.conditions import Conditions
 from dmp_common import Attachment, Base, PatchError, attach
 from dmp_common.attach.record import PatchRecord
+from dmp_common.patch.noise import unlike_noise
 from dmp_common.tools.use import cheap_types, unlike_cheap
 from dmp_common.tools.weighttypes import weight_types
 
@@ -35,6 +36,8 @@ class Model:
         checkpoint: the file of its weights, by which it is recognised.
         prediction: its prediction type; None where the host does not say.
         to_timestep: converts progress to a timestep of a base, by the host's rule.
+        zero_terminal_snr: whether its noise schedule ends in pure noise; None where that is not
+            known, or cannot be.
         replaced: the name of the engine that computes in place of the denoiser (TensorRT); None
             without one.
     """
@@ -44,6 +47,7 @@ class Model:
     prediction: str | None
     to_timestep: Callable[[Base, float], float]
     replaced: str | None = None
+    zero_terminal_snr: bool | None = None
 
 
 class Session:
@@ -228,7 +232,7 @@ class Session:
         """Says once where a patch is used with a model or a scale that it was not made for."""
         for record in records:
             patch, name = record.loaded.patch, record.loaded.name
-            notes = []
+            notes = [unlike_noise(patch.metadata, model.zero_terminal_snr)]
             if cheap_types(patch.metadata):
                 notes.append(unlike_cheap(patch.metadata, weight_types(model.denoiser)))
             if patch.variant.guidance is not None and self.scale > 1.0:

@@ -12,10 +12,10 @@ from dmp_common import Base, PatchError
 from dmp_common.bases.base import Latent, ModelCall
 from dmp_common.bases.detect import prediction_of
 from dmp_common.bases.timesteps import embedded
+from dmp_common.patch.noise import is_pure_noise
 
 # The names of the wrappers that compile nodes add (comfy_api.torch_helpers, and KJNodes likewise).
 _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
-_PURE_NOISE = 1000.0  # no schedule without zero terminal SNR has such a sigma
 
 
 def denoiser_of(model: Any) -> nn.Module:
@@ -64,15 +64,14 @@ def timesteps_of(model_sampling: Any, base: Base, sigmas: Tensor) -> Tensor:
 def zero_terminal_snr(model_sampling: Any) -> bool | None:
     """Tells whether a model's noise schedule ends in pure noise (zero terminal SNR).
 
-    It is None for models whose schedule cannot, such as flow models. ComfyUI's sigma of the last
-    timestep is 14.6 on the usual schedule and 4518 on the rescaled one.
+    It is None for models whose schedule cannot, such as flow models.
 
     Args:
         model_sampling: ComfyUI's object of this name.
     """
     if prediction_of(model_sampling) not in ("epsilon", "v_prediction"):
         return None
-    return float(model_sampling.sigma_max) > _PURE_NOISE
+    return is_pure_noise(float(model_sampling.sigma_max))
 
 
 def latent_of(model: Any, base: Base, x: Tensor, conds: dict[str, Any]) -> Latent:

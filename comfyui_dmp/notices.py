@@ -11,7 +11,8 @@ from torch import Tensor
 
 from comfyui_dmp.model import zero_terminal_snr
 from dmp_common.attach.record import PatchRecord
-from dmp_common.tools.use import cheap_types, unlike_cheap, unlike_noise
+from dmp_common.patch.noise import unlike_noise
+from dmp_common.tools.use import cheap_types, unlike_cheap
 from dmp_common.tools.weighttypes import weight_types
 
 _log = logging.getLogger(__name__)
@@ -54,11 +55,9 @@ def say_other_noise(model_sampling: Any, record: PatchRecord) -> None:
         model_sampling: ComfyUI's object of this name.
         record: the patch.
     """
-    rescaled = zero_terminal_snr(model_sampling)
-    if rescaled is not None:
-        why = unlike_noise(record.loaded.patch.metadata, rescaled)
-        if why is not None:
-            _log.warning("DMP: %s: %s.", record.loaded.name, why)
+    why = unlike_noise(record.loaded.patch.metadata, zero_terminal_snr(model_sampling))
+    if why is not None:
+        _log.warning("DMP: %s: %s.", record.loaded.name, why)
 
 
 class SecondCall:

@@ -15,7 +15,7 @@ from comfyui_dmp import files
 from comfyui_dmp.model import denoiser_of, zero_terminal_snr
 from dmp_common import Patch, PatchError, __version__
 from dmp_common.attach.record import LoadedPatch, PatchRecord
-from dmp_common.tools.use import ENTRY
+from dmp_common.patch.serialize import USE
 from dmp_common.tools.weighttypes import weight_types
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def metadata(job: Job, patch: Patch, before: int, done: int, rate: float) -> dic
     now = time.time()
     date = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
     return {
-        ENTRY: json.dumps({**use, "weights": "gap"}),
+        USE: json.dumps({**use, "weights": "gap"}),
         "ss_base_model_version": patch.base.name,
         "ss_steps": str(before + done),
         "ss_max_train_steps": str(before + job.steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from dmp_common.attach.compatibility import (
     prediction_of_scheduler,
     require_compatible,
     require_timesteps_of_scheduler,
+    zero_terminal_snr_of_scheduler,
 )
 from dmp_common.attach.hooks import CallHooks, Conditional
 from dmp_common.attach.runtime import runtime_of
@@ -22,6 +24,7 @@ from dmp_common.attach.settings import Settings
 from dmp_common.bases.detect import find_denoiser
 from dmp_common.bases.schedule import ALWAYS, Schedule
 from dmp_common.errors import PatchError
+from dmp_common.patch.noise import unlike_noise
 from dmp_common.patch.patch import Patch
 
 ScheduleLike = Schedule | Sequence[tuple[float, float]] | None
@@ -59,6 +62,10 @@ def attach(
         prediction: what the model predicts, if the caller knows it; None takes it from the
             pipeline's scheduler, if there is one.
 
+    Warns:
+        UserWarning: the pipeline's noise schedule has zero terminal SNR and that of the patch's
+            training had not, or the other way round.
+
     Raises:
         PatchError: the patch is for another base, another time embedding or another prediction
             type than the model's, or the model is compiled already.
@@ -86,6 +93,9 @@ def attach(
     prediction = prediction or prediction_of_scheduler(scheduler)
     naming = require_compatible(denoiser, patch.variant, prediction=prediction)
     require_timesteps_of_scheduler(scheduler, patch.variant, settings)
+    other = unlike_noise(patch.metadata, zero_terminal_snr_of_scheduler(scheduler))
+    if other is not None:
+        warnings.warn(f"DMP: {other}.", stacklevel=2)
     hooks = CallHooks(denoiser, runtime_of(patch), naming, settings)
     hooks.conditional = _second_half(model)
     return Attachment(hooks, scheduler)

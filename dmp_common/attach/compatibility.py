@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 
 from dmp_common.attach.settings import Settings
 from dmp_common.bases.base import find_module
@@ -12,6 +13,7 @@ from dmp_common.bases.detect import require_base
 from dmp_common.bases.parts import Naming
 from dmp_common.bases.timesteps import frequency_shift
 from dmp_common.errors import PatchError
+from dmp_common.patch.noise import ends_in_pure_noise
 from dmp_common.patch.variant import Variant
 
 _NOISIEST = (500.0, 1001.0)  # where timesteps run from 1000 (noise) to 0, the first is in between
@@ -113,6 +115,18 @@ def prediction_of_scheduler(scheduler: Any) -> str | None:
         # Flow matching schedulers have one prediction type only. Others (IPNDM) do not state it.
         return "flow" if type(scheduler).__name__.startswith("FlowMatch") else None
     return "flow" if said == "flow_prediction" else said
+
+
+def zero_terminal_snr_of_scheduler(scheduler: Any) -> bool | None:
+    """Tells whether the schedule of a diffusers pipeline ends in pure noise.
+
+    It is None where there is no table of a schedule, as in flow models.
+
+    Args:
+        scheduler: the pipeline's scheduler, or None.
+    """
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    return ends_in_pure_noise(alphas) if isinstance(alphas, Tensor) else None
 
 
 def require_timesteps_of_scheduler(scheduler: Any, variant: Variant, settings: Settings) -> None:

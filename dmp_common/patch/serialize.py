@@ -10,13 +10,14 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
 
 from dmp_common.errors import PatchError, file_error
 
+USE = "dmp.use"  # the entry of a file's metadata that says what the patch is for
 _LONGEST_NUMBER = 64  # characters; a 64-bit integer has 20, a double at most 25
 
 
@@ -153,3 +154,12 @@ def _require_regular(status: os.stat_result, path: Path, expected: str) -> None:
         raise file_error(path, expected, "a folder", "name the file in it")
     if not stat.S_ISREG(status.st_mode):
         raise file_error(path, expected, "a pipe, a socket or a device", "name a regular file")
+
+
+def use_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what a file's metadata says a patch is for; empty where there is none, or no JSON."""
+    try:
+        use = parse_json(metadata.get(USE, "{}"))
+    except ValueError:
+        return {}
+    return use if isinstance(use, dict) else {}

@@ -9,8 +9,9 @@ from typing import Any
 from dmp_common.errors import printable, printable_path
 from dmp_common.patch.file import file_hash, read_header
 from dmp_common.patch.header import ITEM_BYTES
+from dmp_common.patch.serialize import USE, use_of
 from dmp_common.patch.variant import Variant
-from dmp_common.tools.use import ENTRY, described_use, use_of
+from dmp_common.tools.use import described_use
 
 _COLUMN = 13  # where values begin
 _LONGEST = 100  # characters of a metadata value in the text; the record has the whole value
@@ -58,7 +59,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         "metadata": {
             name: text
             for name, text in sorted(file.metadata.items())
-            if name not in ("format", "dmp.config", "dmp.format_version", ENTRY)
+            if name not in ("format", "dmp.config", "dmp.format_version", USE)
         },
     }
 

@@ -10,21 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmp_common.errors import printable
-from dmp_common.patch.serialize import parse_json
+from dmp_common.patch.serialize import use_of
 from dmp_common.patch.variant import Variant
 
-ENTRY = "dmp.use"
 _FLOATS = ("F32", "F16", "BF16")  # a model in any of these is the full model
 _ALIKE = 0.02  # of the values of a model; files of one type differ in which layers they leave out
-
-
-def use_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the entry of a patch file's metadata; it is empty where there is none, or no JSON."""
-    try:
-        use = parse_json(metadata.get(ENTRY, "{}"))
-    except ValueError:
-        return {}
-    return use if isinstance(use, dict) else {}
 
 
 def cheap_types(metadata: Mapping[str, str]) -> dict[str, float]:
@@ -53,27 +43,6 @@ def unlike_cheap(metadata: Mapping[str, str], found: Mapping[str, int]) -> str |
         f"the patch repairs a model with weights in {_described(wanted)}, and this one has them in "
         f"{_described(there)}: use the model that it was made for, or set its strength to 0, "
         "because it corrects errors that this model does not make"
-    )
-
-
-def unlike_noise(metadata: Mapping[str, str], zero_terminal_snr: bool) -> str | None:
-    """Says in a sentence that a model's noise schedule is not that of a patch's training.
-
-    Models with zero terminal SNR begin with pure noise, others with noise that holds a trace of a
-    picture. Both have the same timesteps, so that a patch runs on either.
-
-    Args:
-        metadata: of the patch; None is returned where it does not say.
-        zero_terminal_snr: whether the model's schedule ends in pure noise.
-    """
-    trained = use_of(metadata).get("zero_terminal_snr")
-    if not isinstance(trained, bool) or trained == zero_terminal_snr:
-        return None
-    kinds = {True: "with zero terminal SNR", False: "without zero terminal SNR"}
-    return (
-        f"the patch was trained on a noise schedule {kinds[trained]}, and this model has one "
-        f"{kinds[zero_terminal_snr]}: use a model with the schedule it was made for, or judge its "
-        "pictures before you rely on it"
     )
 
 

@@ -379,6 +379,24 @@ def test_forge_and_its_siblings(host):
     assert host.host.current_model().prediction == "v_prediction"
 
 
+def test_schedules_that_end_in_pure_noise(host):
+    """A1111 rescales its table by a setting before it samples; Forge's predictor has sigmas."""
+    sd_model = host.modules.shared.sd_model
+    assert host.host.current_model().zero_terminal_snr is None  # an engine without a table
+    for last, expected in ((0.0047, False), (4.9e-8, True)):
+        sd_model.alphas_cumprod = torch.tensor([0.9, last])
+        assert host.host.current_model().zero_terminal_snr is expected
+    predictor = Predictor()
+    unet = SimpleNamespace(model=SimpleNamespace(diffusion_model=host.unet, predictor=predictor))
+    sd_model.forge_objects = SimpleNamespace(unet=unet)
+    assert host.host.current_model().zero_terminal_snr is None
+    for greatest, expected in ((14.6, False), (4518.0, True)):
+        predictor.sigma_max = torch.tensor(greatest)
+        assert host.host.current_model().zero_terminal_snr is expected
+    predictor.prediction_type = "const"
+    assert host.host.current_model().zero_terminal_snr is None
+
+
 def test_flux_in_forge(host):
     """Its predictor counts from 1 to 0, a patch's timesteps from 1000."""
 

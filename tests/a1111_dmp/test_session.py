@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -485,3 +486,15 @@ def test_a_repair_patch_says_on_which_model_it_is(host):
     with host.session(record(patch)):
         run(host.unet)
     assert "weights in NF4 (95%), F16 (5%), and this one has them in F32 (100%)" in host.told[0]
+
+
+@pytest.mark.parametrize(("found", "said"), [(True, False), (False, True), (None, False)])
+def test_another_noise_schedule_is_said_once(host, found, said):
+    patch = TINY.patch(1, sites="all")
+    patch.metadata["dmp.use"] = json.dumps({"zero_terminal_snr": True})
+    host.load(host.unet, "own", zero_terminal_snr=found)
+    with host.session(record(patch)) as session:
+        session.follow()
+        run(host.unet)
+    note = "DMP: p.safetensors: the patch was trained on a noise schedule with zero"
+    assert [text.startswith(note) for text in host.told] == [True] * said

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import Base, attach
-from dmp_common.tools.use import use_of
+from dmp_common.patch.serialize import use_of
 from dmp_common.tools.weighttypes import weight_types
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]

@@ -15,7 +15,7 @@ import torch
 from comfyui_dmp.states import States, batches
 from dmp_common import PatchError, attach
 from dmp_common.attach.record import LoadedPatch
-from dmp_common.tools.use import use_of
+from dmp_common.patch.serialize import use_of
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 
 from dmp_common import Variant
+from dmp_common.patch.serialize import use_of
 from dmp_common.tools.inspect import as_text, inspect_file
-from dmp_common.tools.use import cheap_types, described_use, unlike_cheap, unlike_noise, use_of
+from dmp_common.tools.use import cheap_types, described_use, unlike_cheap
 from dmp_common.tools.weighttypes import weight_types
 from tests.tiny import FAMILIES
 
@@ -52,17 +53,6 @@ def test_entries_that_say_nothing_are_left_alone(text):
     assert unlike_cheap({"dmp.use": text}, {"F16": 1}) is None
     assert described_use({"dmp.use": text}, Variant.create("sd15")) == []
     assert use_of({}) == {}
-
-
-@pytest.mark.parametrize("trained", [True, False])
-def test_another_noise_schedule_is_named(trained):
-    metadata = {"dmp.use": json.dumps({"zero_terminal_snr": trained})}
-    assert unlike_noise(metadata, trained) is None
-    why = unlike_noise(metadata, not trained)
-    named = ["with zero terminal SNR", "without zero terminal SNR"]
-    first, second = named if trained else named[::-1]
-    assert f"a noise schedule {first}, and this model has one {second}: use a model" in why
-    assert unlike_noise(METADATA, True) is None  # a file that does not say
 
 
 def test_inspect_says_what_a_patch_is_for(tmp_path):

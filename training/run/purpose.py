@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmp_common.attach.compatibility import zero_terminal_snr_of_scheduler
 from training.base.cheap import student_facts
 from training.base.frozen import FrozenBase
 from training.options.config import TrainConfig
@@ -26,8 +27,7 @@ def purpose_of(config: TrainConfig, frozen: FrozenBase) -> dict[str, Any]:
     """
     told: dict[str, Any] = {"objective": config.objective}
     if frozen.scheduler is not None and frozen.prediction != "flow":
-        rescaled = bool(frozen.scheduler.config.get("rescale_betas_zero_snr"))
-        told["zero_terminal_snr"] = rescaled
+        told["zero_terminal_snr"] = zero_terminal_snr_of_scheduler(frozen.scheduler)
     if config.uses_own_samples:
         told["own_samples"] = {
             "count": config.own_samples, "sampler": config.own_sampler, "steps": config.own_steps
