@@ -36,11 +36,13 @@ SETTINGS = {
     "batch_cond_uncond": True,
     "token_merging_ratio": 0.0,
     "CLIP_stop_at_last_layers": 1,
+    "sd_noise_schedule": "Default",
     "sd_unet": "None",
     "show_progress_type": "Approx cheap",  # the other previews of SDXL are fetched
 }
 A, B, ZERO = "test-a", "deep/test-b", "test-zero"
 MODULATING, GUIDING, UNGUIDED = "test-modulating", "test-guiding", "test-unguided"
+RESCALED = "test-rescaled"
 
 
 def save_random(path: Path, seed: int, base: str, **variant: object) -> None:
@@ -72,6 +74,8 @@ def folder() -> Path:
     modulating = randomise(Patch.create(base, mix="modulate"), 3, 0.02)
     use = {"dmp.use": json.dumps({"cheap": {"types": {"Q4_0": 99, "F16": 1}}})}
     modulating.save(folder / f"{MODULATING}.safetensors", use)
+    of_noise = {"dmp.use": json.dumps({"zero_terminal_snr": True})}
+    randomise(Patch.create(base), 5).save(folder / f"{RESCALED}.safetensors", of_noise)
     save_random(folder / f"{GUIDING}.safetensors", 4, base, guidance=5.0)
     save_random(folder / f"{UNGUIDED}.safetensors", 4, base)
     good = (folder / f"{A}.safetensors").read_bytes()
@@ -184,6 +188,18 @@ def test_a_modulating_patch_acts_and_says_on_which_model_it_is(server, plain):
     assert "DMP patch: test-modulating" in made.infotext
     same(server.make(MODULATING), made)
     same(server.make(MODULATING, 0.0), plain)
+
+
+def test_a_patch_of_another_noise_schedule_says_so(server):
+    """A setting of the host rescales the schedule, before it samples."""
+    if get_base(base_name()).prediction == "flow":
+        pytest.skip("flow models have no such schedule")
+    said = "on a noise schedule with zero terminal SNR, and this model has one without"
+    server.log(RESCALED)
+    assert said in server.told()
+    rescaled = {"override_settings": {"sd_noise_schedule": "Zero Terminal SNR"}}
+    server.log(RESCALED, **rescaled)
+    assert said not in server.told()
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
