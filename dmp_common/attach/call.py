@@ -215,7 +215,7 @@ class OutputHook(AtSite):
     def __init__(self, hooks: CallHooks, parts: tuple[Part, ...], module: nn.Module) -> None:
         super().__init__(hooks, parts[0].site, module)
         self.parts = parts
-        self.form = hooks.runtime.patch.sites[self.name].forms.get(hooks.naming)
+        self.form = parts[0].form
         self.handles.append(module.register_forward_hook(self.after))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

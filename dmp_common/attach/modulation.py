@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmp_common.bases.parts import Naming, Site
+from dmp_common.bases.parts import Form, Naming, Site
 from dmp_common.errors import PatchError
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -20,17 +20,20 @@ class Part(NamedTuple):
     Args:
         site: the name of the site.
         start: the first of its channels in the output.
+        form: how the output holds its tokens, see `Site`.
     """
 
     site: str
     start: int
+    form: Form | None = None
 
 
 def parts_of(sites: Iterable[Site], naming: Naming) -> dict[str, tuple[Part, ...]]:
     """Returns the sites in the output of each module, by the module's path in a naming."""
     parts: dict[str, list[Part]] = {}
     for site in sites:
-        parts.setdefault(site.paths[naming], []).append(Part(site.name, site.starts.get(naming, 0)))
+        part = Part(site.name, site.starts.get(naming, 0), site.forms.get(naming))
+        parts.setdefault(site.paths[naming], []).append(part)
     return {path: tuple(sorted(own, key=lambda part: part.start)) for path, own in parts.items()}
 
 

@@ -203,8 +203,9 @@ class TimeSource:
     row: int | None = None
     own_sinusoid: bool = False
 
-    def embedding(self, output: Tensor) -> Tensor:
-        """Returns e (B, E) of an output of the module at `path`."""
+    def embedding(self, output: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """Returns e (B, E) of an output of the module at `path`; of several the last has it."""
+        output = output[-1] if isinstance(output, tuple) else output
         return output if self.row is None or output.dim() == 2 else output[:, self.row]
 
     def timesteps(self, argument: Tensor) -> Tensor:

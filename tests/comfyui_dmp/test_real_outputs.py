@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
 NAMES += ["flux2", "chroma"]
-NAMES += ["ernie-image", "krea2"]
+NAMES += ["ernie-image", "krea2", "anima"]
 
 
 def modulate(model: nn.Module, base: Base, naming: Naming) -> None:
@@ -25,7 +25,7 @@ def modulate(model: nn.Module, base: Base, naming: Naming) -> None:
     def hook_of(parts):
         def hook(module, args, out: Tensor) -> Tensor:
             out = out.clone()
-            for name, start in parts:
+            for name, start, _ in parts:
                 site, seed = known[name], base.output_depths[name]
                 generator = torch.Generator().manual_seed(seed)
                 scale, shift = 0.2 * torch.randn(2, site.width, generator=generator)

@@ -71,7 +71,7 @@ def test_ldm_paths_of_outputs(name):
     known = {site.name: site for site in base.outputs}
     for path, parts in parts_of(base.outputs, "ldm").items():
         end = 0
-        for name, start in parts:
+        for name, start, _ in parts:
             site = known[name]
             assert names[f"{site.paths['diffusers']}.weight"] == f"{path}.weight", site.name
             end = max(end, start + site.width)
@@ -120,8 +120,8 @@ def test_outputs_fill_the_layers_of_the_original_files(name):
     assert weights - {"t_block.1.weight"} == {key for key in blocks if key.endswith("weight")}
     assert blocks - tables <= weights
     for path, sites in parts.items():
-        ends = [0, *(start + widths[name] for name, start in sites)]
-        assert [start for _, start in sites] == ends[:-1], path
+        ends = [0, *(part.start + widths[part.site] for part in sites)]
+        assert [part.start for part in sites] == ends[:-1], path
         assert ends[-1] == shapes[f"{path}.weight"][0], path
 
 
