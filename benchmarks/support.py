@@ -40,6 +40,7 @@ TITLES = {
     "Chroma": ("chroma",),
     "ERNIE-Image, ERNIE-Image-Turbo": ("ernie-image",),
     "Krea 2": ("krea2",),
+    "Anima": ("anima",),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests import tinychroma, tinyernie, tinykrea2, tinyllm
+from tests import tinyanima, tinychroma, tinyernie, tinykrea2, tinyllm
 from tests.tinymodel import Tiny, noise
 
 __all__ = ["FAMILIES", "Tiny"]
@@ -209,5 +209,6 @@ FAMILIES: dict[str, Tiny] = {
         *tinychroma.known(),
         *tinyernie.known(),
         *tinykrea2.known(),
+        *tinyanima.known(),
     )
 }

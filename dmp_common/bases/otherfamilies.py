@@ -62,14 +62,16 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
     ),
     Stranger("OmniGen2", (_having("ref_image_patch_embedder"),)),
     Stranger("Chroma Radiance", (_having("distilled_guidance_layer", "nerf_blocks"),)),
-    # Anima is Cosmos-Predict2 with an adapter for its text encoder.
-    Stranger("Anima", (_having("llm_adapter.blocks.0.cross_attn"),)),
     Stranger(
         "Cosmos",
         (
-            _having("blocks.0.mlp.layer1", "t_embedder"),
+            (*_having("blocks.0.mlp.layer1", "t_embedder"), Probe("llm_adapter", None, False)),
             _having("blocks.block0.blocks.0.block.attn"),
-            _having("time_embed.t_embedder", "patch_embed"),
+            # In diffusers the model of Anima is that of Cosmos-Predict2 2B for text to image.
+            _having("time_embed.t_embedder", "learnable_pos_embed"),
+            _having("time_embed.t_embedder", "crossattn_proj"),
+            (*_having("time_embed.t_embedder"), Probe("patch_embed.proj", "out_features", 5120)),
+            (*_having("time_embed.t_embedder"), Probe("patch_embed.proj", "in_features", 72)),
         ),
     ),
     Stranger(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from dmp_common.bases.anima import Anima
 from dmp_common.bases.base import Base, Row
 from dmp_common.bases.chroma import Chroma
 from dmp_common.bases.ernie import ErnieImage
@@ -134,6 +135,7 @@ TABLE: tuple[Row, ...] = (
     Chroma("chroma", double=19, single=38, width=3072, hub_id="lodestones/Chroma1-HD"),
     ErnieImage("ernie-image", depth=36, width=4096, hidden=12288, hub_id="baidu/ERNIE-Image"),
     Krea2("krea2", depth=28, width=6144, hub_id="krea/Krea-2-Raw"),
+    Anima("anima", depth=28, width=2048, hub_id="circlestone-labs/Anima-Base-v1.0-Diffusers"),
 )
 
 _registered: dict[str, Base] = {}

@@ -122,7 +122,9 @@ def pick(inputs: dict, rows: list[int], batch: int) -> dict:
             return pick(value, rows, batch)
         if isinstance(value, list):
             return [value[row] for row in rows]
-        shared = value is None or (key.endswith("_ids") and key != "time_ids")
+        shared = (
+            value is None or len(value) != batch or (key.endswith("_ids") and key != "time_ids")
+        )
         return value if shared else value[rows]
 
     return {key: some_of(key, value) for key, value in inputs.items()}

@@ -223,4 +223,4 @@ def original_shapes(name: str) -> dict[str, tuple[int, ...]]:
         if original in shapes:
             shape = (shapes[original][0] + shape[0], *shape[1:])
         shapes[original] = shape
-    return shapes
+    return shapes | MODELS[name].added()

@@ -57,6 +57,7 @@ class Real:
             that `originalnames` knows.
         flat: the end of original names of tensors that are vectors in the original code.
         comfyui: module and name of ComfyUI's class, if `test_bases_hosts` does not know it.
+        added: the tensors that the original file alone has, by name.
         call: calls that class with (the model, the latent, the timesteps (B,)).
     """
 
@@ -68,6 +69,7 @@ class Real:
     text: int = 0
     unit_time: bool = False
     channels: int = 16
+    added: Callable[[], dict[str, tuple[int, ...]]] = dict
     names: Callable[[dict[str, Tensor]], dict[str, str]] | None = None
     flat: str | None = None
     comfyui: tuple[str, str] | None = None

@@ -109,6 +109,7 @@ def test_time_embedding(name):
     assert base.frequency_shift == 0.0
     assert frequency_shift(model, base, "diffusers") == (1.0 if "dit" in real.base else 0.0)
     expected = {"sd15": 1280, "sd21": 1280, "sdxl": 1280, "lumina2": 1024, "z-image": 256}
+    expected["anima"] = 3 * 2048
     assert base.embedding == expected.get(base.name, base.sites[0].width)
     assert source.scale == (1000.0 if real.unit_time else 1.0)
     assert source.inverted is base.inverted is (base.name in ("lumina2", "z-image"))
@@ -147,5 +148,6 @@ def test_prediction_types():
         "chroma",
         "ernie-image",
         "krea2",
+        "anima",
     ):
         assert predictions[name] == "flow"

@@ -18,6 +18,7 @@ import torch.nn as nn
 
 import dmp_common as dmp
 from dmp_common import detect_base, get_base, known_bases
+from dmp_common.attach.forms import as_tokens
 from dmp_common.attach.modulation import parts_of
 from dmp_common.bases.base import find_module
 from dmp_common.bases.detect import naming_of
@@ -44,7 +45,7 @@ def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] 
 
         def hook(module, args, kwargs):
             x = args[key.index] if len(args) > key.index else kwargs[key.name]
-            inputs[site.name] = tuple(x.shape)
+            inputs[site.name] = tuple(as_tokens(x, site.forms.get("ldm")).shape)
 
         module = find_module(model, site.paths["ldm"])
         return module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -63,7 +64,7 @@ def check_host(model: nn.Module, name: str, call: Callable[[nn.Module], object] 
     handles += [watch_output(path) for path in parts]
     handles.append(
         find_module(model, source.path).register_forward_hook(
-            lambda m, args, out: times.append((len(out), out.shape[-1]))
+            lambda m, args, out: times.append(tuple(source.embedding(out).shape))
         )
     )
     with torch.no_grad():

@@ -45,6 +45,21 @@ OTHERS = {
     ),
     "sana": ("Sana", "SanaTransformer2DModel", ONE),
     "cosmos": ("Cosmos", "CosmosTransformer3DModel", ONE),
+    "cosmos-predict2-14b": (
+        "Cosmos", "CosmosTransformer3DModel",
+        dict(num_layers=1, num_attention_heads=40, extra_pos_embed_type=None),
+    ),
+    "cosmos-predict2-video": (
+        "Cosmos", "CosmosTransformer3DModel",
+        dict(num_layers=1, num_attention_heads=16, in_channels=17, extra_pos_embed_type=None),
+    ),
+    "cosmos-predict2.5": (
+        "Cosmos", "CosmosTransformer3DModel",
+        dict(
+            num_layers=1, num_attention_heads=16, extra_pos_embed_type=None,
+            use_crossattn_projection=True,
+        ),
+    ),
     "wan": ("Wan", "WanTransformer3DModel", ONE),
     "qwen-image-2.1": ("Qwen-Image 2.1", "QwenImage21Transformer2DModel", ONE),
 }  # fmt: skip
@@ -73,7 +88,6 @@ ORIGINAL_NAMES = {
     "Sana": ["attention_y_norm.weight"],
     "OmniGen2": ["ref_image_patch_embedder.weight", "time_caption_embed.caption_embedder.0.weight"],
     "Chroma Radiance": ["distilled_guidance_layer.norms.0.scale", "nerf_blocks.0.norm.scale"],
-    "Anima": ["llm_adapter.blocks.0.cross_attn.q_proj.weight", "blocks.0.mlp.layer1.weight"],
     "Cosmos": ["blocks.0.mlp.layer1.weight", "t_embedder.1.linear_1.weight"],
     "Wan": ["patch_embedding.weight", "text_embedding.0.weight", "time_projection.1.weight"],
 }

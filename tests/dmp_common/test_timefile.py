@@ -25,7 +25,7 @@ def mlp_of(tiny: Tiny, model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def write_original(path: Path, tiny: Tiny, model: torch.nn.Module, prefix: str = "") -> Path:
     """A file as the original code names its tensors: the time embedding, and what probes ask."""
     layers = dict.fromkeys(("flux", "flux2"), ("in_layer", "out_layer"))
-    layers |= dict.fromkeys(("qwen-image", "ernie-image"), ("linear_1", "linear_2"))
+    layers |= dict.fromkeys(("qwen-image", "ernie-image", "anima"), ("linear_1", "linear_2"))
     layers = layers.get(tiny.name, ("0", "2"))
     tensors = {}
     for probe in tiny.base.probes["ldm"]:
