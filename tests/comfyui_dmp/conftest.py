@@ -37,6 +37,7 @@ collect_ignore = [
     "real.py",
     "realllm.py",
     "realernie.py",
+    "realanima.py",
     "running.py",
     "checkpoints.py",
     "pack",

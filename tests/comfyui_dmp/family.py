@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,7 @@ class Family:
         unpack: the twin's output as a latent of a height and width.
         conds: what a call takes besides the caption and its summary, or makes of the number of
             items.
+        building: a context in which ComfyUI's model is made.
         frames: what the latent has between its channels and its height.
     """
 
@@ -80,6 +82,7 @@ class Family:
     unpack: Callable[[Tensor, tuple[int, int]], Tensor] = field(default=lambda out, size: out)
     adm: bool = False
     frames: tuple[int, ...] = ()
+    building: Callable[[], AbstractContextManager[object]] = nullcontext
     conds: dict[str, Any] = field(default_factory=dict)
 
     def diffusers(self, seed: int = 0) -> nn.Module:
@@ -89,11 +92,13 @@ class Family:
         """A `ModelPatcher` around the real `BaseModel` with the twin's weights."""
         config = getattr(comfy.supported_models, self.config)({**self.unet, **unet})
         config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
-        model = config.get_model({}, device=torch.device("cpu"))
+        with self.building():
+            model = config.get_model({}, device=torch.device("cpu"))
         weights = self.convert(self.diffusers(seed).state_dict())
         missing, unexpected = model.diffusion_model.load_state_dict(weights, strict=False)
         assert not unexpected
-        assert {name for name in missing if "pos_embed" not in name} <= {"y_embedder.y_embedding"}
+        own = {name for name in missing if not name.startswith(("pos_embed", "llm_adapter."))}
+        assert own <= {"y_embedder.y_embedding"}
         model.diffusion_model.requires_grad_(False)
         cpu = torch.device("cpu")
         return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
