@@ -6,6 +6,7 @@ import diffusers
 import torch
 import torch.nn as nn
 import transformers
+from torch import Tensor
 
 
 def vae() -> nn.Module:
@@ -42,3 +43,11 @@ def ministral(vocabulary: int) -> nn.Module:
             },
         )
     )  # fmt: skip
+
+
+def text_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of Ministral 3 in a file of ComfyUI, without the half that sees pictures."""
+    inside = "language_model."
+    return {
+        key.removeprefix(inside): value for key, value in state.items() if key.startswith(inside)
+    }

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import tinychroma
-from tests.dmp_common.originalnames import flux2_names, next_names, unet_original_name
-from tests.training import tinyflux2
+from tests.dmp_common.originalnames import flux2_names, next_names, from tests.dmp_common.originalnames import next_names, unet_original_name
+from tests.training import tinyflux2, from tests.training import tinyernie
 
 # What ComfyUI and Stability put before the text encoders that a file holds.
 IN_FILE = {
@@ -23,6 +23,7 @@ IN_FILE = {
     "lumina2": {"text_encoder": "text_encoders.gemma2_2b.transformer."},
     "z-image": {"text_encoder": "text_encoders.qwen3_4b.transformer."},
     "flux2": {"text_encoder": "text_encoders.mistral3_24b.transformer."},
+    "ernie-image": {"text_encoder": "text_encoders.ministral3_3b.transformer."},
     "flux": {
         "text_encoder": "text_encoders.clip_l.transformer.text_model.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
@@ -72,6 +73,7 @@ def text_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     state = weights_of(folder / part)
     if "language_model.model.embed_tokens.weight" in state:
         return tinyflux2.pruned(state)
+        return tinyernie.text_half(state)
     if "embed_tokens.weight" in state:
         return {f"model.{key}": tensor for key, tensor in state.items()}
     plain = ("text_model.", "text_projection.", "encoder.block", "encoder.final", "shared.")

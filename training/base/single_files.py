@@ -36,6 +36,7 @@ _PREFIXES = {
         "text_encoders.qwen3vl_4b.",
         "text_encoders.qwen3_8b.",
         "text_encoders.mistral3_24b.",
+        "text_encoders.ministral3_3b.",
     ),
 }
 _UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."

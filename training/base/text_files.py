@@ -30,7 +30,9 @@ _IGNORED = (
 _IGNORED_NAMES = ("spiece_model", "tekken_model", "scaled_fp8")
 # A language model inside of a model of pictures and text, by its class in transformers: a pattern
 # of what comes before the names of its tensors.
-_INSIDE = {"MistralModel": r"^(model\.)?language_model\.(model\.)?"}
+_INSIDE = dict.fromkeys(
+    ("MistralModel", "Ministral3Model"), r"^(model\.)?language_model\.(model\.)?"
+)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _REMEDY = "give the file of this text encoder in the naming of transformers"
 

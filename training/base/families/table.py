@@ -159,7 +159,8 @@ ERNIE_IMAGE = ErnieImage(
     model="ErnieImageTransformer2DModel",
     pipeline="ErnieImagePipeline",
     autoencoder="AutoencoderKLFlux2",
-    encoders={"text_encoder": "Mistral3Model"},
+    encoders={"text_encoder": "Ministral3Model"},
+    files={"text_encoder": "text_encoder"},
     guidance=4.0,
     even=True,
 )
