@@ -63,7 +63,7 @@ def side_by_side(panels: Sequence[tuple[str, Tensor]]) -> Tensor:
     Args:
         panels: labels, and pictures (1, h, w, 3) of one size.
     """
-    pictures = [picture.reshape(-1, *picture.shape[-3:])[:1].float().cpu() for _, picture in panels]
+    pictures = [one_picture(picture) for _, picture in panels]
     widest = max(drawing.text_width(label) for label, _ in panels) + 24
     times = -(-widest // min(pixels.shape[2] for pixels in pictures))
     parts = []
@@ -75,6 +75,11 @@ def side_by_side(panels: Sequence[tuple[str, Tensor]]) -> Tensor:
         drawing.write(head, label, (12, 6))
         parts.append(torch.cat([as_tensor(head), pixels[..., :3]], dim=1))
     return torch.cat(parts, dim=2)
+
+
+def one_picture(decoded: Tensor) -> Tensor:
+    """Returns the first picture (1, h, w, channels) of what a VAE decoded, of a video too."""
+    return decoded.reshape(-1, *decoded.shape[-3:])[:1].float().cpu()
 
 
 def as_tensor(image: Image.Image) -> Tensor:

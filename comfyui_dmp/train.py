@@ -39,11 +39,13 @@ class Outcome:
         record: the patch, in a file of ComfyUI's temporary folder.
         curve: a picture of the loss.
         beside: the models' pictures side by side (1, H, W, 3).
+        pictures: the same as a batch (3, h, w, 3): exact, cheap, cheap with the patch.
     """
 
     record: PatchRecord
     curve: Image.Image
     beside: Tensor
+    pictures: Tensor
 
 
 @dataclass
@@ -93,7 +95,7 @@ def train(job: Job, node: str | None = None) -> Outcome:
         done = progress.done if learned.better else 0
         facts = trained.metadata(job, loaded.patch, before, done, learned.rate)
         record = trained.stored(loaded, facts)
-    return Outcome(record, progress.curve(learned.left), _beside(job, record, drawn))
+    return Outcome(record, progress.curve(learned.left), *_beside(job, record, drawn))
 
 
 def _say(learned: Learned, done: int, steps: int) -> None:
@@ -149,11 +151,15 @@ def _drawn(job: Job, base: Base, runs: Sequence[tuple[int, int]], progress: Prog
     return drawn
 
 
-def _beside(job: Job, record: PatchRecord, drawn: _Drawn) -> Tensor:
-    """Draws a picture from fresh noise with both models, without and with the patch."""
+def _beside(job: Job, record: PatchRecord, drawn: _Drawn) -> tuple[Tensor, Tensor]:
+    """Draws a picture from fresh noise with both models, without and with the patch.
+
+    Returns:
+        The pictures side by side with labels, and as a batch.
+    """
     nothing = plots.as_tensor(Image.new("RGB", (64, 64), (255, 255, 255)))
     if job.vae is None:
-        return nothing
+        return nothing, nothing
     cfg = job.cfg if job.objective == REPAIR else 1.0
     patched = attach(job.model, record)
     try:
@@ -163,10 +169,12 @@ def _beside(job: Job, record: PatchRecord, drawn: _Drawn) -> Tensor:
             panels = [(f"full, {_calls(job.cfg)}", drawn.latents)]
         panels.append(_picture(job, "cheap", job.model, cfg, drawn.noise))
         panels.append(_picture(job, "patch", patched, cfg, drawn.noise))
-        return plots.side_by_side([(label, job.vae.decode(x)) for label, x in panels])
+        pictures = [plots.one_picture(job.vae.decode(x)) for _, x in panels]
+        labels = [label for label, _ in panels]
+        return plots.side_by_side(list(zip(labels, pictures, strict=True))), torch.cat(pictures)
     except comfy.model_management.InterruptProcessingException:
         _log.info("DMP: interrupted; the pictures side by side are left out, not the patch.")
-        return nothing
+        return nothing, nothing
 
 
 def _picture(job: Job, name: str, model: Any, cfg: float, noise: Tensor) -> tuple[str, Tensor]:

@@ -45,6 +45,13 @@ class TrainPatch(io.ComfyNode):
                         "White without a VAE."
                     ),
                 ),
+                io.Image.Output(
+                    display_name="pictures",
+                    tooltip=(
+                        "The same three pictures as a batch, without labels, for a node that "
+                        "compares pictures."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -75,7 +82,8 @@ class TrainPatch(io.ComfyNode):
             vae=one.get("vae"),
         )
         outcome = train.train(job, cls.hidden.unique_id if cls.hidden else None)
-        return io.NodeOutput(outcome.record, plots.as_tensor(outcome.curve), outcome.beside)
+        shown = plots.as_tensor(outcome.curve), outcome.beside, outcome.pictures
+        return io.NodeOutput(outcome.record, *shown)
 
 
 def _sockets() -> list[Any]:

@@ -58,7 +58,8 @@ def comfyui_path() -> Path:
             cli = importlib.import_module("comfy.cli_args")
             cli.args.cpu = not torch.cuda.is_available()
             cli.args.use_pytorch_cross_attention = True  # as on a GPU; the other breaks graphs
-            for name in ("comfy.sample", "comfy.model_base", "nodes"):
+            # `nodes` puts ComfyUI's folder `comfy` on the path, where `utils` is another module.
+            for name in ("utils.install_util", "comfy.sample", "comfy.model_base", "nodes"):
                 importlib.import_module(name)
         except ImportError as error:
             pytest.skip(f"needs the Python packages of ComfyUI: {error}")

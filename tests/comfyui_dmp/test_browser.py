@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 from dmp_common import Patch, bases, register_base
 from tests.comfyui_dmp.server import ROOT, Server, linked, made, message_of, same, save_random
+from tests.comfyui_dmp.wires import behind, boxes_of
 from tests.randomness import randomise
+from workflows.nodes import NEWER
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -53,10 +55,31 @@ FIT = """() => {
     canvas.setDirty(true, true);
 }"""
 
-BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map((node) => {
-    const box = node.getBoundingClientRect();
-    return [box.x, box.y, box.width, box.height];
-})"""
+# The boxes of nodes and the ends of wires, in the units of a workflow. Nodes in HTML are measured.
+PLACES = """() => {
+    const { scale, offset } = app.canvas.ds, boxes = {};
+    for (const node of app.graph._nodes) {
+        const [x, y, width, height] = node.boundingRect;
+        boxes[node.id] = [x, y, x + width, y + height];
+    }
+    for (const element of document.querySelectorAll("[data-node-id]")) {
+        const { left, top, right, bottom } = element.getBoundingClientRect();
+        boxes[element.dataset.nodeId] = [
+            left / scale - offset[0], top / scale - offset[1],
+            right / scale - offset[0], bottom / scale - offset[1],
+        ];
+    }
+    const links = app.graph.links, wires = [];
+    for (const link of links.values ? links.values() : Object.values(links)) {
+        const source = app.graph.getNodeById(link.origin_id);
+        const target = app.graph.getNodeById(link.target_id);
+        wires.push([
+            Number(link.origin_id), Number(link.target_id),
+            [...source.getOutputPos(link.origin_slot)], [...target.getInputPos(link.target_slot)],
+        ]);
+    }
+    return [boxes, wires, document.querySelectorAll("[data-node-id]").length];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +151,15 @@ def page(filled: Server) -> Iterator[Any]:
         browser.close()
 
 
+def written(name: str, folder: str = "") -> dict[str, Any]:
+    """The file of a workflow."""
+    path = ROOT / "workflows" / folder / f"{name}.json"
+    return dict(json.loads(path.read_text("utf-8")))
+
+
 def opened(page: Any, name: str, **modes: int) -> dict[str, Any]:
     """Opens a workflow, small enough for a CPU, some of its nodes in another mode."""
-    flow, api = (
-        json.loads((ROOT / "workflows" / folder / f"{name}.json").read_text("utf-8"))
-        for folder in ("", "api")
-    )
+    flow, api = written(name), written(name, "api")
     for node in flow["nodes"]:
         if node["type"] in ("EmptyLatentImage", "EmptySD3LatentImage"):
             node["widgets_values"][:2] = [128, 128]
@@ -170,29 +196,43 @@ def run(page: Any, server: Server) -> list[np.ndarray]:
 def test_workflows_run_in_the_browser(page, filled, name):
     if name in GGUF and not os.environ.get("COMFYUI_GGUF_PATH"):
         pytest.skip("needs ComfyUI-GGUF: set COMFYUI_GGUF_PATH to its folder")
-    prompt = opened(page, name)
-    api = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
-    small = ("EmptyLatentImage", "EmptySD3LatentImage", "KSampler", "DMP_Prompts", "DMP_Train")
-    assert {
-        (node, key): value
-        for node, entry in api.items()
-        for key, value in entry["inputs"].items()
-        if key not in (*SMALL, "text") or entry["class_type"] not in small
-    }.items() <= {
-        (node, key): value
-        for node, entry in prompt.items()
-        for key, value in entry["inputs"].items()
-    }.items()
+    flow, api = written(name), written(name, "api")
+    absent = {node["type"] for node in flow["nodes"] if node["type"] in NEWER}
+    absent -= set(filled.get("/object_info"))
+    for kind in absent:  # The page names it, and the server too.
+        prompt = opened(page, name)
+        assert kind in page.locator("body").inner_text()
+        with pytest.raises(ValueError, match=kind):
+            filled.start(prompt)
+        page.keyboard.press("Escape")
+    modes = dict.fromkeys(absent, BYPASS)  # Deleting them does the same.
+    prompt = opened(page, name, **modes)
+    assert values_of(api, absent).items() <= values_of(prompt, absent).items()
     made = run(page, filled)
     assert made
     assert page.evaluate("() => app.canvas.constructor.link_type_colors.DMP_PATCH") == "#00c2b2"
     screenshot(page, name)
+    if not absent:
+        nothing_is_hidden(page, flow, in_html=False)
     with nodes_in_html(page) as known:
         if known:
-            opened(page, name)
+            opened(page, name, **modes)
             assert same(run(page, filled), made)  # from ComfyUI's cache
             screenshot(page, f"{name}-html")
-            no_node_hides_another(page, len(api) + 1)
+            nothing_is_hidden(page, flow, in_html=True)
+
+
+def values_of(prompt: dict[str, Any], absent: set[str]) -> dict[tuple[str, str], Any]:
+    """Node, input and value of a workflow in API format, but for those that `opened` changes."""
+    small = ("EmptyLatentImage", "EmptySD3LatentImage", "KSampler", "DMP_Prompts", "DMP_Train")
+    return {
+        (node, key): value
+        for node, entry in prompt.items()
+        for key, value in entry["inputs"].items()
+        if (key not in (*SMALL, "text") or entry["class_type"] not in small)
+        and key != "compare_view"  # It holds the pictures that the browser showed last.
+        and entry["class_type"] not in absent
+    }
 
 
 def screenshot(page: Any, name: str) -> None:
@@ -219,14 +259,17 @@ def nodes_in_html(page: Any) -> Iterator[bool]:
             page.evaluate(switch, False)
 
 
-def no_node_hides_another(page: Any, count: int) -> None:
-    """Nodes in HTML have other heights than those on the canvas."""
-    boxes = page.evaluate(BOXES)
-    assert len(boxes) == count
-    for i, (x, y, width, height) in enumerate(boxes):
-        for other in boxes[i + 1 :]:
-            apart = x + width <= other[0] or other[0] + other[2] <= x
-            assert apart or y + height <= other[1] or other[1] + other[3] <= y, (boxes[i], other)
+def nothing_is_hidden(page: Any, flow: dict[str, Any], in_html: bool) -> None:
+    """Nodes are no larger than their file says, and no wire runs behind one."""
+    boxes, wires, elements = page.evaluate(PLACES)
+    assert elements == (len(flow["nodes"]) if in_html else 0)
+    found = {int(number): tuple(box) for number, box in boxes.items()}
+    written = boxes_of(flow)
+    assert set(found) == set(written)
+    for number, box in written.items():
+        assert found[number] == pytest.approx(box, abs=1.5), flow["nodes"][number - 1]["type"]
+    assert len(wires) == len(flow["links"])
+    assert not behind(found, [(one, two, tuple(a), tuple(b)) for one, two, a, b in wires])
 
 
 def test_bypassed_node_is_the_plain_model(page, filled):

@@ -187,11 +187,12 @@ def test_guidance_through_the_node(nodes, train, real, run, host):
         "vae": [Vae()],
     }
     positive = [run.conditioning(family), run.conditioning(family, 0.5)]
-    record, loss, beside = nodes["DMP_Train"].execute(**inputs, positive=positive).result
+    record, loss, beside, pictures = nodes["DMP_Train"].execute(**inputs, positive=positive).result
     assert record.loaded.patch.variant.guidance == 3.0
     assert use_of(record.loaded.patch.metadata)["exact"]["guidance_scale"] == [1.0, 3.0]
     assert loss.shape[-1] == beside.shape[-1] == 3
     assert beside.shape[2] > 3 * 16  # three pictures
+    assert (len(pictures), pictures.shape[-1]) == (3, 3)
     patched = host.attach(family.comfy(), record)
     plain = run.sample(family.comfy(), family, cfg=1.0)
     assert not torch.equal(run.sample(patched, family, cfg=1.0), plain)
