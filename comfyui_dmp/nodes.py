@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 from torch import Tensor
 
-from comfyui_dmp import files, host, inputs, pictures
+from comfyui_dmp import files, host, inputs, pictures, places
 from comfyui_dmp.hooknode import CreateHook
 from comfyui_dmp.inputs import DmpPatch
 from comfyui_dmp.promptlist import Prompts
@@ -292,5 +292,6 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files.register_folder()
         pictures.register()
+        places.register()
         used = [LoadPatch, Apply, GateStrength, LoadApply, GateHeatmap, PatchInfo, Stack]
         return [*used, CreateHook, Prompts, TrainPatch, SavePatch]

@@ -9,7 +9,7 @@ Node = tuple[dict[str, str], list[str], list[tuple[str, str]]]
 # Values that a workflow need not name. A socket that may stay open is None.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DMP_Apply": {"keyframes": ""},
-    "DMP_LoadApply": {"strength": 1.0},
+    "DMP_LoadApply": {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0},
     "DMP_Stack": {
         f"{name}_{row}": value
         for row in range(1, 5)
@@ -123,7 +123,11 @@ NODES: dict[str, Node] = {
         ["keyframes"],
         [("model", "MODEL")],
     ),
-    "DMP_LoadApply": ({"model": "MODEL"}, ["patch_name", "strength"], [("model", "MODEL")]),
+    "DMP_LoadApply": (
+        {"model": "MODEL"},
+        ["patch_name", *DEFAULTS["DMP_LoadApply"]],
+        [("model", "MODEL")],
+    ),
     "DMP_Stack": ({"model": "MODEL"}, list(DEFAULTS["DMP_Stack"]), [("model", "MODEL")]),
     "DMP_GateStrength": (
         {"dmp_patch": "DMP_PATCH", "mask": "MASK"},
@@ -175,6 +179,8 @@ _MORE = {
     "PreviewAny": 460,
     "DMP_Prompts": 160,
     "DMP_Save": 60,
+    "DMP_Stack": 24,
+    "DMP_GateStrength": 26,
     "DMP_GateHeatmap": 12,
     "ImageCompare": 306,
 }

@@ -7,8 +7,10 @@ import re
 
 from dmp_common.errors import PatchError
 from dmp_common.patch.patch import Patch
+from dmp_common.patch.variant import Variant
 
 _ENTRIES = re.compile(r"[,;\n]")
+_BLOCK = re.compile(r"^[^.]+(?:\.\d+)?")  # of the name of a site: its block, such as in.1 or mid
 _RANGE_OR_STAR = re.compile(r"((?<![^.])\d+-\d+(?![^.])|\*+)")
 
 
@@ -37,6 +39,24 @@ def sites_named(patch: Patch, word: str) -> list[str]:
     }
     exact = [name for name in own if name.lower() == word]
     return exact or words.get(word) or [name for name in own if _matches(word, name.lower())]
+
+
+def places(variant: Variant) -> list[str]:
+    """Returns the words that name places of a patch, each for one site or more.
+
+    They are "all", the base's named sets, the kinds of blocks, and each block. `sites_named` reads
+    them.
+
+    >>> from dmp_common import Patch
+    >>> places(Patch.create("sd15", sites=["in.1", "in.2", "mid"]).variant)
+    ['all', 'blocks', 'in.*', 'in.1', 'in.2', 'mid']
+    """
+    own, base = [site.name for site in variant.site_specs()], variant.base_spec
+    sets = base.output_sets if variant.mix == "modulate" else base.site_sets
+    named = [name for name, members in sets.items() if 0 < len({*members} & {*own}) < len(own)]
+    blocks = dict.fromkeys(_BLOCK.findall(name)[0] for name in own)
+    kinds = dict.fromkeys(f"{block.partition('.')[0]}.*" for block in blocks if "." in block)
+    return ["all", *named, *kinds, *blocks]
 
 
 def site_strengths(patch: Patch, text: str) -> tuple[tuple[str, float], ...]:

@@ -11,7 +11,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def page(filled: Server) -> Iterator[Any]:
     browser_path = os.environ.get("COMFYUI_BROWSER", "")
     if not Path(browser_path).is_file():
         pytest.skip("needs a browser: set COMFYUI_BROWSER to the path of a Chromium")
-    filled.post("/settings", {"Comfy.TutorialCompleted": True})
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": False}
+    filled.post("/settings", settings)
     with playwright.sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1900, "height": 1050})
@@ -163,6 +164,8 @@ def opened(page: Any, name: str, **modes: int) -> dict[str, Any]:
     for node in flow["nodes"]:
         if node["type"] in ("EmptyLatentImage", "EmptySD3LatentImage"):
             node["widgets_values"][:2] = [128, 128]
+        if node["type"] == "ConditioningSetArea":
+            node["widgets_values"][:4] = [value // 4 for value in node["widgets_values"][:4]]
         if node["type"] == "KSampler":
             node["widgets_values"][2] = 2
         if node["type"] == "DMP_Prompts":
@@ -225,11 +228,12 @@ def test_workflows_run_in_the_browser(page, filled, name):
 def values_of(prompt: dict[str, Any], absent: set[str]) -> dict[tuple[str, str], Any]:
     """Node, input and value of a workflow in API format, but for those that `opened` changes."""
     small = ("EmptyLatentImage", "EmptySD3LatentImage", "KSampler", "DMP_Prompts", "DMP_Train")
+    small += ("ConditioningSetArea",)
     return {
         (node, key): value
         for node, entry in prompt.items()
         for key, value in entry["inputs"].items()
-        if (key not in (*SMALL, "text") or entry["class_type"] not in small)
+        if (key not in (*SMALL, "text", "x") or entry["class_type"] not in small)
         and key != "compare_view"  # It holds the pictures that the browser showed last.
         and entry["class_type"] not in absent
     }
@@ -270,6 +274,59 @@ def nothing_is_hidden(page: Any, flow: dict[str, Any], in_html: bool) -> None:
         assert found[number] == pytest.approx(box, abs=1.5), flow["nodes"][number - 1]["type"]
     assert len(wires) == len(flow["links"])
     assert not behind(found, [(one, two, tuple(a), tuple(b)) for one, two, a, b in wires])
+
+
+@pytest.mark.parametrize("in_html", [False, True], ids=["canvas", "html"])
+def test_the_button_lists_the_places_of_the_patch_before_it(page, filled, in_html):
+    words = page.evaluate("async () => (await (await fetch('/dmp/places?patch=x')).json()).error")
+    assert words.startswith("expected x in ")
+    with nodes_in_html(page) if in_html else nullcontext(True) as known:
+        if not known:
+            pytest.skip("needs a ComfyUI with nodes in HTML")
+        opened(page, "dmp-keyframes")
+        values = page.evaluate(f"() => {GATE}.serialize().widgets_values")
+        for times in (1, 2):
+            press_button(page, in_html)
+            menu = page.locator(".litecontextmenu")
+            menu.get_by_text("all", exact=True).wait_for()
+            assert menu.get_by_text("in.*", exact=True).count() == 1
+            menu.get_by_text("all", exact=True).click()
+            text = page.evaluate(
+                f"() => {GATE}.widgets.find((w) => w.name == 'site_strengths').value"
+            )
+            assert text == "all: 1, in.1-3: 0.5" + ", all: 1" * times
+        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        (inputs,) = (n["inputs"] for n in prompt.values() if n["class_type"] == "DMP_GateStrength")
+        assert inputs["site_strengths"] == text
+        assert "add a place" not in inputs
+        after = page.evaluate(f"() => {GATE}.serialize().widgets_values")
+        assert after == [text if value == "all: 1, in.1-3: 0.5" else value for value in values]
+
+
+TEXT = "'site_strengths'"
+GATE = "app.graph._nodes.find((node) => node.type == 'DMP_GateStrength')"
+
+
+def press_button(page: Any, in_html: bool) -> None:
+    """Presses the button of DMP Gate Strength, as a user does."""
+    page.evaluate(FIT)
+    if in_html:
+        node = page.locator("[data-node-id]", has_text="DMP Gate Strength")
+        if node.get_by_text("Show advanced inputs").count():
+            node.get_by_text("Show advanced inputs").click()
+        node.get_by_text("add a place").click()
+        return
+    x, y = page.evaluate(
+        f"""() => {{
+            const node = {GATE}, {{ scale, offset }} = app.canvas.ds;
+            const button = node.widgets.at(-1);
+            return [
+                (node.pos[0] + node.size[0] / 2 + offset[0]) * scale,
+                (node.pos[1] + button.y + 10 + offset[1]) * scale,
+            ];
+        }}"""
+    )
+    page.mouse.click(x, y)
 
 
 def test_bypassed_node_is_the_plain_model(page, filled):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmp_common import Patch, PatchError
-from dmp_common.tools.written import keyframes, site_strengths, sites_named
+from dmp_common.tools.written import keyframes, places, site_strengths, sites_named
 from tests.tiny import FAMILIES
 
 
@@ -41,6 +41,19 @@ def test_sites_below(patch):
     assert below
     assert all(name.startswith("in.1.") for name in below)
     assert set(sites_named(patch, "*.attn*.to_q")) == {n for n in patch.sites if "to_q" in n}
+
+
+@pytest.mark.parametrize("mix", ["add", "modulate"])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_places_name_sites(name, mix):
+    """Every word is read, and the blocks name each site once."""
+    patch = FAMILIES[name].patch(mix=mix)
+    words = places(patch.variant)
+    assert words[0] == "all"
+    assert all(sites_named(patch, word) for word in words)
+    blocks = [word for word in words[1:] if word[-1].isdigit() or word == "mid"]
+    named = [site for block in blocks for site in sites_named(patch, block)]
+    assert sorted(named) == sorted(patch.sites)
 
 
 def test_the_later_entry_counts(patch):
