@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from comfyui_dmp.recompute import Inside, recomputing
 from comfyui_dmp.slots import AnyContext, Prepare, module_at
-from dmp_common import Base, PatchError, Site
+from dmp_common import Base, Context, PatchError, Site
 from dmp_common.attach.forms import as_given, as_tokens
 from dmp_common.attach.modulation import Part
+
+Handles = list[RemovableHandle]
 
 
 @contextmanager
@@ -63,6 +67,7 @@ def modulating(
     items: int,
     prepare: Prepare,
     labels: bool,
+    recompute: bool,
 ) -> Iterator[None]:
     """Scales and shifts the outputs of modules in one call of a model.
 
@@ -76,6 +81,7 @@ def modulating(
         items: the number of items in the batch.
         prepare: makes the call's context.
         labels: whether the gate sees the class embedding too (condition t+y).
+        recompute: whether the backward pass recomputes the blocks.
     """
     call = _Call(denoiser, base, items, prepare, labels)
 
@@ -91,15 +97,68 @@ def modulating(
             changed = context.modulate(own, as_tokens(output, form))
             return as_given(changed, output, form)
 
-        return modulate
+    def put_on(paths: Mapping[str, tuple[Part, ...]], known: Callable[[], AnyContext]) -> Handles:
+        return [
+            module_at(denoiser, path).register_forward_hook(_modulating(own, items, known))
+            for path, own in paths.items()
+        ]
+
+    def inside(block: str) -> Inside:
+        paths = {path: own for path, own in parts.items() if path.startswith(f"{block}.")}
+        return _inside(paths, call.known(), put_on)
 
     try:
-        for path, own in parts.items():
-            module = module_at(denoiser, path)
-            call.handles.append(module.register_forward_hook(after(own)))
-        yield
+        call.handles += put_on(parts, call.known)
+        with recomputing(denoiser, inside) if recompute else nullcontext():
+            yield
     finally:
         call.end()
+
+
+def _modulating(
+    own: tuple[Part, ...], items: int, known: Callable[[], AnyContext]
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """Returns the hook of a module: it scales and shifts the module's output."""
+
+    def modulate(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        context = known()
+        if len(output) == 1 < items and output.shape[1] % items == 0:
+            # PixArt computes keys and values of all items' captions as one sequence.
+            split = output.view(items, -1, *output.shape[2:])
+            return context.modulate(own, split).view(output.shape)
+        return context.modulate(own, output)
+
+    return modulate
+
+
+def _inside(
+    paths: Mapping[str, tuple[Part, ...]],
+    context: AnyContext,
+    put_on: Callable[[Mapping[str, tuple[Part, ...]], Callable[[], AnyContext]], Handles],
+) -> Inside:
+    """Returns what a patch does inside of a block, for the block's recomputation.
+
+    Args:
+        paths: the modules of the block, with the sites in their outputs.
+        context: of the call.
+        put_on: puts hooks on modules.
+    """
+    assert isinstance(context, Context)  # There are no masks in training.
+    assert context.table is not None
+    table = context.table
+    names = sorted({part.site for own in paths.values() for part in own})
+
+    @contextmanager
+    def again(tensors: Sequence[Tensor]) -> Iterator[None]:
+        recomputed = replace(context, table={**table, **dict(zip(names, tensors, strict=True))})
+        handles = put_on(paths, lambda: recomputed)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return Inside(tuple(table[name] for name in names), again)
 
 
 class _Call:
@@ -109,7 +168,7 @@ class _Call:
         self, denoiser: nn.Module, base: Base, items: int, prepare: Prepare, labels: bool
     ) -> None:
         self._items = items
-        self.handles: list[RemovableHandle] = []
+        self.handles: Handles = []
         self._model = type(denoiser).__name__
         self._prepare = prepare
         self._context: AnyContext | None = None

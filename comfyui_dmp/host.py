@@ -34,6 +34,7 @@ from comfyui_dmp.notices import (
     say_other_noise,
     say_unlike,
 )
+from comfyui_dmp.recompute import Inside, recomputing
 from comfyui_dmp.slots import (
     Prepare,
     after_options,
@@ -79,9 +80,11 @@ class Wrapper:
     Attributes:
         item_strengths: factors of the strength of each item (B,), which training sets before its
             own calls; None where all are 1.
+        recompute: whether the backward pass recomputes the model's blocks, which training sets.
     """
 
     item_strengths: Tensor | None = None
+    recompute: bool = False
 
     def __init__(self, record: PatchRecord) -> None:
         self.record = record
@@ -180,6 +183,8 @@ class Wrapper:
 
         prepare = self._prepare(model, x, settings, timesteps, conds, conditional, mask)
         compiled = is_compiled(model, options)
+        if self.recompute and self._slot != "outputs":  # The others act outside of the blocks.
+            stack.enter_context(recomputing(denoiser_of(model), lambda _: Inside()))
         facts: object = settings, conditional is None, mask is None
         if self._slot in ("hooks", "outputs"):
             require_not_compiled(model, options)
@@ -239,7 +244,9 @@ class Wrapper:
         """Returns the hooks of one call, for what ComfyUI has no slot for."""
         labels = self.record.loaded.patch.variant.condition == "t+y"
         if self._slot == "outputs":
-            return modulating(denoiser, self._base, self._parts, items, prepare, labels)
+            return modulating(
+                denoiser, self._base, self._parts, items, prepare, labels, self.recompute
+            )
         return adding(denoiser, self._base, self._sites, items, prepare, labels)
 
     def _prepare(

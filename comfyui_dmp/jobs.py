@@ -40,6 +40,7 @@ class Job:
         how: of the drawing.
         start: a patch to go on with; None for a new one.
         vae: for pictures of the models side by side; None without them.
+        recompute: whether the backward pass recomputes the model's blocks, to need less memory.
     """
 
     model: Any
@@ -57,6 +58,7 @@ class Job:
     how: Drawing
     start: PatchRecord | None = None
     vae: Any | None = None
+    recompute: bool = True
 
     @property
     def exact(self) -> Any:

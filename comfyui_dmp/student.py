@@ -49,13 +49,15 @@ class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
     Args:
         model: ComfyUI's `ModelPatcher` of the cheap model, which is not changed.
         loaded: the patch, on the CPU.
+        recompute: whether the backward pass recomputes the model's blocks, to need less memory.
     """
 
-    def __init__(self, model: Any, loaded: LoadedPatch) -> None:
+    def __init__(self, model: Any, loaded: LoadedPatch, recompute: bool) -> None:
         dynamic = getattr(model, "is_dynamic", bool)()
         clone = model.clone(disable_dynamic=True) if dynamic else model.clone()
         self.patch = loaded.patch
         self.wrapper = Wrapper(PatchRecord(loaded))
+        self.wrapper.recompute = recompute
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.wrapper)
         # Not every attention that users choose has a backward pass.
         clone.model_options["transformer_options"][ATTENTION] = attention

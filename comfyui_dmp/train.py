@@ -83,7 +83,7 @@ def train(job: Job, node: str | None = None) -> Outcome:
     loaded = LoadedPatch(patch, trained.temporary(base.name, job.objective))
     conditionings, seed = [job.negative, *job.positive], job.how.seed % 2**63
     with torch.inference_mode(False):
-        learned = Student(job.model, loaded).train(
+        learned = Student(job.model, loaded, job.recompute).train(
             *held_back(drawn.runs, seed),
             [None if cond is None else usable(cond) for cond in conditionings],
             Recipe(job.steps, job.learning_rate, min(_WARMUP, job.steps // 10)),

@@ -72,6 +72,7 @@ def metadata(job: Job, patch: Patch, before: int, done: int, rate: float) -> dic
         "ss_seed": str(job.how.seed),
         "ss_training_finished_at": f"{now:.0f}",
         "ss_resolution": f"{job.size[0]},{job.size[1]}",
+        "ss_gradient_checkpointing": str(job.recompute),
         "ss_dmp_method": "dmp",
         "ss_dmp_version": __version__,
         "ss_dmp_trained_in": "ComfyUI",

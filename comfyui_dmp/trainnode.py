@@ -80,6 +80,7 @@ class TrainPatch(io.ComfyNode):
             how=how,
             start=one.get("dmp_patch"),
             vae=one.get("vae"),
+            recompute=one.get("gradient_checkpointing", True),
         )
         outcome = train.train(job, cls.hidden.unique_id if cls.hidden else None)
         shown = plots.as_tensor(outcome.curve), outcome.beside, outcome.pictures
@@ -205,6 +206,16 @@ def _advanced() -> list[Any]:
             min=1,
             max=500,
             tooltip="Of each picture; up to twice as many, so that more noise levels are seen.",
+            **more,
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=True,
+            optional=True,
+            tooltip=(
+                "Blocks of the model are computed again in the backward pass, so that training "
+                "needs far less memory and about a third more time. The patch is the same."
+            ),
             **more,
         ),
     ]

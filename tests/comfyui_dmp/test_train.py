@@ -92,7 +92,7 @@ def test_gradients_through_comfyui_are_those_of_diffusers(train, real, name, mon
     monkeypatch.setattr(student, "weighted_gap", lambda *_: next(falling))
     loaded = LoadedPatch(patches[0], Path("trained.safetensors"))
     cond = [[text[:1], {"pooled_output": pooled[:1]}]]
-    student.Student(patcher, loaded).train(
+    student.Student(patcher, loaded, True).train(
         states, states, [cond], recipe, 4, 3, lambda *step: told.append(step) is None
     )
 
