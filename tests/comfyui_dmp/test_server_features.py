@@ -71,10 +71,16 @@ def test_tiled_sampling(server):
     windows = {"context_length": 8, "context_overlap": 4, "context_schedule": "standard_static"}
     windows |= {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
     windows |= {"dim": 3, "freenoise": False}
+    node = "ContextWindowsManual"
+    known = server.get(f"/object_info/{node}")[node]["input"]["required"]
+    # Later versions of ComfyUI have more inputs.
+    windows = {
+        n: facts["default"] for n, (_, facts) in known.items() if "default" in facts
+    } | windows
 
     def around(model: list[Any]) -> list[Any]:
         name = f"windows {model[0]}"
-        return graph.add(name, "ContextWindowsManual", model=model, **windows)
+        return graph.add(name, node, model=model, **windows)
 
     three_ways(server, graph, around)
 
