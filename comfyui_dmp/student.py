@@ -23,8 +23,10 @@ from comfyui_dmp.fitting import (
 )
 from comfyui_dmp.gradients import ATTENTION, attention, training, weights_with_gradients
 from comfyui_dmp.host import KEY, Wrapper
+from comfyui_dmp.memory import asking_for_training, separate_weights
 from comfyui_dmp.predictions import as_output
 from comfyui_dmp.states import States, batches
+from dmp_common import PatchError
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 
 
@@ -53,12 +55,13 @@ class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any, loaded: LoadedPatch, recompute: bool) -> None:
-        dynamic = getattr(model, "is_dynamic", bool)()
-        clone = model.clone(disable_dynamic=True) if dynamic else model.clone()
+        clone = _trainable(model)
         self.patch = loaded.patch
         self.wrapper = Wrapper(PatchRecord(loaded))
         self.wrapper.recompute = recompute
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.wrapper)
+        asking = asking_for_training(self.patch.base.layout, recompute)
+        clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, asking)
         # Not every attention that users choose has a backward pass.
         clone.model_options["transformer_options"][ATTENTION] = attention
         super().__init__(clone)
@@ -118,7 +121,7 @@ class Student(comfy.samplers.CFGGuider):  # type: ignore[misc]
 
         shape = (at_once, *states.noisy.shape[1:])
         try:
-            with training(self.patch.base.layout == "tokens"):
+            with training(self.patch.base.layout == "tokens"), separate_weights():
                 self.sample(
                     torch.zeros(shape),
                     torch.zeros(shape),
@@ -200,6 +203,28 @@ class _Fitting(comfy.samplers.Sampler):  # type: ignore[misc]
                 computes == torch.float16,
             )
         return torch.zeros_like(noise)
+
+
+def _trainable(model: Any) -> Any:
+    """Returns a clone whose weights stay where they are between forward and backward pass.
+
+    Dynamic VRAM of current versions of ComfyUI may take a weight away as soon as its layer is done.
+
+    Args:
+        model: ComfyUI's `ModelPatcher`.
+
+    Raises:
+        PatchError: ComfyUI cannot load the model in another way.
+    """
+    if not getattr(model, "is_dynamic", bool)():  # ComfyUI 0.8 has none
+        return model.clone()
+    if model.cached_patcher_init is None:
+        raise PatchError(
+            "expected a MODEL that ComfyUI can load without dynamic VRAM for training, found one "
+            "whose loader does not say how: use ComfyUI's own loader, or start ComfyUI with "
+            "--disable-dynamic-vram."
+        )
+    return model.clone(disable_dynamic=True)
 
 
 def _without_patch(predict: Predict) -> Predict:

@@ -1,4 +1,4 @@
-"""Training that recomputes blocks in the backward pass: equal gradients, less memory."""
+"""The memory of training: recomputed blocks, weights off the GPU, and what ComfyUI is asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from comfyui_dmp.states import States
+from dmp_common import PatchError
 from dmp_common.attach.record import LoadedPatch
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
@@ -86,3 +87,86 @@ def test_equal_gradients_with_less_memory(real, steps, name, mix):
     assert sum(float(gradient.abs().sum()) for gradient in whole.values()) > 0
     # Fields that are added are as large as these small blocks.
     assert mix == "add" or least < most / 2, (least, most)
+
+
+def with_lora(patcher: Any) -> Any:
+    """A model with other weights; ComfyUI computes in each call those that are not loaded."""
+    clone = patcher.clone()
+    weights = patcher.model.diffusion_model.state_dict()
+    clone.add_patches(
+        {
+            f"diffusion_model.{name}": ("diff", (torch.full_like(value, 0.01),))
+            for name, value in weights.items()
+            if value.dim() == 2
+        }
+    )
+    return clone
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_that_are_not_loaded(real, steps, monkeypatch, name, recompute):
+    """As with --lowvram and --reserve-vram: most layers copy and change their weights in a call."""
+    import comfy.model_management as management
+
+    family = real.FAMILIES[name]
+    patch = family.patch(std=0.05, mix="modulate")
+    whole, _ = steps(with_lora(family.comfy()), family, patch, recompute)
+    load = management.LoadedModel.model_load
+
+    def loaded(model: Any, memory: float, force_patch_weights: bool = False) -> Any:
+        return load(model, 5000, force_patch_weights)
+
+    monkeypatch.setattr(management.LoadedModel, "model_load", loaded)
+    partly = with_lora(family.comfy())
+    again, _ = steps(partly, family, patch, recompute)
+    assert partly.model.model_lowvram
+    assert partly.model.model_loaded_weight_memory < partly.model_size() / 2
+    assert sum(float(gradient.abs().sum()) for gradient in whole.values()) > 0
+    for key, gradient in whole.items():
+        torch.testing.assert_close(again[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "recompute", "times"), [("sd15", False, 9), ("flux", True, 2)])
+def test_a_training_asks_for_its_memory(real, steps, run, monkeypatch, name, recompute, times):
+    import comfy.model_management as management
+
+    family, asked, streams = real.FAMILIES[name], [], []
+    load = management.load_models_gpu
+
+    def loaded(models: Any, **memory: Any) -> Any:
+        asked.append(memory["minimum_memory_required"])
+        streams.append(management.NUM_STREAMS)
+        return load(models, **memory)
+
+    monkeypatch.setattr(management, "load_models_gpu", loaded)
+    monkeypatch.setattr(management, "NUM_STREAMS", 2)
+    run.sample(family.comfy(), family, count=2, cfg=1.0)
+    steps(family.comfy(), family, family.patch(mix="modulate"), recompute)
+    assert asked[-1] == pytest.approx(times * asked[0])
+    assert (streams[0], streams[-1], management.NUM_STREAMS) == (2, 0, 2)
+
+
+def test_a_dynamic_model_is_loaded_without_dynamic_vram(real, student, host, run, monkeypatch):
+    """ComfyUI's own patcher, as on a GPU, where nothing is copied to it."""
+    import comfy.model_patcher as patchers
+
+    if not hasattr(patchers, "ModelPatcherDynamic"):
+        pytest.skip("needs a ComfyUI with dynamic VRAM")
+    # The library that keeps its buffers needs a driver.
+    buffers = importlib.import_module("comfy_aimdo.host_buffer")
+    monkeypatch.setattr(buffers, "HostBuffer", lambda *_: None)
+    monkeypatch.setattr(patchers.ModelPatcherDynamic, "__del__", lambda self: None)
+    family = real.FAMILIES["sd15"]
+    cpu, plain = torch.device("cpu"), family.comfy()
+    gpu = torch.device("cuda", 0)
+    dynamic = patchers.ModelPatcherDynamic(family.comfy().model, gpu, cpu)
+    loaded = LoadedPatch(family.patch(mix="modulate"), Path("a"))
+    with pytest.raises(PatchError, match="without dynamic VRAM for training"):
+        student.Student(dynamic, loaded, True)
+    dynamic.cached_patcher_init = (lambda *_, disable_dynamic: plain, ())
+    patched = host.attach(dynamic, run.record(loaded.patch))
+    assert patched.is_dynamic()
+    trained = student.Student(patched, loaded, True).model_patcher
+    assert not trained.is_dynamic()
+    assert trained.model is plain.model
