@@ -41,6 +41,7 @@ TITLES = {
     "ERNIE-Image, ERNIE-Image-Turbo": ("ernie-image",),
     "Krea 2": ("krea2",),
     "Anima": ("anima",),
+    "Qwen-Image 2.1": ("qwen-image-2.1",),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

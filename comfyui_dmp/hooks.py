@@ -85,18 +85,6 @@ def modulating(
     """
     call = _Call(denoiser, base, items, prepare, labels)
 
-    def after(own: tuple[Part, ...]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        form = own[0].form
-
-        def modulate(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            context = call.known()
-            if len(output) == 1 < items and output.shape[1] % items == 0:
-                # PixArt computes keys and values of all items' captions as one sequence.
-                split = output.view(items, -1, *output.shape[2:])
-                return context.modulate(own, split).view(output.shape)
-            changed = context.modulate(own, as_tokens(output, form))
-            return as_given(changed, output, form)
-
     def put_on(paths: Mapping[str, tuple[Part, ...]], known: Callable[[], AnyContext]) -> Handles:
         return [
             module_at(denoiser, path).register_forward_hook(_modulating(own, items, known))
@@ -119,6 +107,7 @@ def _modulating(
     own: tuple[Part, ...], items: int, known: Callable[[], AnyContext]
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     """Returns the hook of a module: it scales and shifts the module's output."""
+    form = own[0].form
 
     def modulate(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         context = known()
@@ -126,7 +115,8 @@ def _modulating(
             # PixArt computes keys and values of all items' captions as one sequence.
             split = output.view(items, -1, *output.shape[2:])
             return context.modulate(own, split).view(output.shape)
-        return context.modulate(own, output)
+        changed = context.modulate(own, as_tokens(output, form))
+        return as_given(changed, output, form)
 
     return modulate
 

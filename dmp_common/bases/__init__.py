@@ -10,6 +10,7 @@ from dmp_common.bases.chroma import chroma
 from dmp_common.bases.flux import flux
 from dmp_common.bases.krea2 import krea2
 from dmp_common.bases.llm import lumina2, qwen_image, z_image
+from dmp_common.bases.qwenimage21 import qwen_image21
 from dmp_common.bases.transformer import dit, pixart, sd3
 from dmp_common.bases.unet import unet
 
@@ -21,6 +22,7 @@ __all__ = [
     "lumina2",
     "pixart",
     "qwen_image",
+    "qwen_image21",
     "sd3",
     "unet",
     "z_image",

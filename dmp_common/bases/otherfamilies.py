@@ -81,5 +81,4 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
             _having("patch_embedding", "condition_embedder.time_embedder"),
         ),
     ),
-    Stranger("Qwen-Image 2.1", (_having("time_text_embed", "txt_in", "modulation.1"),)),
 )

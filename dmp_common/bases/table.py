@@ -11,6 +11,7 @@ from dmp_common.bases.ernie import ErnieImage
 from dmp_common.bases.flux import Flux, Flux2
 from dmp_common.bases.krea2 import Krea2
 from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
+from dmp_common.bases.qwenimage21 import QwenImage21
 from dmp_common.bases.transformer import SD3, DiT, PixArt
 from dmp_common.bases.unet import Unet
 from dmp_common.errors import PatchError
@@ -136,6 +137,7 @@ TABLE: tuple[Row, ...] = (
     ErnieImage("ernie-image", depth=36, width=4096, hidden=12288, hub_id="baidu/ERNIE-Image"),
     Krea2("krea2", depth=28, width=6144, hub_id="krea/Krea-2-Raw"),
     Anima("anima", depth=28, width=2048, hub_id="circlestone-labs/Anima-Base-v1.0-Diffusers"),
+    QwenImage21("qwen-image-2.1", depth=32, width=4096, hub_id="Qwen/Qwen-Image-2.1"),
 )
 
 _registered: dict[str, Base] = {}

@@ -11,6 +11,7 @@ from dmp_common.bases.base import (
     Base,
     Latent,
     ModelCall,
+    Naming,
     Probe,
     Site,
     TimeSource,
@@ -30,7 +31,7 @@ def block_sites(
     stride: int,
     *,
     diffusers: str,
-    ldm: str,
+    ldm: str | None,
     diffusers_argument: Argument = _HIDDEN,
     ldm_argument: Argument = _X,
 ) -> tuple[Site, ...]:
@@ -39,16 +40,20 @@ def block_sites(
     Args:
         prefix: names of the sites are `prefix.0`, `prefix.1` and so on.
         count, width, stride: number of blocks, and width and stride of every site.
-        diffusers, ldm: path of the list of blocks in each naming.
+        diffusers, ldm: path of the list of blocks in each naming; None where a naming is unknown.
         diffusers_argument, ldm_argument: the argument of a block that carries the image tokens.
     """
+    lists: dict[Naming, str] = {"diffusers": diffusers}
+    arguments: dict[Naming, Argument] = {"diffusers": diffusers_argument}
+    if ldm is not None:
+        lists["ldm"], arguments["ldm"] = ldm, ldm_argument
     return tuple(
         Site(
             f"{prefix}.{n}",
             width,
             stride,
-            paths={"diffusers": f"{diffusers}.{n}", "ldm": f"{ldm}.{n}"},
-            arguments={"diffusers": diffusers_argument, "ldm": ldm_argument},
+            paths={naming: f"{path}.{n}" for naming, path in lists.items()},
+            arguments=arguments,
         )
         for n in range(count)
     )

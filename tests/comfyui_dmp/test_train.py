@@ -65,8 +65,7 @@ def test_a_repair_in_inference_mode(train, real, host, run):
 
 
 NAMES = ["sd15", "sdxl", "sd3", "flux", "flux2", "qwen-image", "z-image"]
-NAMES += ["ernie-image"]
-NAMES = ["sd15", "sdxl", "sd3", "flux", "qwen-image", "z-image", "anima"]
+NAMES += ["ernie-image", "anima"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -95,12 +95,15 @@ def checkpoint(model: nn.Module) -> None:
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, object]]:
-    """Every attribute of every module: dictionaries by content, the rest by identity."""
+    """Every attribute of every module: dictionaries and lists by content, the rest by identity."""
+
+    def content(value: object) -> object:
+        if isinstance(value, dict):
+            return list(value.items())
+        return [id(part) for part in value] if isinstance(value, list) else id(value)
+
     return {
-        name: {
-            key: list(value.items()) if isinstance(value, dict) else id(value)
-            for key, value in vars(module).items()
-        }
+        name: {key: content(value) for key, value in vars(module).items()}
         for name, module in model.named_modules()
     }
 
@@ -199,9 +202,9 @@ def split_tokens(tiny: Tiny, values: Tensor, tokens: int) -> tuple[Tensor, Tenso
 def check_fields(tiny: Tiny, patch: Patch, seen: Seen, latent: tuple[int, int], strength=1.0):
     """What arrived at each block is what the model gave plus the plain field, nowhere else."""
     assert set(seen.before) == set(seen.after) == set(patch.sites)
-    e = seen.e[0]
     for name, site in patch.sites.items():
         before, after = seen.before[name], seen.after[name]
+        e = seen.e[0][: len(before)]  # some models embed timestep 0 after those of the items
         assert before.shape == after.shape
         added = after - before
         if patch.base.layout == "map":

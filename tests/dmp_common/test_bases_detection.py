@@ -17,7 +17,7 @@ ORDER = ["digits", "cifar10", "cifar10-s", "sd15", "sd21", "sdxl"]
 ORDER += [f"dit-{size}/{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
 ORDER += ["pixart", "sd3", "sd35-medium", "sd35-large", "flux"]
 ORDER += ["flux2", "flux2-klein-4b", "flux2-klein-9b", "qwen-image", "z-image", "lumina2"]
-ORDER += ["chroma", "ernie-image", "krea2", "anima"]
+ORDER += ["chroma", "ernie-image", "krea2", "anima", "qwen-image-2.1"]
 
 
 def test_known_bases_and_their_order():

@@ -149,5 +149,6 @@ def test_prediction_types():
         "ernie-image",
         "krea2",
         "anima",
+        "qwen-image-2.1",
     ):
         assert predictions[name] == "flow"

@@ -61,7 +61,6 @@ OTHERS = {
         ),
     ),
     "wan": ("Wan", "WanTransformer3DModel", ONE),
-    "qwen-image-2.1": ("Qwen-Image 2.1", "QwenImage21Transformer2DModel", ONE),
 }  # fmt: skip
 
 

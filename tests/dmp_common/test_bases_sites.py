@@ -39,6 +39,7 @@ def saved(base: str, **variant) -> int:
         ("ernie-image", 38_797_824, 0.48, 8.033e9),
         ("krea2", 45_613_568, 0.36, 12.82e9),
         ("anima", 16_253_440, 0.83, 1.956e9),
+        ("qwen-image-2.1", 34_603_520, 0.49, 7.115e9),
     ],
 )
 def test_saved_parameters_are_those_of_the_paper(base, parameters, share, model):
@@ -107,6 +108,7 @@ def test_named_set_blocks_is_the_first_site_of_each_diffusers_block():
         *(("flux2", 56), ("flux2-klein-4b", 25), ("flux2-klein-9b", 32)),
         *(("qwen-image", 60), ("z-image", 30), ("lumina2", 26)),
         *(("chroma", 57), ("ernie-image", 36), ("krea2", 28), ("anima", 28)),
+        ("qwen-image-2.1", 32),
     ],
 )
 def test_sites_of_transformers(base, count_of_sites):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import tinychroma
-from tests.dmp_common.originalnames import flux2_names, next_names, from tests.dmp_common.originalnames import next_names, unet_original_name
-from tests.training import tinyflux2, from tests.training import tinyernie
+from tests.dmp_common.originalnames import flux2_names, next_names, unet_original_name
+from tests.training import tinyernie, tinyflux2
 
 # What ComfyUI and Stability put before the text encoders that a file holds.
 IN_FILE = {

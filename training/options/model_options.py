@@ -141,8 +141,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
-        "z-image, qwen-image, krea2 and flux2. With "
-        "z-image, qwen-image, krea2 and ernie-image. With "
+        "z-image, qwen-image, krea2, ernie-image and flux2. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )
