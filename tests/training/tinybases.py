@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.tiny import FAMILIES, Tiny
-from tests.training import tinyernie, tinyflux2
+from tests.training import tinyernie, tinyflux2, tinylanguage
 from tests.training.tinykrea2 import qwen3_vl
 from training.base.families import table
 from training.base.families.table import register_family
@@ -214,15 +214,15 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
         case "flux2":
             return {"text_encoder": lambda: tinyflux2.mistral(len(WORDS) + 3)}
         case "lumina2":
-            return {"text_encoder": _gemma2}
+            return {"text_encoder": lambda: tinylanguage.gemma2(len(WORDS) + 3)}
         case "qwen-image":
-            return {"text_encoder": _qwen2_vl}
+            return {"text_encoder": lambda: tinylanguage.qwen2_vl(len(WORDS) + 3)}
         case "ernie-image":
             return {"text_encoder": lambda: tinyernie.ministral(len(WORDS) + 3)}
         case "krea2":
             return {"text_encoder": lambda: qwen3_vl(len(WORDS) + 3)}
         case "z-image":
-            return {"text_encoder": _qwen3}
+            return {"text_encoder": lambda: tinylanguage.qwen3(len(WORDS) + 3)}
     return {}
 
 
@@ -245,51 +245,6 @@ def _t5() -> nn.Module:
     return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=len(WORDS) + 3, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2
-        )
-    )
-
-
-def _gemma2() -> nn.Module:
-    return transformers.Gemma2Model(
-        transformers.Gemma2Config(
-            vocab_size=len(WORDS) + 3,
-            hidden_size=12,
-            intermediate_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=6,
-        )
-    )
-
-
-def _qwen2_vl() -> nn.Module:
-    size = {"hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]}
-    return transformers.Qwen2_5_VLModel(
-        transformers.Qwen2_5_VLConfig(
-            text_config={
-                **size, "vocab_size": len(WORDS) + 3, "num_hidden_layers": 3,
-                "num_key_value_heads": 1, "rope_parameters": rope, "rope_scaling": rope,
-            },
-            vision_config={
-                "hidden_size": 8, "out_hidden_size": 12, "intermediate_size": 16, "depth": 1,
-                "num_heads": 2, "fullatt_block_indexes": [0],
-            },
-        )
-    )  # fmt: skip
-
-
-def _qwen3(layers: int = 3) -> nn.Module:
-    return transformers.Qwen3Model(
-        transformers.Qwen3Config(
-            vocab_size=len(WORDS) + 3,
-            hidden_size=12,
-            intermediate_size=16,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=6,
         )
     )
 
