@@ -72,8 +72,7 @@ def text_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     file of a language model."""
     state = weights_of(folder / part)
     if "language_model.model.embed_tokens.weight" in state:
-        return tinyflux2.pruned(state)
-        return tinyernie.text_half(state)
+        return (tinyflux2.pruned if folder.name == "flux2" else tinyernie.text_half)(state)
     if "embed_tokens.weight" in state:
         return {f"model.{key}": tensor for key, tensor in state.items()}
     plain = ("text_model.", "text_projection.", "encoder.block", "encoder.final", "shared.")

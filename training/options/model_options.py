@@ -142,6 +142,7 @@ class ModelOptions(Options):
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
         "z-image, qwen-image, krea2, ernie-image and flux2. With "
+        "z-image, qwen-image, flux2, krea2 and ernie-image. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )
