@@ -214,7 +214,7 @@ def _advanced() -> list[Any]:
             optional=True,
             tooltip=(
                 "Blocks of the model are computed again in the backward pass, so that training "
-                "needs far less memory and about a third more time. The patch is the same."
+                "needs far less memory and more time. The patch is the same."
             ),
             **more,
         ),

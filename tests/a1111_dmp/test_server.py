@@ -6,7 +6,7 @@ WEBUI_DMP=...        its folder of patches; tests write some into it, named `tes
 WEBUI_BASE=...       the base of its checkpoints: `tiny-a1111` (unless set), `tiny-v-a1111` ...,
                      for those of `checkpoints.py tiny`, `tiny-v` ..., or `sd15`.
 WEBUI_OTHER=...      the name of a second checkpoint of that base, `tiny-b` unless set; empty for
-                     none.
+                     none. The server must have loaded another one.
 WEBUI_FOREIGN=...    the name of a checkpoint of another base of those, for example `tiny-xl-a`.
 """
 
@@ -115,6 +115,8 @@ def other(server: Server) -> str:
     name = os.environ.get("WEBUI_OTHER", "tiny-b")
     if not name:
         pytest.skip("needs a second checkpoint: set WEBUI_OTHER to its name")
+    loaded = str(server.get("/sdapi/v1/options")["sd_model_checkpoint"])
+    assert not loaded.startswith(name), f"set WEBUI_OTHER to another one than {loaded}"
     return name
 
 
