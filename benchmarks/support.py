@@ -90,7 +90,7 @@ def _comfyui(base: Base) -> str:
 
 
 def _a1111(base: Base) -> str:
-    if base.name in _IN_NO_HOST:
+    if base.name in _IN_NO_HOST or "ldm" not in namings_of(base):
         return _NO
     return f"tried in {_TRIED[base.name]}" if base.name in _TRIED else "not tried"
 

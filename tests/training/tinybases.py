@@ -17,12 +17,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tests.tiny import FAMILIES, Tiny
 from tests.training import tinyernie, tinyflux2, tinylanguage
 from tests.training.tinykrea2 import qwen3_vl
+from tests.training.tinyqwen21 import opaque_vae, qwen3_vl_generating
 from training.base.families import table
 from training.base.families.table import register_family
 
 # A chat as language models read it: who speaks, what they say, and who answers.
 _CHAT = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}: {% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{{ message['content'][0]['text'] }}{% endif %} {% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
     "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}"
 )
@@ -47,22 +49,22 @@ TRAINED = {
     "ernie-image": (table.ERNIE_IMAGE, 4),
     "chroma": (table.CHROMA, 4),
     "krea2": (table.KREA2, 4),
+    "qwen-image-2.1": (table.QWEN_IMAGE21, 4),
 }
 TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
     register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple))
 
+_QWEN = ("qwen-image", "krea2", "qwen-image-2.1")
 # What each family needs on the command line besides its name.
 OPTIONS: dict[str, list[str]] = {
     **{
         name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux", "chroma")
     },
     "dit": [],
-    **{
-        name: ["--llm_max_token_length", "16"]
-        for name in ("qwen-image", "z-image", "ernie-image", "krea2")
-    },
+    "ernie-image": ["--llm_max_token_length", "16"],
     "flux2": ["--llm_max_token_length", "64"],  # its system prompt is longer than captions
+    **{name: ["--llm_max_token_length", "24"] for name in (*_QWEN, "z-image")},
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
 }
 
@@ -80,6 +82,7 @@ def make_base(folder: Path, name: str) -> Path:
             torch.manual_seed(7)
             build().save_pretrained(folder / place)
         tokenizer = place.replace("text_encoder", "tokenizer")
+        tokenizer = "processor" if name == "qwen-image-2.1" else tokenizer
         _tokenizer(77 if "T5" not in str(build()) else 512).save_pretrained(folder / tokenizer)
     (folder / "model_index.json").write_text(json.dumps(_index(folder, name)), encoding="utf-8")
     return folder
@@ -138,7 +141,9 @@ def _vae_of(name: str) -> nn.Module:
         return tinyernie.vae()
     if name == "flux2":
         return tinyflux2.vae()
-    if name not in ("qwen-image", "krea2"):
+    if name == "qwen-image-2.1":
+        return opaque_vae()
+    if name not in _QWEN:
         return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image", "chroma"))
     with torch.random.fork_rng():
         torch.manual_seed(11)
@@ -170,9 +175,9 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 
 
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
-    if name in ("sd3", "sd35"):
+    if name in ("sd3", "sd35", "z-image"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if name in ("flux", "flux2", "qwen-image", "chroma", "krea2"):
+    if name in ("flux", "flux2", "chroma", *_QWEN):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
@@ -192,10 +197,8 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
 def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
     plain, projected = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
     match name:
-        case "sd15":
-            return {"text_encoder": lambda: plain(_clip(12))}
-        case "sd21":
-            return {"text_encoder": lambda: plain(_clip(20))}
+        case "sd15" | "sd21":
+            return {"text_encoder": lambda: plain(_clip(12 if name == "sd15" else 20))}
         case "sdxl":
             return {
                 "text_encoder": lambda: plain(_clip(12)),
@@ -221,6 +224,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": lambda: tinyernie.ministral(len(WORDS) + 3)}
         case "krea2":
             return {"text_encoder": lambda: qwen3_vl(len(WORDS) + 3)}
+        case "qwen-image-2.1":
+            return {"text_encoder": lambda: qwen3_vl_generating(len(WORDS) + 3)}
         case "z-image":
             return {"text_encoder": lambda: tinylanguage.qwen3(len(WORDS) + 3)}
     return {}

@@ -12,13 +12,18 @@ TAPPED = 36  # layers, of which the pipeline reads every third
 
 def qwen3_vl(words: int) -> nn.Module:
     """A tiny Qwen3-VL that knows so many words."""
+    return transformers.Qwen3VLModel(config(words, TAPPED))
+
+
+def config(words: int, layers: int) -> transformers.Qwen3VLConfig:
+    """The configuration of a tiny Qwen3-VL."""
     size = {"intermediate_size": 16, "num_attention_heads": 2}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]}
     text = {
         **size,
         "hidden_size": WIDTH,
         "vocab_size": words,
-        "num_hidden_layers": TAPPED,
+        "num_hidden_layers": layers,
         "num_key_value_heads": 1,
         "head_dim": 6,
         "rope_parameters": rope,
@@ -32,5 +37,4 @@ def qwen3_vl(words: int) -> nn.Module:
         "num_heads": 2,
         "deepstack_visual_indexes": [0],
     }
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
-    return transformers.Qwen3VLModel(config)
+    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision)

@@ -165,6 +165,21 @@ def _of_channels(numbers: Tensor, like: Tensor) -> Tensor:
     return numbers.to(like.device, like.dtype)[:, None, None]
 
 
+class OpaqueSpace(FrameSpace):
+    """The latents of `AutoencoderKLQwenImage21`, which sees how opaque a picture is as well: ours
+    are opaque, and what it draws lies on white."""
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LatentSpace.encode`."""
+        return super().encode(torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
+
+    def picture(self, latent: Tensor) -> Tensor:
+        """See `LatentSpace.picture`."""
+        drawn = super().picture(latent)
+        colours, opacity = drawn[:, :3], (drawn[:, 3:] + 1) / 2
+        return colours * opacity + (1 - opacity)
+
+
 def space_of(vae: Any) -> LatentSpace:
     """The space of a VAE, by its class."""
     return _SPACES.get(type(vae).__name__, LatentSpace)(vae)
@@ -174,4 +189,5 @@ def space_of(vae: Any) -> LatentSpace:
 _SPACES: dict[str, type[LatentSpace]] = {
     "AutoencoderKLQwenImage": FrameSpace,
     "AutoencoderKLFlux2": PackedSpace,
+    "AutoencoderKLQwenImage21": OpaqueSpace,
 }

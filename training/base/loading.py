@@ -174,7 +174,8 @@ class Loader:
     def _encoder(self, name: str, file: Path | None = None, prefix: str = "") -> dict[str, Any]:
         """One text encoder with its tokenizer, from a folder or repository or from a file."""
         cls = getattr(transformers, self.family.encoders[name])
-        tokenizer, around = name.replace("text_encoder", "tokenizer"), self._around()
+        tokenizer = self.family.tokenizers.get(name) or name.replace("text_encoder", "tokenizer")
+        around = self._around()
         if around is None or (self.base.hub_id is not None and not _has(around, name)):
             around = self.base.hub_id  # as --method full leaves a folder without text encoders
         place = str(around)
@@ -190,7 +191,7 @@ class Loader:
                 with explained(f"the weights of a {cls.__name__}", str(file), hint):
                     encoder = load_text_encoder(file, cls, config, self.dtype, prefix, layers)
             words = transformers.AutoTokenizer.from_pretrained(place, subfolder=tokenizer)
-        return {name: encoder, tokenizer: words}
+        return {name: encoder, tokenizer: self.family.reader(words)}
 
     def _pooled_clip(self) -> dict[str, Any]:
         place = self.config.text_encoder or _CLIP

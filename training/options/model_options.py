@@ -21,7 +21,7 @@ Quantization = Literal[
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
     "sd3, sd35-medium, sd35-large, flux, flux2, flux2-klein-4b, flux2-klein-9b, qwen-image, "
-    "z-image, lumina2, ernie-image, chroma, krea2"
+    "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1"
 )
 
 
@@ -141,7 +141,6 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
-        "z-image, qwen-image, krea2, ernie-image and flux2. With "
         "z-image, qwen-image, flux2, krea2 and ernie-image. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",

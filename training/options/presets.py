@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{name: {"train_batch_size": 1} for name in ("sdxl", "sd3", "sd35-medium", "sd35-large")},
     **{name: {"train_batch_size": 1} for name in ("flux", "qwen-image", "z-image", "lumina2")},
     "ernie-image": {"train_batch_size": 1},
-    **{name: {"train_batch_size": 1} for name in ("chroma", "krea2")},
+    **{name: {"train_batch_size": 1} for name in ("chroma", "krea2", "qwen-image-2.1")},
     **{f"flux2{name}": {"train_batch_size": 1} for name in ("", "-klein-4b", "-klein-9b")},
     **{
         f"dit-{size}/{tokens}": {"train_batch_size": 16}

@@ -23,6 +23,7 @@ from training.objective.sampling import condition, draw_latents, is_guided, nois
 PIPELINES = [name for name, (family, _) in TRAINED.items() if family.pipeline]
 PACKED = ("flux", "qwen-image", "chroma", "krea2")  # the pipeline takes and gives tokens
 GIVES_TOKENS = ("flux2",)  # of one cell each
+FLAT = ("qwen-image-2.1",)  # a token is a cell; the pipeline does not guide, nor cut captions off
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
 UNLIMITED = ("ernie-image",)  # the pipeline reads captions of any length
 SIDE = 8  # cells of a latent
@@ -33,7 +34,7 @@ GUIDED: dict[str, dict[str, Any]] = {
     "lumina2": {"cfg_normalization": False},
 }
 # The side of a picture, where the pipeline takes another VAE than the tiny one for granted.
-PICTURE = {"lumina2": 64}
+PICTURE = {"lumina2": 64, "qwen-image-2.1": 128}
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -61,19 +62,22 @@ def from_pipeline(
         length["max_sequence_length"] = next(int(v) for v in given.values() if v.isdigit())
     if "system_prompt" in given:
         length["system_prompt"] = given["system_prompt"]
+    length["guidance_scale"] = scale - (name in ("z-image", "krea2"))  # which count from 0
+    latents = pack(noise) if name in PACKED else noise.clone()
+    if name in FLAT:
+        length, latents = {}, noise.flatten(2).transpose(1, 2)
     side = PICTURE.get(name, SIDE * frozen.factor)
     made = pipe(
         prompt="a red cat",
         height=side,
         width=side,
-        latents=pack(noise) if name in PACKED else noise.clone(),
+        latents=latents,
         num_inference_steps=2,
-        guidance_scale=scale - (name in ("z-image", "krea2")),  # which count from 0
         output_type="latent",
         **length,
         **more,
     )[0]
-    if name in GIVES_TOKENS:
+    if name in (*GIVES_TOKENS, *FLAT):
         return made.transpose(1, 2).unflatten(2, (SIDE, SIDE))
     return unpack(made, SIDE, SIDE) if name in PACKED else made
 

@@ -15,7 +15,17 @@ CACHED = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 
 
 @pytest.mark.parametrize(
-    "name", ["lumina2", "z-image", "qwen-image", "ernie-image", "chroma", "krea2", "flux2"]
+    "name",
+    [
+        "lumina2",
+        "z-image",
+        "qwen-image",
+        "ernie-image",
+        "chroma",
+        "krea2",
+        "flux2",
+        "qwen-image-2.1",
+    ],
 )
 def test_a_run_with_caches_is_resumed_without_them(name: str, train: Train, tmp_path: Path) -> None:
     """Latents and text from the disk are those that are computed, in padding and masks too."""

@@ -30,6 +30,7 @@ class Family:
         vae: whether the family works on latents.
         encoders: text encoders by folder, with their classes in transformers. The tokenizer of
             `text_encoder_2` is `tokenizer_2`, and so on.
+        tokenizers: folders of tokenizers that are not named so, by that of the text encoder.
         files: by such a folder, the option that names a single file of that text encoder.
         conditioning: what a sample is told besides the timestep.
         resolution: of the base in pixels, where its configuration does not tell.
@@ -49,6 +50,7 @@ class Family:
     vae: bool = True
     autoencoder: str = "AutoencoderKL"
     encoders: Mapping[str, str] = field(default_factory=dict)
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     conditioning: Literal["caption", "label"] = "caption"
     resolution: int = 1024
@@ -79,6 +81,10 @@ class Family:
                 width, top and left of the crop, target height and width, in pixels.
         """
         raise NotImplementedError
+
+    def reader(self, tokenizer: Any) -> Any:
+        """What the pipeline reads captions with, made of a tokenizer."""
+        return tokenizer
 
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that are read; the rest is cut off. CLIP reads windows of 75."""

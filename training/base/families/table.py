@@ -10,6 +10,7 @@ from training.base.families.family import Family
 from training.base.families.flux2 import Flux2, Flux2Klein
 from training.base.families.krea2 import Krea2
 from training.base.families.language import Lumina2, QwenImage, ZImage
+from training.base.families.qwenimage21 import QwenImage21
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
 
@@ -126,6 +127,16 @@ FLUX2_KLEIN = Flux2Klein(
     guidance=4.0,  # 1 where it is distilled
     even=True,
 )
+QWEN_IMAGE21 = QwenImage21(
+    denoiser="transformer",
+    model="QwenImage21Transformer2DModel",
+    pipeline="QwenImage21Pipeline",
+    autoencoder="AutoencoderKLQwenImage21",
+    encoders={"text_encoder": "Qwen3VLForConditionalGeneration"},
+    tokenizers={"text_encoder": "processor"},
+    guidance=1.0,
+    even=True,
+)
 LUMINA2 = Lumina2(
     denoiser="transformer",
     model="Lumina2Transformer2DModel",
@@ -186,6 +197,7 @@ _FAMILIES: dict[str, Family] = {
     "ernie-image": ERNIE_IMAGE,
     "chroma": CHROMA,
     "krea2": KREA2,
+    "qwen-image-2.1": QWEN_IMAGE21,
 }
 
 
