@@ -133,6 +133,7 @@ class Patch(core.Patch):
         timesteps: Tensor | None = None,
         image_tokens: int | None = None,
         text_tokens: int | tuple[int, ...] | None = None,
+        frames: int = 1,
     ) -> Context:
         """Computes what one forward call of a model will add: all gates at once, in float32.
 
@@ -143,7 +144,7 @@ class Patch(core.Patch):
             latent_hw: height and width of the latent; may be None for UNets.
             settings: strength, schedule and other settings.
             timesteps: (B,) on the scale 0..1000; needed if `needs_timesteps` returns True.
-            image_tokens, text_tokens: see `Latent`.
+            image_tokens, text_tokens, frames: see `Latent`.
 
         Returns:
             An immutable context; call `context.add(site, x)` at each site.
@@ -154,7 +155,7 @@ class Patch(core.Patch):
         """
         latent = None
         if latent_hw is not None:
-            latent = Latent(len(e), latent_hw, image_tokens, text_tokens)
+            latent = Latent(len(e), latent_hw, image_tokens, text_tokens, frames)
         return self.runtime.prepare(e, latent, settings or Settings(), timesteps=timesteps)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

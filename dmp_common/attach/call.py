@@ -93,7 +93,11 @@ class Call:
         self.sum: Tensor | None = None
 
     def embedded(self, e: Tensor) -> None:
-        """Adds up the embeddings (B, E) that the gate sees; makes the context after the last."""
+        """Adds up the embeddings that the gate sees; makes the context after the last.
+
+        Args:
+            e: of each item (B, E), or of each token (B, L, E).
+        """
         e = e if self.sum is None else self.sum + e
         self.sum, self.missing = e, self.missing - 1
         if self.missing:
@@ -107,14 +111,18 @@ class Call:
         if hooks.base.layout == "tokens":
             call = ModelCall(self.args, self.kwargs)
             latent = hooks.base.latent[hooks.naming](hooks.base, call, hooks.denoiser())
-            e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 too, after the items
+            # Wan 2.2 may embed a timestep for each token. Qwen-Image-Edit embeds timestep 0 too,
+            # after the items.
+            e = latent.rows(e.flatten(0, 1)) if e.dim() == 3 else e[: latent.batch * latent.frames]
+            if timesteps is not None:
+                timesteps = latent.rows(timesteps)
         if is_compiling():
             hooks.compiled = True  # The graph does so in each call; a sum would be fixed in it.
         else:
             hooks.calls += 1
         conditional = None
         if hooks.runtime.patch.variant.guidance is not None:
-            conditional = self.conditional(len(e))
+            conditional = self.conditional(len(e) if latent is None else latent.batch)
         self.context = hooks.runtime.prepare(
             e,
             latent,

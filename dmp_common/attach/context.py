@@ -114,9 +114,9 @@ class Context:
             return x
         remembered, rows = self.remembered, self.rows
         if isinstance(self.strength, Tensor) or strengths:
-            return self._modulation(parts, x, rows).applied(x, None, in_place=False)
+            return self._modulation(parts, x, rows).applied(x, None, False, self.latent)
         if remembered is None:
-            return self._modulation(parts, x, None).applied(x, rows, in_place=False)
+            return self._modulation(parts, x, None).applied(x, rows, False, self.latent)
         place = parts, x.dtype, x.device, x.shape, self.strength
         found = remembered.fields.get(place)
         if found is None:
@@ -126,7 +126,7 @@ class Context:
             assert self.cache is not None
             self.cache.add(self.key, remembered, place, found)
         fresh = not torch.is_grad_enabled() and 0 not in x.stride()
-        return found.applied(x, rows, fresh)
+        return found.applied(x, rows, fresh, self.latent)
 
     def prepend(self, site: str, x: Tensor) -> Tensor:
         """Returns image tokens x (B, L, D) with the site's weighted prompts in front, (B, N+L, D).
@@ -193,13 +193,14 @@ class Context:
         weights = self.weights[:, self.columns[site]]  # (T, K*N)
         if self.tokens:
             size, start, length = self._place(spec, x)
+            frames = self.latent.frames if self.latent else 1
             literal = length is None and size == pool.grid and len(pool.prompts) == 1
             if literal and x.dtype == torch.float32:  # half precision would round both factors
-                return Field(pool.prompts[0].float(), weights[:, :, None])
+                return Field(pool.prompts[0].float(), weights[:, :, None], frames=frames)
         else:
             if x.dim() != 4 or x.shape[1] < spec.width:
                 raise _shape_error(spec, x, f"(B, {spec.width} or more, H, W)")
-            size, start = (x.shape[2], x.shape[3]), 0
+            size, start, frames = (x.shape[2], x.shape[3]), 0, 1
             length = None if x.shape[1] == spec.width else spec.width
         if x.device.type in AUTOCAST:
             with torch.autocast(x.device.type, enabled=False):
@@ -208,10 +209,10 @@ class Context:
             grid = resize(pool.mix(weights), pool.grid, size)
         values = grid.flatten(1, 2) if self.tokens else grid.permute(0, 3, 1, 2)
         if self.remembered is None or not x.is_contiguous():
-            return Field(values.to(x.dtype), None, start, length)
+            return Field(values.to(x.dtype), None, start, length, frames)
         # One copy changes type and layout. It is worth its cost, as the field is used again.
         values = values.to(x.dtype, memory_format=torch.contiguous_format)
-        return Field(values.contiguous(), None, start, length)
+        return Field(values.contiguous(), None, start, length, frames)
 
     def _place(self, spec: Site, x: Tensor) -> TokenPlace:
         """Returns the live grid's rows and columns, and its start and length along axis 1 of x."""
@@ -228,6 +229,8 @@ class Context:
 def place_of(latent: Latent, stride: int, shared: bool, tokens: int) -> TokenPlace | None:
     """Returns where the image tokens of a latent are in a sequence, None where they are not in it.
 
+    Of a video it is the place of each frame in its own part of the sequence.
+
     Args:
         latent: the latents of the call.
         stride: latent pixels per token, in each direction.
@@ -235,6 +238,9 @@ def place_of(latent: Latent, stride: int, shared: bool, tokens: int) -> TokenPla
         tokens: the length of the sequence.
     """
     (height, width), image, text = latent.size, latent.image_tokens, latent.text_tokens
+    if tokens % latent.frames:
+        return None
+    tokens, image = tokens // latent.frames, image and image // latent.frames
     # Hosts differ in whether an incomplete token at the edge is dropped or padded.
     dropped, padded = (
         (grid_cells(height + pad, stride), grid_cells(width + pad, stride))

@@ -25,12 +25,14 @@ class Field(NamedTuple):
         weights: None, or the gate weights (T, N, 1).
         start, length: the part of axis 1 of the input that the field belongs to. `start` is one
             number for all items, or one for each; `length` is None for the whole axis.
+        frames: number of equal parts of axis 1 of the input, of which each gets the field.
     """
 
     values: Tensor
     weights: Tensor | None = None
     start: int | tuple[int, ...] = 0
     length: int | None = None
+    frames: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -52,8 +54,9 @@ class Field(NamedTuple):
         Args:
             x: the site's input (B, ...).
             strength: one strength for all items, or one for each (B,).
-            rows: for each item its index in T (B,); None where T divides B: the items of a video
-                are its frames, and those of one timestep follow one another.
+            rows: for each item its index in T (B,), or for each frame of each item (B*F,); None
+                where T divides B: the items of a video of a UNet are its frames, and those of one
+                timestep follow one another.
             in_place: whether the copy of x may be written to. `vmap` forbids it where it maps over
                 the field but not over x.
 
@@ -63,6 +66,8 @@ class Field(NamedTuple):
         scaled = self.values if self.weights is None else self.weights
         if rows is not None:
             scaled = scaled[rows]
+        if self.frames > 1:
+            return self._added_to_frames(x, scaled, strength, in_place)
         if scaled.shape[0] not in (1, x.shape[0]):
             if x.shape[0] % scaled.shape[0]:
                 raise PatchError(
@@ -100,6 +105,29 @@ class Field(NamedTuple):
         part.add_(addend, alpha=strength)
         return out
 
+    def _added_to_frames(
+        self, x: Tensor, scaled: Tensor, strength: float | Tensor, in_place: bool
+    ) -> Tensor:
+        """Adds to each frame of sequences x (B, F*H*W, D); see `added`.
+
+        Args:
+            scaled: the field, or the weights of the prompts: one for all, for each item, or for
+                each frame of each item.
+        """
+        video = x.view(len(x), self.frames, -1, x.shape[2])  # (B, F, H*W, D)
+        scaled = _by_frame(scaled, len(x))
+        if isinstance(strength, Tensor):
+            factors = strength.to(scaled.device, scaled.dtype).reshape(-1, 1, 1)
+            scaled, strength = scaled * _by_frame(factors, len(x)), 1.0
+        if self.weights is None:
+            out = torch.add(video, scaled, alpha=strength)
+        else:
+            out = torch.addcmul(video, self.values, scaled, value=strength)
+        if out.stride() != video.stride() and in_place:
+            addend = scaled if self.weights is None else scaled * self.values
+            out = video.clone().add_(addend, alpha=strength)
+        return out.flatten(1, 2)
+
     def _joined(self, x: Tensor, addend: Tensor) -> Tensor:
         """Adds to a part of x without writing in place: it splits x and joins the parts again."""
         assert self.length is not None
@@ -119,6 +147,20 @@ class Field(NamedTuple):
                 for n, (item, start) in enumerate(zip(items, starts, strict=True))
             ]
         )
+
+
+def _by_frame(values: Tensor, items: int) -> Tensor:
+    """Returns values (R, ...) of all, of each item or of each frame as (B or 1, F or 1, ...).
+
+    Raises:
+        PatchError: the number of values is none of these.
+    """
+    if len(values) % items and len(values) != 1:
+        raise PatchError(
+            f"expected one timestep for each of {items} items, or for each of their frames, found "
+            f"{len(values)}: call the model with such timesteps."
+        )
+    return values.reshape(min(items, len(values)), -1, *values.shape[1:])
 
 
 Split = Callable[[Tensor, int], "dict[str, Tensor]"]

@@ -89,6 +89,7 @@ class MaskedContext:
             return mean[:, :, None]
         size, start, own = place
         picture = _resized(self.mask, size).flatten(1)[:, :, None]  # (B or 1, tokens, 1)
+        picture = picture.repeat(1, length // picture.shape[1] if own is None else 1, 1)  # frames
         if own is None:
             return picture
         if isinstance(start, int):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmp_common.bases.parts import Form, Naming, Site
+from dmp_common.bases.parts import Form, Latent, Naming, Site
 from dmp_common.errors import PatchError
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -62,13 +62,18 @@ class Modulation(NamedTuple):
         """The number of bytes that this keeps in memory."""
         return 2 * self.scale.numel() * self.scale.element_size()
 
-    def applied(self, x: Tensor, rows: Tensor | None, in_place: bool) -> Tensor:
+    def applied(
+        self, x: Tensor, rows: Tensor | None, in_place: bool, latent: Latent | None = None
+    ) -> Tensor:
         """Returns x (1 + s) + b.
 
         Args:
             x: the output (B, ...).
-            rows: for each item its index in T (B,); None where T divides B.
+            rows: for each item its index in T (B,), or for each frame of each item (B*F,); None
+                where T divides B.
             in_place: whether x itself may be changed.
+            latent: the latents of the call. Where the frames of a video have timesteps of their
+                own, outputs without frames (text) are changed by the last frame's.
 
         Raises:
             PatchError: the number of items is not a multiple of the number of timesteps.
@@ -76,6 +81,14 @@ class Modulation(NamedTuple):
         scale, shift = self.scale, self.shift
         if rows is not None:
             scale, shift = scale[rows], shift[rows]
+        if latent is not None and len(scale) == latent.batch * latent.frames > latent.batch:
+            shape = (latent.batch, latent.frames, *scale.shape[1:])
+            scale, shift = scale.reshape(shape), shift.reshape(shape)
+            if x.dim() == 3 and x.shape[1] in (latent.frames, latent.image_tokens):
+                video = x.view(len(x), latent.frames, -1, x.shape[2])
+                own = self._replace(scale=scale, shift=shift)
+                return own.applied(video, None, in_place).flatten(1, 2)
+            scale, shift = scale[:, -1], shift[:, -1]
         if scale.shape[0] not in (1, x.shape[0]):
             if x.shape[0] % scale.shape[0]:
                 raise PatchError(

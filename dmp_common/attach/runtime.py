@@ -67,10 +67,12 @@ class Runtime:
         """Computes what one forward call of the model will add: all gates at once, in float32.
 
         Args:
-            e: the model's time embedding of each batch item (B, E).
+            e: the model's time embedding of each batch item (B, E), or of each frame of each item
+                of a video (B*F, E).
             latent: size of the latent and place of its tokens; None where sites are feature maps.
             settings: strength, schedule and other settings.
-            timesteps: (B,) on the scale 0..1000; needed where the strength depends on them.
+            timesteps: as many as e, or one, on the scale 0..1000; needed where the strength depends
+                on them.
             dials: the settings as tensors, for compiled code.
             items: factors of the strength (B,); None where all are 1.
             conditional: which items are conditional (B,); None where all are. A guidance patch
@@ -119,7 +121,9 @@ class Runtime:
             acting = conditional.to(e.device, torch.float32)
             items = acting if items is None else items.to(e.device) * acting
         if items is not None:
-            strength = strength * items.to(e.device)
+            strength = strength * _for_rows(items.to(e.device), len(e))
+        if isinstance(strength, Tensor):
+            strength = _for_rows(strength, len(e))
         # `is_transforming` is written out, because this function runs in every call.
         transforming = not is_compiling() and (
             forward_ad._current_level >= 0 or function_transform() is not None
@@ -290,6 +294,12 @@ class Runtime:
             for holder in self._holders
             for parameter in holder.values()
         )
+
+
+def _for_rows(values: Tensor, rows: int) -> Tensor:
+    """Repeats values of items (B,) for each of their frames, if there are rows for these (B*F)."""
+    count = values.numel()
+    return values.repeat_interleave(rows // count) if 1 < count < rows else values
 
 
 def runtime_of(patch: Patch) -> Runtime:

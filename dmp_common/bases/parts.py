@@ -125,12 +125,28 @@ class Latent:
             the latent's own (reference pictures, padding). None elsewhere.
         text_tokens: number of text tokens before the image tokens, one number for all items or
             one for each item. None where the image tokens come last.
+        frames: number of frames of a video. Their image tokens follow one another in the sequence,
+            without others around them, and the patch acts on each frame as on a picture.
     """
 
     batch: int
     size: tuple[int, int]
     image_tokens: int | None = None
     text_tokens: int | tuple[int, ...] | None = None
+    frames: int = 1
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Returns values (R, ...) without those that a token has beside the rest of its frame.
+
+        Args:
+            values: for each item, for each frame, or for each token of all items (R rows).
+
+        Returns:
+            One row for each item or frame. A frame has the value of its first token: those of a
+            frame are equal wherever a model has one timestep for each token.
+        """
+        count = self.batch * self.frames
+        return values if len(values) <= count else values[:: len(values) // count]
 
 
 @dataclass(frozen=True)
