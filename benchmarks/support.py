@@ -42,6 +42,9 @@ TITLES = {
     "Krea 2": ("krea2",),
     "Anima": ("anima",),
     "Qwen-Image 2.1": ("qwen-image-2.1",),
+    "Wan 2.1, 2.2 (text and image to video)": tuple(
+        row.name for row in TABLE if row.name.startswith("wan")
+    ),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

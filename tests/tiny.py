@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests import tinyanima, tinychroma, tinyernie, tinykrea2, tinyllm, tinyqwen21
+from tests import tinyanima, tinychroma, tinyernie, tinykrea2, tinyllm, tinyqwen21, tinywan
 from tests.tinymodel import Tiny, noise
 
 __all__ = ["FAMILIES", "Tiny"]
@@ -211,5 +211,6 @@ FAMILIES: dict[str, Tiny] = {
         *tinykrea2.known(),
         *tinyanima.known(),
         *tinyqwen21.known(),
+        *tinywan.known(),
     )
 }

@@ -28,6 +28,7 @@ class Tiny:
         text: tokens before the image tokens, of items by turns; None where these come last.
         time_name: the original name of a tensor of the time embedding, below its module; None
             where it is two layers whose names `test_timefile` knows.
+        frames: of a video.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Tiny:
     square_only: bool = False
     text: tuple[int, ...] | None = None
     time_name: Callable[[str], str] | None = None
+    frames: int = 1
 
     def starts(self, count: int, length: int, tokens: int) -> list[int]:
         """Where the image tokens of `count` items begin in sequences of a length."""

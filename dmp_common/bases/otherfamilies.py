@@ -31,6 +31,23 @@ def _having(*paths: str) -> tuple[Probe, ...]:
     return tuple(Probe(path, None, True) for path in paths)
 
 
+def _wan(*more: Probe) -> tuple[tuple[Probe, ...], ...]:
+    """Two signs: the blocks of Wan in diffusers or in the original code, and more."""
+    return tuple((*_having("patch_embedding", f"blocks.0.{part}"), *more) for part in _FEED)
+
+
+_FEED = ("ffn.net.0", "ffn.0")
+_MORE_THAN_WAN = (
+    *map(_having, ("vace_blocks", "control_adapter", "ref_conv", "face_adapter")),
+    *map(_having, ("pose_patch_embedding", "patch_embedding_pose", "patch_embedding_mask")),
+    *map(_having, ("patch_embedding_global", "casual_audio_encoder", "audio_proj")),
+    _having("fps_embedding"),
+    *(
+        (Probe("patch_embedding", "in_channels", a), Probe("patch_embedding", "out_channels", b))
+        for a, b in ((36, 1536), (48, 1536), (48, 5120), (32, 5120), (52, 5120), (100, 3072))
+    ),
+)
+
 # Of each family its names in diffusers, and those of the original code, which ComfyUI has too.
 OTHER_FAMILIES: tuple[Stranger, ...] = (
     Stranger("HiDream", (_having("caption_projection.0.linear"),)),
@@ -74,11 +91,17 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
             (*_having("time_embed.t_embedder"), Probe("patch_embed.proj", "in_features", 72)),
         ),
     ),
+    # They have Wan's blocks, and more that a patch would not know of: controls, references, sound.
     Stranger(
-        "Wan",
-        (
-            _having("patch_embedding", "text_embedding.0", "time_projection.1"),
-            _having("patch_embedding", "condition_embedder.time_embedder"),
+        "Wan VACE, Fun, Camera, Animate, S2V or another sibling of Wan",
+        tuple(sign for more in _MORE_THAN_WAN for sign in _wan(*more)),
+        classes=(
+            "AnyFlowFARTransformer3DModel",
+            "AnyFlowTransformer3DModel",
+            "CausalWanModel",
+            "ChronoEditTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+            "WanAnimate2Transformer3DModel",
         ),
     ),
 )

@@ -14,6 +14,7 @@ from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
 from dmp_common.bases.qwenimage21 import QwenImage21
 from dmp_common.bases.transformer import SD3, DiT, PixArt
 from dmp_common.bases.unet import Unet
+from dmp_common.bases.wan import Wan
 from dmp_common.errors import PatchError
 
 TABLE: tuple[Row, ...] = (
@@ -138,6 +139,26 @@ TABLE: tuple[Row, ...] = (
     Krea2("krea2", depth=28, width=6144, hub_id="krea/Krea-2-Raw"),
     Anima("anima", depth=28, width=2048, hub_id="circlestone-labs/Anima-Base-v1.0-Diffusers"),
     QwenImage21("qwen-image-2.1", depth=32, width=4096, hub_id="Qwen/Qwen-Image-2.1"),
+    Wan("wan-1.3b", 30, 1536, 8960, hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    Wan("wan-14b", 40, 5120, 13824, hub_id="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    Wan(
+        "wan21-i2v-14b",
+        depth=40,
+        width=5120,
+        hidden=13824,
+        channels=36,
+        pictures=True,
+        hub_id="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    ),
+    Wan(
+        "wan22-i2v-14b",
+        depth=40,
+        width=5120,
+        hidden=13824,
+        channels=36,
+        hub_id="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+    ),
+    Wan("wan22-5b", 30, 3072, 14336, channels=48, hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
 )
 
 _registered: dict[str, Base] = {}

@@ -217,10 +217,11 @@ def check_fields(tiny: Tiny, patch: Patch, seen: Seen, latent: tuple[int, int], 
             expected = plain_field(patch, name, e, tuple(size))
         else:
             size = latent[0] // site.stride, latent[1] // site.stride
-            tokens = size[0] * size[1]
+            tokens = tiny.frames * size[0] * size[1]
             own, rest = split_tokens(tiny, added, tokens)
             x = split_tokens(tiny, before, tokens)[0]
             expected = plain_field(patch, name, e, size).flatten(2).transpose(1, 2)
+            expected = expected.repeat(1, tiny.frames, 1)
         assert expected.abs().max() > 0.01
         assert is_field(own, x, strength * expected), name
         assert not rest.any(), name  # skip connections and text

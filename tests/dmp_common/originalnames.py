@@ -13,6 +13,7 @@ from torch import Tensor
 from dmp_common import get_base
 from tests.dmp_common.realbases import MODELS, model_of
 from tests.dmp_common.realmodel import Asked
+from tests.dmp_common.realwan import wan_names
 
 
 def unet_original_name(key: str, levels: int, layers: int = 2) -> str:
@@ -78,6 +79,8 @@ def original_names(name: str) -> dict[str, str]:
         return _next_names(base.name, state)
     if base.name.startswith("flux2"):
         return _flux2_names(state)
+    if base.architecture == "wan":
+        return wan_names(state)
     depth = len(model.transformer_blocks)
     if base.name == "flux":
         singles = len(model.single_transformer_blocks)

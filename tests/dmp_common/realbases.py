@@ -16,7 +16,15 @@ import dmp_common as dmp
 from dmp_common import get_base
 from dmp_common.attach.forms import as_tokens
 from dmp_common.bases.base import find_module
-from tests.dmp_common import realanima, realchroma, realernie, realkrea2, realllm, realqwen21
+from tests.dmp_common import (
+    realanima,
+    realchroma,
+    realernie,
+    realkrea2,
+    realllm,
+    realqwen21,
+    realwan,
+)
 from tests.dmp_common.realmodel import Real, meta
 
 __all__ = ["ALL", "MODELS", "Seen", "count", "meta", "model_of", "seen"]
@@ -170,6 +178,7 @@ MODELS = {
     **realkrea2.known(),
     **realanima.known(),
     **realqwen21.known(),
+    **realwan.known(),
 }
 # By model: all tests of one follow each other, so that few processes build it.
 ALL = pytest.mark.parametrize("name", MODELS, scope="module")

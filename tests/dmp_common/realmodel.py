@@ -59,6 +59,7 @@ class Real:
         comfyui: module and name of ComfyUI's class, if `test_bases_hosts` does not know it.
         added: the tensors that the original file alone has, by name.
         call: calls that class with (the model, the latent, the timesteps (B,)).
+        frames: of a video.
     """
 
     base: str
@@ -74,8 +75,9 @@ class Real:
     flat: str | None = None
     comfyui: tuple[str, str] | None = None
     call: Callable[[nn.Module, Tensor, Tensor], object] | None = None
+    frames: int = 1
 
     def lengths(self, stride: int) -> tuple[int, int]:
         """Tokens of a sequence: of the image alone, and with the caption."""
-        tokens = (self.latent[0] // stride) * (self.latent[1] // stride)
+        tokens = (self.latent[0] // stride) * (self.latent[1] // stride) * self.frames
         return tokens, tokens + self.text

@@ -18,6 +18,7 @@ ORDER += [f"dit-{size}/{patch}" for size in ("s", "b", "l", "xl") for patch in (
 ORDER += ["pixart", "sd3", "sd35-medium", "sd35-large", "flux"]
 ORDER += ["flux2", "flux2-klein-4b", "flux2-klein-9b", "qwen-image", "z-image", "lumina2"]
 ORDER += ["chroma", "ernie-image", "krea2", "anima", "qwen-image-2.1"]
+ORDER += ["wan-1.3b", "wan-14b", "wan21-i2v-14b", "wan22-i2v-14b", "wan22-5b"]
 
 
 def test_known_bases_and_their_order():

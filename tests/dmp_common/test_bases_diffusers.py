@@ -122,7 +122,7 @@ def test_context_takes_the_inputs_of_the_real_model(name, monkeypatch):
     with torch.device("meta"):
         patch = Patch.create(real.base, sites="all").eval()
     base = patch.base
-    context = patch.prepare(meta(*shapes.embedding), real.latent)
+    context = patch.prepare(meta(*shapes.embedding), real.latent, frames=real.frames)
     for site in base.sites:
         x = meta(*shapes.inputs[site.name])
         assert context.add(site.name, x).shape == x.shape
@@ -150,5 +150,6 @@ def test_prediction_types():
         "krea2",
         "anima",
         "qwen-image-2.1",
+        "wan-14b",
     ):
         assert predictions[name] == "flow"

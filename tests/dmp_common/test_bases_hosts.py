@@ -22,6 +22,7 @@ from dmp_common.attach.forms import as_tokens
 from dmp_common.attach.modulation import parts_of
 from dmp_common.bases.base import find_module
 from dmp_common.bases.detect import naming_of
+from tests.dmp_common import realwan
 from tests.dmp_common.originalnames import original_shapes, unet_original_name
 from tests.dmp_common.realbases import MODELS, meta, seen
 from tests.dmp_common.test_bases_names import official_pixart
@@ -124,6 +125,7 @@ COMFY_CLASSES = {
     "lumina2": ("comfy.ldm.lumina.model", "NextDiT"),
     "z-image": ("comfy.ldm.lumina.model", "NextDiT"),
     **{name: real.comfyui for name, real in MODELS.items() if real.comfyui},
+    **dict.fromkeys(realwan.CONFIGS, ("comfy.ldm.wan.model", "WanModel")),
 }
 
 
@@ -171,6 +173,8 @@ def test_comfyui(comfyui, name, monkeypatch):
         if class_name == "UNetModel":
             y = meta(2, 2816) if name == "sdxl" else None
             return model(real["sample"], timesteps, context=real["encoder_hidden_states"], y=y)
+        if class_name == "WanModel":
+            return realwan.host_call(name)(model)
         latent = meta(2, MODELS[name].channels, *MODELS[name].latent)
         if MODELS[name].call is not None:
             return MODELS[name].call(model, latent, timesteps)

@@ -10,6 +10,7 @@ from dmp_common.bases.otherfamilies import OTHER_FAMILIES
 from tests.dmp_common.test_bases_strangers import default, on_meta
 
 ONE = dict(num_layers=1)
+WAN = "Wan VACE, Fun, Camera, Animate, S2V or another sibling of Wan"
 # Families of no base's kind: name, class of diffusers, and a small configuration.
 OTHERS = {
     "ideogram4": ("Ideogram 4", "Ideogram4Transformer2DModel", ONE),
@@ -60,7 +61,9 @@ OTHERS = {
             use_crossattn_projection=True,
         ),
     ),
-    "wan": ("Wan", "WanTransformer3DModel", ONE),
+    "wan-vace": (WAN, "WanVACETransformer3DModel", dict(num_layers=1, vace_layers=[0])),
+    "wan-fun": (WAN, "WanTransformer3DModel", dict(num_layers=1, in_channels=48)),
+    "skyreels": (WAN, "SkyReelsV2Transformer3DModel", {**ONE, "inject_sample_info": True}),
 }  # fmt: skip
 
 
@@ -88,7 +91,7 @@ ORIGINAL_NAMES = {
     "OmniGen2": ["ref_image_patch_embedder.weight", "time_caption_embed.caption_embedder.0.weight"],
     "Chroma Radiance": ["distilled_guidance_layer.norms.0.scale", "nerf_blocks.0.norm.scale"],
     "Cosmos": ["blocks.0.mlp.layer1.weight", "t_embedder.1.linear_1.weight"],
-    "Wan": ["patch_embedding.weight", "text_embedding.0.weight", "time_projection.1.weight"],
+    WAN: ["patch_embedding.weight", "blocks.0.ffn.0.weight", "control_adapter.conv.weight"],
 }
 
 

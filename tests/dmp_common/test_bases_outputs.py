@@ -24,7 +24,7 @@ LAYERS = (nn.Linear, nn.Conv2d)
 
 
 BLOCKS = re.compile(
-    r"^(\w+_blocks|layers|\w+_refiner|text_fusion\.refiner_blocks)\.\d+\.|^mid_block\."
+    r"^(\w+_blocks|blocks|layers|\w+_refiner|text_fusion\.refiner_blocks)\.\d+\.|^mid_block\."
 )
 
 
@@ -59,7 +59,7 @@ def test_outputs_are_the_layers_of_the_model(name):
         ends = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     assert left == {f"{block}.{end}" for end in ends}
     globals_ = {path for path in paths if not BLOCKS.match(path)}
-    globals_ -= {"adaln_single.linear", "time_mod_proj"}
+    globals_ -= {"adaln_single.linear", "time_mod_proj", "condition_embedder.time_proj"}
     assert all("modulation" in path for path in globals_)
 
 

@@ -40,6 +40,9 @@ def saved(base: str, **variant) -> int:
         ("krea2", 45_613_568, 0.36, 12.82e9),
         ("anima", 16_253_440, 0.83, 1.956e9),
         ("qwen-image-2.1", 34_603_520, 0.49, 7.115e9),
+        ("wan-1.3b", 12_190_208, 0.86, 1.419e9),
+        ("wan-14b", 53_740_032, 0.38, 14.29e9),
+        ("wan22-5b", 24_379_904, 0.49, 5.0e9),
     ],
 )
 def test_saved_parameters_are_those_of_the_paper(base, parameters, share, model):
@@ -109,6 +112,8 @@ def test_named_set_blocks_is_the_first_site_of_each_diffusers_block():
         *(("qwen-image", 60), ("z-image", 30), ("lumina2", 26)),
         *(("chroma", 57), ("ernie-image", 36), ("krea2", 28), ("anima", 28)),
         ("qwen-image-2.1", 32),
+        *(("wan-1.3b", 30), ("wan-14b", 40), ("wan21-i2v-14b", 40), ("wan22-i2v-14b", 40)),
+        ("wan22-5b", 30),
     ],
 )
 def test_sites_of_transformers(base, count_of_sites):
