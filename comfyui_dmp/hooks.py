@@ -25,7 +25,6 @@ def adding(
     denoiser: nn.Module,
     base: Base,
     sites: Mapping[str, Site],
-    items: int,
     prepare: Prepare,
     labels: bool,
 ) -> Iterator[None]:
@@ -35,11 +34,10 @@ def adding(
         denoiser: the transformer itself.
         base: its base.
         sites: the sites that act, by name.
-        items: the number of items in the batch.
         prepare: makes the call's context.
         labels: whether the gate sees the class embedding too (condition t+y).
     """
-    call = _Call(denoiser, base, items, prepare, labels)
+    call = _Call(denoiser, base, prepare, labels)
 
     def before(site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         form = site.forms.get("ldm")
@@ -83,7 +81,7 @@ def modulating(
         labels: whether the gate sees the class embedding too (condition t+y).
         recompute: whether the backward pass recomputes the blocks.
     """
-    call = _Call(denoiser, base, items, prepare, labels)
+    call = _Call(denoiser, base, prepare, labels)
 
     def put_on(paths: Mapping[str, tuple[Part, ...]], known: Callable[[], AnyContext]) -> Handles:
         return [
@@ -154,10 +152,7 @@ def _inside(
 class _Call:
     """One call of a model: its hooks, and its context as soon as the timestep is embedded."""
 
-    def __init__(
-        self, denoiser: nn.Module, base: Base, items: int, prepare: Prepare, labels: bool
-    ) -> None:
-        self._items = items
+    def __init__(self, denoiser: nn.Module, base: Base, prepare: Prepare, labels: bool) -> None:
         self.handles: Handles = []
         self._model = type(denoiser).__name__
         self._prepare = prepare
@@ -194,5 +189,4 @@ class _Call:
         e = e if self._sum is None else self._sum + e
         self._sum = e
         if module is self._last:
-            # Qwen-Image-Edit embeds timestep 0 too, after those of the items.
-            self._context, self._sum = self._prepare(e[: self._items]), None
+            self._context, self._sum = self._prepare(e), None

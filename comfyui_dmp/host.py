@@ -27,6 +27,7 @@ from comfyui_dmp.model import (
     latent_of,
     time_embedding,
     timesteps_of,
+    timesteps_of_call,
 )
 from comfyui_dmp.notices import (
     SecondCall,
@@ -170,7 +171,7 @@ class Wrapper:
         timesteps, conditional = None, None
         runtime, patch = self.record.loaded.runtime, self.record.loaded.patch
         if self._slot in ("dit", "after") or runtime.needs_timesteps(settings):
-            timesteps = timesteps_of(model.model_sampling, self._base, t)
+            timesteps = timesteps_of_call(model, self._base, x, t, conds)
         strength = runtime.strengths(settings, timesteps)
         if isinstance(strength, float) and strength == 0.0:
             return options
@@ -247,7 +248,7 @@ class Wrapper:
             return modulating(
                 denoiser, self._base, self._parts, items, prepare, labels, self.recompute
             )
-        return adding(denoiser, self._base, self._sites, items, prepare, labels)
+        return adding(denoiser, self._base, self._sites, prepare, labels)
 
     def _prepare(
         self,
@@ -265,6 +266,8 @@ class Wrapper:
         latent = latent_of(model, self._base, x, conds)
 
         def prepare(e: Tensor) -> Context:
+            if latent.frames == 1:
+                e = e[: latent.batch]  # Qwen-Image-Edit embeds timestep 0 too, after the items.
             return runtime.prepare(
                 e,
                 latent,

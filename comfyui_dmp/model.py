@@ -61,6 +61,27 @@ def timesteps_of(model_sampling: Any, base: Base, sigmas: Tensor) -> Tensor:
     return base.times["ldm"].timesteps(model_sampling.timestep(sigmas).float())
 
 
+def timesteps_of_call(
+    model: Any, base: Base, x: Tensor, sigmas: Tensor, conds: dict[str, Any]
+) -> Tensor:
+    """Returns the timesteps (B,) of a call, or of each frame of each item of a video (B*F,).
+
+    Wan 2.2 TI2V-5B gives a frame that its mask keeps clean the timestep 0.
+
+    Args:
+        model: ComfyUI's `BaseModel`.
+        base: its base.
+        x: noisy latents (B, C, ..., H, W).
+        sigmas: (B,).
+        conds: the other arguments of the call.
+    """
+    timesteps = timesteps_of(model.model_sampling, base, sigmas)
+    if conds.get("denoise_mask") is None:
+        return timesteps
+    own: Tensor = model.process_timestep(timesteps, x=x, **conds)
+    return own.reshape(-1)
+
+
 def zero_terminal_snr(model_sampling: Any) -> bool | None:
     """Tells whether a model's noise schedule ends in pure noise (zero terminal SNR).
 

@@ -17,13 +17,13 @@ from dmp_common.bases.base import find_module
 
 Slot = Literal["unet", "dit", "after", "hooks", "outputs"]
 AnyContext = Context | MaskedContext
-Prepare = Callable[[Tensor], AnyContext]  # from the time embedding (B, E)
+Prepare = Callable[[Tensor], AnyContext]  # from the time embeddings of items or frames (R, E)
 
 # The models that error messages name as supported. A new base is added here and below.
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
     "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2, "
-    "Chroma, ERNIE-Image, Krea 2, Anima"
+    "Chroma, ERNIE-Image, Krea 2, Anima, Wan 2.1, Wan 2.2"
 )
 # The kind of slot, by the first part of the blocks' paths in the naming "ldm".
 _SLOTS: dict[str, Slot] = {
@@ -37,10 +37,12 @@ _SLOTS: dict[str, Slot] = {
     "layers": "after",
     "blocks": "hooks",
 }
-# Models without slots, by the architecture of the base, whose blocks have the name of others'.
-_WITHOUT = frozenset({"ernie-image"})
-# ComfyUI's key for the joint blocks of SD3, the blocks of Qwen-Image and the double blocks of Flux.
-_BLOCKS = dict.fromkeys(("joint_blocks", "transformer_blocks", "double_blocks"), "double_block")
+# Families whose blocks have the path of a family with another slot, by their architecture.
+_OWN_SLOTS: dict[str, Slot] = {"ernie-image": "hooks", "wan": "dit"}
+# ComfyUI's key for the joint blocks of SD3, the blocks of Qwen-Image and Wan, Flux's double blocks.
+_BLOCKS = dict.fromkeys(
+    ("joint_blocks", "transformer_blocks", "double_blocks", "blocks"), "double_block"
+)
 _BLOCKS["single_blocks"] = "single_block"
 _REFINER = "noise_refiner"
 _AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block_patch", "emb_patch"
@@ -62,9 +64,7 @@ def slot_of(base: Base, modulates: bool = False) -> Slot:
             f"{base.name} with {blocks}: use it in diffusers, or add its slot to "
             "comfyui_dmp/slots.py."
         )
-    if modulates:
-        return "outputs"
-    return "hooks" if base.architecture in _WITHOUT else _SLOTS[blocks]
+    return "outputs" if modulates else _OWN_SLOTS.get(base.architecture, _SLOTS[blocks])
 
 
 def block_keys(base: Base) -> dict[tuple[str, int], str]:

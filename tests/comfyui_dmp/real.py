@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests.comfyui_dmp import realanima, realchroma, realernie, realkrea2, realllm
+from tests.comfyui_dmp import realanima, realchroma, realernie, realkrea2, realllm, realwan
 from tests.comfyui_dmp.family import TEXT, Family, noise, packed, randomised, unpacked
 
 __all__ = ["FAMILIES", "noise", "randomised"]
@@ -278,5 +278,6 @@ FAMILIES: dict[str, Family] = {
         *realernie.known(),
         *realkrea2.known(),
         *realanima.known(),
+        *realwan.known(),
     )
 }

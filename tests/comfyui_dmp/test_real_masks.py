@@ -12,7 +12,7 @@ from torch import Tensor
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["sd15", "sdxl", "sd3", "flux", "pixart", "qwen-image", "z-image", "lumina2"]
-NAMES += ["ernie-image", "anima"]
+NAMES += ["ernie-image", "anima", "wan"]
 SIGMAS = {"sd15": 2.0, "sdxl": 2.0, "pixart": 2.0}  # others run from 1 to 0
 
 

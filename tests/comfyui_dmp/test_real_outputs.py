@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
 NAMES += ["flux2", "chroma"]
-NAMES += ["ernie-image", "krea2", "anima"]
+NAMES += ["ernie-image", "krea2", "anima", "wan"]
 
 
 def modulate(model: nn.Module, base: Base, naming: Naming) -> None:

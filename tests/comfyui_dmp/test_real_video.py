@@ -1,0 +1,59 @@
+"""Videos in ComfyUI's real Wan: frames with timesteps of their own, and references beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dmp_common import PatchError, attach
+
+pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def family(real: Any) -> Any:
+    if "wan22" not in real.FAMILIES:
+        pytest.skip("this release of diffusers does not know it")
+    return real.FAMILIES["wan22"]
+
+
+ADD, MODULATE = {"sites": "all"}, {"mix": "modulate", "sites": "modulated"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "compiled"),
+    [(ADD, False), (ADD, True), (MODULATE, False)],
+    ids=["add", "add, compiled", "modulate"],
+)
+def test_a_clean_frame_has_its_own_timestep(family, run, host, variant, compiled):
+    """TI2V-5B keeps the first frame, whose mask is 0; diffusers gives it a timestep a token."""
+    patch = family.patch(std=0.2, **variant)
+    plain, sigmas = family.comfy(), torch.tensor([0.9, 0.4])
+    mask = torch.ones(2, 1, 2, 16, 8)
+    mask[:, :, 0] = 0.0
+    patcher = host.attach(plain, run.record(patch, strength=0.7))
+    if compiled:
+        denoiser = patcher.model.diffusion_model
+        patcher.model.diffusion_model = torch.compile(denoiser, backend="eager")
+    ours = run.call(patcher, family, sigmas, denoise_mask=mask)
+    x, text, _ = family.inputs(2)
+    levels = sigmas.reshape(-1, 1, 1, 1, 1)
+    times = torch.tensor([[0.0, 900.0], [0.0, 400.0]]).repeat_interleave(32, dim=1)
+    twin = family.diffusers()
+    with torch.inference_mode(), attach(twin, patch, strength=0.7):
+        out = family.run(twin, family.call(x * levels, times, text, text))
+    theirs = x * levels - out * levels
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert (ours - run.call(plain, family, sigmas, denoise_mask=mask)).norm() > 0.01 * ours.norm()
+
+
+def test_references_beside_the_frames_are_refused(family, run, host):
+    patcher = host.attach(family.comfy(), run.record(family.patch()))
+    for name, value in (
+        ("time_dim_concat", torch.zeros(1, 48, 1, 16, 8)),
+        ("context_latents", [torch.zeros(1, 48, 1, 16, 8)]),
+    ):
+        with pytest.raises(PatchError, match=f"references .{name}. beside them"):
+            run.call(patcher, family, torch.tensor([0.5]), **{name: value})
