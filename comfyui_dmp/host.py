@@ -30,6 +30,7 @@ from comfyui_dmp.model import (
     timesteps_of_call,
 )
 from comfyui_dmp.notices import (
+    OtherExpert,
     SecondCall,
     conditional_items,
     say_other_noise,
@@ -103,6 +104,7 @@ class Wrapper:
             key: name for key, name in block_keys(self._base).items() if name in self._sites
         }
         self._second_call = SecondCall(record)
+        self._other_expert = OtherExpert(record)
         self._known: tuple[Any, Settings] | None = None
 
     def check(self, model: Any) -> None:
@@ -170,8 +172,11 @@ class Wrapper:
         settings = self.settings(model, model.model_sampling)
         timesteps, conditional = None, None
         runtime, patch = self.record.loaded.runtime, self.record.loaded.patch
-        if self._slot in ("dit", "after") or runtime.needs_timesteps(settings):
+        expert = patch.variant.expert
+        if self._slot in ("dit", "after") or expert or runtime.needs_timesteps(settings):
             timesteps = timesteps_of_call(model, self._base, x, t, conds)
+        if expert and timesteps is not None:
+            self._other_expert(timesteps, options)
         strength = runtime.strengths(settings, timesteps)
         if isinstance(strength, float) and strength == 0.0:
             return options

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from comfyui_dmp.model import zero_terminal_snr
+from dmp_common.attach.experts import on_other_expert
 from dmp_common.attach.record import PatchRecord
 from dmp_common.patch.noise import unlike_noise
 from dmp_common.tools.use import cheap_types, unlike_cheap
@@ -58,6 +59,32 @@ def say_other_noise(model_sampling: Any, record: PatchRecord) -> None:
     why = unlike_noise(record.loaded.patch.metadata, zero_terminal_snr(model_sampling))
     if why is not None:
         _log.warning("DMP: %s: %s.", record.loaded.name, why)
+
+
+class OtherExpert:
+    """Says once a sampling that a patch for one of two experts is probably on the other one.
+
+    Args:
+        record: the patch.
+    """
+
+    def __init__(self, record: PatchRecord) -> None:
+        self._name, self._variant = record.loaded.name, record.loaded.patch.variant
+        self._told: object = None
+
+    def __call__(self, timesteps: Tensor, options: dict[str, Any]) -> None:
+        """Logs a warning for timesteps of the other expert.
+
+        Args:
+            timesteps: of a call, of which those of clean frames (0) do not count.
+            options: its `transformer_options`.
+        """
+        sampling = options.get("sample_sigmas")
+        if self._told is None or self._told is not sampling:
+            why = on_other_expert(self._variant, float(timesteps.max()))
+            if why is not None:
+                self._told = sampling if sampling is not None else self
+                _log.warning("DMP: %s: %s.", self._name, why)
 
 
 class SecondCall:

@@ -22,7 +22,9 @@ def known() -> list[Tiny]:
 
 
 def wan() -> Tiny:
-    base = register_base(Wan("tiny-wan", depth=2, width=32, hidden=48, channels=4).base())
+    base = register_base(
+        Wan("tiny-wan", depth=2, width=32, hidden=48, channels=4, switch=875.0).base()
+    )
 
     def build() -> nn.Module:
         return diffusers.WanTransformer3DModel(

@@ -18,6 +18,7 @@ from dmp_common.attach.compatibility import (
     require_timesteps_of_scheduler,
     zero_terminal_snr_of_scheduler,
 )
+from dmp_common.attach.experts import denoisers_of, expert_for
 from dmp_common.attach.hooks import CallHooks, Conditional
 from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
@@ -49,7 +50,8 @@ def attach(
     are not changed: after `remove()` it is what it was.
 
     Args:
-        model: a diffusers pipeline, its unet or transformer, or an LDM model of a host.
+        model: a diffusers pipeline, its unet or transformer, or an LDM model of a host. Of a
+            pipeline with two experts the patch goes on the one that it was made for.
         patch: made for the base of this model.
         settings: strength, schedule, temperature and sites as one object. If it is given, these
             four arguments must be left out.
@@ -88,7 +90,7 @@ def attach(
             strength, as_schedule(schedule), temperature, chosen, tuple(named.items())
         )
     settings.require_sites(tuple(patch.sites))
-    denoiser = find_denoiser(model)
+    denoiser = find_denoiser(expert_for(model, patch.variant))
     scheduler = getattr(model, "scheduler", None)
     prediction = prediction or prediction_of_scheduler(scheduler)
     naming = require_compatible(denoiser, patch.variant, prediction=prediction)
@@ -132,8 +134,8 @@ def attached(model: Any) -> list[Attachment]:
     Args:
         model: as for `attach`.
     """
-    hooks = find_denoiser(model, compiled=True)._forward_pre_hooks.values()
-    owners = [hook.__self__ for hook in hooks if isinstance(hook, MethodType)]
+    found = [hook for each in denoisers_of(model) for hook in each._forward_pre_hooks.values()]
+    owners = [hook.__self__ for hook in found if isinstance(hook, MethodType)]
     return [Attachment(owner) for owner in owners if isinstance(owner, CallHooks)]
 
 

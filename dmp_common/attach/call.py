@@ -106,7 +106,7 @@ class Call:
         # `is_transforming` is written out, because this function runs in every call.
         if is_compiling() or forward_ad._current_level >= 0 or function_transform() is not None:
             dials = hooks.dials
-        if dials is not None or hooks.timed:
+        if dials is not None or hooks.timed or hooks.watch is not None:
             timesteps = hooks.source.timesteps(self.timesteps(e))
         if hooks.base.layout == "tokens":
             call = ModelCall(self.args, self.kwargs)
@@ -120,6 +120,8 @@ class Call:
             hooks.compiled = True  # The graph does so in each call; a sum would be fixed in it.
         else:
             hooks.calls += 1
+            if hooks.watch is not None and timesteps is not None:
+                hooks.watch(timesteps)
         conditional = None
         if hooks.runtime.patch.variant.guidance is not None:
             conditional = self.conditional(len(e) if latent is None else latent.batch)

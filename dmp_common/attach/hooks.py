@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dmp_common.attach.call import InCall, OutputHook, SiteHook, copied_reference
 from dmp_common.attach.checkpointing import unbind
+from dmp_common.attach.experts import ExpertWatch
 from dmp_common.attach.innertime import InnerTime
 from dmp_common.attach.modulation import parts_of
 from dmp_common.attach.places import remove, settle
@@ -45,6 +46,7 @@ class CallHooks(InCall):
         settings, dials: how the patch is used, as numbers and as tensors.
         item_strengths: factors of the strength of each item (B,), None where all are 1.
         conditional: tells which of B items are conditional, for guidance patches.
+        watch: looks whether the patch is on the expert that it was made for, if it is for one.
         enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
         calls: the number of forward calls in which the model embedded its timestep, without those
             in compiled code.
@@ -63,6 +65,8 @@ class CallHooks(InCall):
         self.compiled = False
         self.item_strengths: Tensor | None = None
         self.conditional: Conditional | None = None
+        expert = patch.variant.expert
+        self.watch = None if expert is None else ExpertWatch(patch.variant)
         self.base = patch.base
         self.source = patch.base.times[naming]
         self.no_label = _no_label(denoiser, self.source)

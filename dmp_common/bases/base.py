@@ -91,6 +91,8 @@ class Base:
             that returns them. They take no part in recognising a model.
         output_sets: named choices of outputs besides "all", or a function that returns them.
         default_outputs: the choice that a new modulating patch takes.
+        switch: for a model that may be one of two experts of one architecture, the timestep below
+            which the one for low noise takes over; None for others.
         positions, caption_mask: arguments of earlier versions, which are refused.
     """
 
@@ -123,6 +125,7 @@ class Base:
     time_constants: tuple[tuple[float, int], ...] = ()
     time_net: TimeNet | None = None
     sines_first: bool = False
+    switch: float | None = None
 
     def __post_init__(self, positions: Argument | None, caption_mask: Argument | None) -> None:
         for name, value in (("positions", positions), ("caption_mask", caption_mask)):

@@ -140,7 +140,8 @@ TABLE: tuple[Row, ...] = (
     Anima("anima", depth=28, width=2048, hub_id="circlestone-labs/Anima-Base-v1.0-Diffusers"),
     QwenImage21("qwen-image-2.1", depth=32, width=4096, hub_id="Qwen/Qwen-Image-2.1"),
     Wan("wan-1.3b", 30, 1536, 8960, hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
-    Wan("wan-14b", 40, 5120, 13824, hub_id="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    # Wan 2.1, and both experts of Wan 2.2 A14B, which have its architecture.
+    Wan("wan-14b", 40, 5120, 13824, switch=875.0, hub_id="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     Wan(
         "wan21-i2v-14b",
         depth=40,
@@ -156,6 +157,7 @@ TABLE: tuple[Row, ...] = (
         width=5120,
         hidden=13824,
         channels=36,
+        switch=900.0,
         hub_id="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     ),
     Wan("wan22-5b", 30, 3072, 14336, channels=48, hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers"),

@@ -109,8 +109,7 @@ class Wan:
         hidden: channels between the two layers of a block's feed-forward.
         channels: of the input: the latent's, and those of a picture's latent and its mask.
         pictures: blocks attend to an embedded picture besides the caption (Wan 2.1).
-        switch: for models that may be one of two experts, the timestep below which the second one
-            takes over.
+        switch: see `Base.switch`; that of the experts' own pipeline.
     """
 
     name: str
@@ -161,6 +160,7 @@ class Wan:
             prediction="flow",
             latent={"diffusers": video_latent, "ldm": host_latent},
             architecture="wan",
+            switch=self.switch,
             hub_id=self.hub_id,
             outputs=partial(output_sites, layers),
             output_sets=partial(output_sets, layers),

@@ -15,6 +15,7 @@ AcrossDepth = Literal["distinct", "uniform"]
 Mix = Literal["add", "prepend", "modulate"]
 Condition = Literal["t", "t+y"]
 Init = Literal["zero", "random"]
+Expert = Literal["high", "low"]
 GateInit = Literal["zero", "random", "stages"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -38,6 +39,7 @@ LATER: dict[str, Any] = {
     "grid_scope": "patch",
     "timesteps": [0, 1000],
     "guidance": None,
+    "expert": None,
 }
 # What `gate_init="stages"` needs: each grid as a whole starts with its own part of the schedule.
 STAGED = {"gate": "linear", "gate_unit": "grid", "gate_form": "residual", "condition": "t"}

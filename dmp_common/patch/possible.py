@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from dmp_common.bases.schedule import EVERYWHERE
 from dmp_common.bases.table import get_base
 from dmp_common.errors import PatchError, printable
-from dmp_common.patch.choices import CHOICES, STAGED
+from dmp_common.patch.choices import CHOICES, STAGED, Expert
 
 if TYPE_CHECKING:
     from dmp_common.patch.variant import Variant
@@ -32,6 +32,14 @@ def check_variant(variant: Variant) -> None:
     spec = get_base(variant.base)
     if tuple(site.name for site in spec.select(variant.sites, variant.place)) != variant.sites:
         raise PatchError(f"expected the sites of {variant.base} in order of depth: sort them.")
+    if variant.expert is not None and (
+        spec.switch is None or variant.expert not in get_args(Expert)
+    ):
+        known = "none, because its models are whole" if spec.switch is None else "high or low"
+        raise PatchError(
+            f"expected as the expert of base {variant.base} {known}, found "
+            f"{printable(repr(variant.expert))}: correct it, or leave it out."
+        )
     if variant.condition == "t+y" and spec.labels is None:
         raise PatchError(f"base {variant.base} has no class labels: use condition t.")
     if variant.mix == "prepend" and spec.labels is None:

@@ -17,6 +17,7 @@ from dmp_common.patch.choices import (
     STAGED,
     AcrossDepth,
     Condition,
+    Expert,
     GateForm,
     GateInit,
     GateKind,
@@ -71,6 +72,8 @@ class Variant:
         guidance: the guidance scale that strength 1 of a guidance patch stands for: strength s
             stands for 1 + s (guidance - 1). Such a patch acts on conditional items alone and takes
             the place of the second call. None for other patches. Not in the paper.
+        expert: of a base whose models may be one of two experts, the one that the patch was made
+            for: that for "high" or that for "low" noise. None for a model that is whole.
         frequency_shift: of the sinusoid that e is computed from; a model with another is refused.
         prediction: what the base predicted when the patch was trained.
 
@@ -99,6 +102,7 @@ class Variant:
     grid_scope: GridScope = "patch"
     timesteps: tuple[int, int] = EVERYWHERE
     guidance: float | None = None
+    expert: Expert | None = None
 
     @classmethod
     def create(cls, base: str | Base, **options: Any) -> Variant:

@@ -177,6 +177,7 @@ def _options(variant: Variant) -> dict[str, str]:
         "prompts of a site": prompts,
         "gate": gate,
         "acts at timesteps": "{} to {}".format(*variant.timesteps),
+        **({} if variant.expert is None else {"expert": f"for {variant.expert} noise"}),
         "mix": variant.mix,
         **({} if variant.guidance is None else {"guidance at strength 1": f"{variant.guidance:g}"}),
         "condition": variant.condition,

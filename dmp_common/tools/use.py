@@ -65,6 +65,8 @@ def described_use(metadata: Mapping[str, str], variant: Variant) -> list[tuple[s
         lines.append(("repairs", f"a model with weights in {_described(types)}{of}"))
     if use.get("zero_terminal_snr") is True:
         lines.append(("noise", "zero terminal SNR"))
+    if variant.expert is not None:
+        lines.append(("expert", f"the model for {variant.expert} noise of the pair"))
     if variant.guidance is not None:
         lines.append(("guidance", f"strength 1 stands for scale {variant.guidance:g}; use CFG 1"))
     share = use.get("share_repaired")

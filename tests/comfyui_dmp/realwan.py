@@ -53,10 +53,10 @@ def _wan(name: str, config: str, channels: int) -> Family:
     def call(x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Any]:
         return {"hidden_states": x, "timestep": t, "encoder_hidden_states": text}
 
-    base = Wan(f"comfy-{name}", depth=3, width=64, hidden=96, channels=channels).base()
+    row = Wan(f"comfy-{name}", 3, 64, 96, channels=channels, switch=875.0)
     return Family(
         name,
-        register_base(base),
+        register_base(row.base()),
         config,
         _UNET | {"in_dim": channels, "out_dim": channels},
         twin,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -57,3 +58,15 @@ def test_references_beside_the_frames_are_refused(family, run, host):
     ):
         with pytest.raises(PatchError, match=f"references .{name}. beside them"):
             run.call(patcher, family, torch.tensor([0.5]), **{name: value})
+
+
+@pytest.mark.parametrize(("expert", "said"), [("low", 1), ("high", 0)])
+def test_a_patch_on_the_other_expert_is_said_once_a_sampling(
+    family, run, host, caplog, expert, said
+):
+    patcher = host.attach(family.comfy(), run.record(family.patch(expert=expert)))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            run.sample(patcher, family, steps=1, cfg=1.0)
+    texts = [r.getMessage() for r in caplog.records if "expert for low noise" in r.getMessage()]
+    assert len(texts) == 2 * said
