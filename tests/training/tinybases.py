@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.tiny import FAMILIES, Tiny
-from tests.training import tinyernie, tinyflux2, tinylanguage
+from tests.training import tinyernie, tinyflux2, tinylanguage, tinywan
 from tests.training.tinykrea2 import qwen3_vl
 from tests.training.tinyqwen21 import opaque_vae, qwen3_vl_generating
 from training.base.families import table
@@ -50,6 +50,7 @@ TRAINED = {
     "chroma": (table.CHROMA, 4),
     "krea2": (table.KREA2, 4),
     "qwen-image-2.1": (table.QWEN_IMAGE21, 4),
+    "wan": (table.WAN, 4),
 }
 TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
@@ -59,7 +60,8 @@ _QWEN = ("qwen-image", "krea2", "qwen-image-2.1")
 # What each family needs on the command line besides its name.
 OPTIONS: dict[str, list[str]] = {
     **{
-        name: ["--t5_max_token_length", "6"] for name in ("pixart", "sd3", "sd35", "flux", "chroma")
+        name: ["--t5_max_token_length", "6"]
+        for name in ("pixart", "sd3", "sd35", "flux", "chroma", "wan")
     },
     "dit": [],
     "ernie-image": ["--llm_max_token_length", "16"],
@@ -143,6 +145,8 @@ def _vae_of(name: str) -> nn.Module:
         return tinyflux2.vae()
     if name == "qwen-image-2.1":
         return opaque_vae()
+    if name == "wan":
+        return tinywan.vae()
     if name not in _QWEN:
         return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image", "chroma"))
     with torch.random.fork_rng():
@@ -175,6 +179,8 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 
 
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
+    if name == "wan":
+        return tinywan.scheduler()
     if name in ("sd3", "sd35", "z-image"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name in ("flux", "flux2", "chroma", *_QWEN):
@@ -228,6 +234,8 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": lambda: qwen3_vl_generating(len(WORDS) + 3)}
         case "z-image":
             return {"text_encoder": lambda: tinylanguage.qwen3(len(WORDS) + 3)}
+        case "wan":
+            return {"text_encoder": lambda: tinywan.text_encoder(len(WORDS) + 3)}
     return {}
 
 

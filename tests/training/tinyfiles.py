@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests import tinychroma
 from tests.dmp_common.originalnames import flux2_names, next_names, unet_original_name
+from tests.dmp_common.realwan import wan_names
 from tests.training import tinyernie, tinyflux2
 
 # What ComfyUI and Stability put before the text encoders that a file holds.
@@ -54,6 +55,8 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def vae_tensors(folder: Path) -> dict[str, Tensor]:
     """A VAE in the naming of LDM and BFL: vae-ft-mse-840000.safetensors, ae.safetensors."""
     state = weights_of(folder / "vae")
+    if "encoder.conv_norm_out.weight" not in state:  # Wan's, in the naming of diffusers
+        return state
     levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
     renamed = {}
     for key, tensor in state.items():
@@ -93,6 +96,8 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         return state
     if name == "chroma":
         return _joined_as({key: tinychroma.original_name(key) for key in state}, state)
+    if name == "wan":
+        return {original: state[key] for key, original in wan_names(state).items()}
     if name in ("lumina2", "z-image"):
         return _joined_as(next_names(name, state), state)
     if name == "flux2":

@@ -79,8 +79,8 @@ class LatentSpace:
 
 
 class FrameSpace(LatentSpace):
-    """The latents of `AutoencoderKLQwenImage`: a picture is a video of one frame, and each channel
-    is normalised by numbers of the configuration."""
+    """The latents of `AutoencoderKLQwenImage` and `AutoencoderKLWan`: a picture is a video of one
+    frame, and each channel is normalised by numbers of the configuration."""
 
     @property
     def channels(self) -> int:
@@ -90,7 +90,8 @@ class FrameSpace(LatentSpace):
     @property
     def factor(self) -> int:
         """See `LatentSpace.factor`."""
-        return int(2 ** len(self.vae.config.temperal_downsample))
+        packed = getattr(self.vae.config, "patch_size", None) or 1  # pixels of a side, in Wan 2.2
+        return int(packed * 2 ** len(self.vae.config.temperal_downsample))
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LatentSpace.encode`."""
@@ -188,6 +189,7 @@ def space_of(vae: Any) -> LatentSpace:
 # The spaces of VAEs that are not `AutoencoderKL`, by the name of their class in diffusers.
 _SPACES: dict[str, type[LatentSpace]] = {
     "AutoencoderKLQwenImage": FrameSpace,
+    "AutoencoderKLWan": FrameSpace,
     "AutoencoderKLFlux2": PackedSpace,
     "AutoencoderKLQwenImage21": OpaqueSpace,
 }

@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from dmp_common import Base, PatchError
 from training.base.families.family import Family
 from training.base.places import Source, explained
+from training.base.schedulers import schedule_of
 from training.base.single_files import SingleFile, vae_of_file
 from training.base.text_files import load_text_encoder, text_encoder_of_folder
 from training.base.vae_files import READERS
@@ -110,9 +111,7 @@ class Loader:
         else:
             with explained("the configuration of a scheduler", place, "--base_config"):
                 loaded = diffusers.DDPMScheduler.load_config(place, subfolder="scheduler")
-        flow = "FlowMatch" in loaded.get("_class_name", "")
-        cls: Any = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDPMScheduler
-        return cls.from_config(loaded)
+        return schedule_of(loaded)
 
     def vae(self) -> Any:
         """Returns the VAE with its weights."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
+
 from dmp_common import Base, PatchError
 from training.options.config import TrainConfig
 
@@ -16,6 +18,24 @@ def is_flow(scheduler: Any) -> bool:
 def token_side(base: Base) -> int:
     """Cells of the latent in a side of a token, of a transformer."""
     return min(site.stride for site in base.sites)
+
+
+def schedule_of(config: dict[str, Any]) -> Any:
+    """The noise schedule that the configuration of any scheduler describes.
+
+    Samplers of several orders (UniPC, in Wan's pipelines) have the shift of a flow model's noise
+    levels under a name of their own.
+    """
+    cls: Any = diffusers.FlowMatchEulerDiscreteScheduler
+    if "FlowMatch" in config.get("_class_name", ""):
+        return cls.from_config(config)
+    if config.get("prediction_type") == "flow_prediction":
+        # By name: diffusers takes arguments by position for its defaults.
+        return cls(
+            num_train_timesteps=config.get("num_train_timesteps", 1000),
+            shift=config.get("flow_shift") or 1.0,
+        )
+    return diffusers.DDPMScheduler.from_config(config)
 
 
 def flux_shift(tokens: int) -> float:

@@ -21,7 +21,8 @@ Quantization = Literal[
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
     "sd3, sd35-medium, sd35-large, flux, flux2, flux2-klein-4b, flux2-klein-9b, qwen-image, "
-    "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1"
+    "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1, "
+    "wan-1.3b, wan-14b, wan22-5b"
 )
 
 
@@ -82,7 +83,8 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder T5-XXL from this file, in fp16, bf16 or fp8: for sd3, sd35, flux "
-        "and pixart. Weights in fp8 are converted to the precision of the base.",
+        "and pixart, and UMT5-XXL for wan. Weights in fp8 are converted to the precision of the "
+        "base.",
     )
     max_token_length: Literal[75, 150, 225] = option(
         "model", 75, "Cut captions after this many tokens, for sd15, sd21 and sdxl."
@@ -91,7 +93,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Cut captions for T5 after this many tokens. By default it is 300 for pixart, 256 for "
-        "sd3 and 512 for flux.",
+        "sd3 and 512 for flux and wan.",
         ge=1,
     )
     llm_max_token_length: int | None = option(

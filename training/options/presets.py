@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ernie-image": {"train_batch_size": 1},
     **{name: {"train_batch_size": 1} for name in ("chroma", "krea2", "qwen-image-2.1")},
     **{f"flux2{name}": {"train_batch_size": 1} for name in ("", "-klein-4b", "-klein-9b")},
+    **{name: {"train_batch_size": 1} for name in ("wan-1.3b", "wan-14b", "wan22-5b")},
     **{
         f"dit-{size}/{tokens}": {"train_batch_size": 16}
         for size in ("s", "b", "l", "xl")
@@ -58,6 +59,7 @@ GUIDANCE: dict[str, float] = {
     "chroma": 5.0,
     "krea2": 5.5,
     **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), 4.0),  # distilled ones are refused
+    **dict.fromkeys(("wan-1.3b", "wan-14b", "wan22-5b"), 5.0),
     **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
 }
 # What --method dmp is on a base where another variant than the paper's was shown to be better.

@@ -115,7 +115,7 @@ def _suit_base(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     fitting = {
         "clip_skip": encoders == ["CLIPTextModel"],
         "max_token_length": family.denoiser == "unet",
-        "t5_max_token_length": "T5EncoderModel" in encoders,
+        "t5_max_token_length": any("T5" in encoder for encoder in encoders),
         "llm_max_token_length": isinstance(family, LanguageFamily),
         "system_prompt": isinstance(family, Lumina2),
         "text_encoder": isinstance(family, LanguageFamily | DiT),

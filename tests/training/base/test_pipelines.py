@@ -35,6 +35,7 @@ GUIDED: dict[str, dict[str, Any]] = {
 }
 # The side of a picture, where the pipeline takes another VAE than the tiny one for granted.
 PICTURE = {"lumina2": 64, "qwen-image-2.1": 128}
+VIDEO = ("wan",)  # the pipeline takes and gives videos
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def from_pipeline(
     if name in FLAT:
         length, latents = {}, noise.flatten(2).transpose(1, 2)
     side = PICTURE.get(name, SIDE * frozen.factor)
+    if name in VIDEO:
+        noise, more = noise.unsqueeze(2), {"num_frames": 1, **more}
     made = pipe(
         prompt="a red cat",
         height=side,
@@ -79,6 +82,7 @@ def from_pipeline(
     )[0]
     if name in (*GIVES_TOKENS, *FLAT):
         return made.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+    made = made.squeeze(2) if name in VIDEO else made
     return unpack(made, SIDE, SIDE) if name in PACKED else made
 
 

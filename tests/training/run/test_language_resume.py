@@ -1,4 +1,5 @@
-"""Bases with a language model as text encoder: their caches on disk, and runs that are resumed."""
+"""Bases with a language model as text encoder, and Wan: their caches on disk, and runs that are
+resumed."""
 
 from __future__ import annotations
 
@@ -16,16 +17,8 @@ CACHED = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "lumina2",
-        "z-image",
-        "qwen-image",
-        "ernie-image",
-        "chroma",
-        "krea2",
-        "flux2",
-        "qwen-image-2.1",
-    ],
+    ["lumina2", "z-image", "qwen-image", "qwen-image-2.1"]
+    + ["ernie-image", "chroma", "krea2", "flux2", "wan"],
 )
 def test_a_run_with_caches_is_resumed_without_them(name: str, train: Train, tmp_path: Path) -> None:
     """Latents and text from the disk are those that are computed, in padding and masks too."""

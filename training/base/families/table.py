@@ -13,6 +13,7 @@ from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.qwenimage21 import QwenImage21
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
+from training.base.families.video import Wan
 
 _LINEAR = {
     "_class_name": "DDPMScheduler",
@@ -176,6 +177,17 @@ ERNIE_IMAGE = ErnieImage(
     even=True,
 )
 
+WAN = Wan(
+    denoiser="transformer",
+    model="WanTransformer3DModel",
+    pipeline="WanPipeline",
+    autoencoder="AutoencoderKLWan",
+    encoders={"text_encoder": "UMT5EncoderModel"},
+    files={"text_encoder": "t5xxl"},
+    resolution=640,  # about the area of 832 x 480
+    guidance=5.0,
+)
+
 _FAMILIES: dict[str, Family] = {
     "digits": DIGITS,
     "cifar10": DIGITS,
@@ -198,6 +210,7 @@ _FAMILIES: dict[str, Family] = {
     "chroma": CHROMA,
     "krea2": KREA2,
     "qwen-image-2.1": QWEN_IMAGE21,
+    **dict.fromkeys(("wan-1.3b", "wan-14b", "wan22-5b"), WAN),
 }
 
 

@@ -1,0 +1,46 @@
+"""Wan as a model of pictures: a picture is a video of one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch.nn as nn
+from torch import Tensor
+
+from training.base.families.family import Family, Given, like
+
+if TYPE_CHECKING:
+    from training.options.config import TrainConfig
+
+
+class Wan(Family):
+    """Wan 2.1 and 2.2, text to video: UMT5, whose padding the model sees as zeros."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """See `Family.predict`; needs "prompt" (B, L, D)."""
+        output: Tensor = model(
+            noisy.unsqueeze(2),
+            timestep=t,
+            encoder_hidden_states=like(given["prompt"], noisy),
+        ).sample
+        return output.squeeze(2)
+
+    def window(self, config: TrainConfig) -> int:
+        """Tokens of a caption that UMT5 reads, without its mark of the end."""
+        return (config.t5_max_token_length or 512) - 1
+
+    def encode_text(
+        self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
+    ) -> dict[str, Tensor]:
+        """{"prompt": (B, L, D)}, zero after the caption."""
+        cls: Any = diffusers.WanPipeline
+        pipeline = cls(vae=None, scheduler=None, transformer=None, **parts)
+        prompt, _ = pipeline.encode_prompt(
+            captions,
+            do_classifier_free_guidance=False,
+            device=parts["text_encoder"].device,
+            max_sequence_length=self.window(config) + 1,
+        )
+        return {"prompt": prompt}
