@@ -65,7 +65,7 @@ def test_a_repair_in_inference_mode(train, real, host, run):
 
 
 NAMES = ["sd15", "sdxl", "sd3", "flux", "flux2", "qwen-image", "z-image"]
-NAMES += ["ernie-image", "anima"]
+NAMES += ["ernie-image", "anima", "wan"]
 
 
 @pytest.mark.parametrize("name", NAMES)
