@@ -19,6 +19,7 @@ import transformers
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from dmp_common import Base, PatchError
+from training.base.experts import denoiser_folder
 from training.base.families.family import Family
 from training.base.places import Source, explained
 from training.base.schedulers import schedule_of
@@ -223,7 +224,9 @@ class Loader:
         return place
 
     def _subfolder(self) -> str | None:
-        return None if self.source.kind == "denoiser" else self.family.denoiser
+        if self.source.kind == "denoiser":
+            return None
+        return denoiser_folder(self.config, self.base, self.source, self.family.denoiser)
 
     def _is_original(self) -> bool:
         assert self.file is not None

@@ -77,6 +77,8 @@ class TrainConfig(
         elif self.dmp_sites is not None:
             named = self.dmp_sites.split(",")
             options["sites"] = named if len(named) > 1 or "." in named[0] else named[0]
+        if self.expert is not None:
+            options["expert"] = self.expert
         if self.guidance_range is not None:
             options["guidance"] = self.guidance_range[1]
         return options

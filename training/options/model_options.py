@@ -45,6 +45,13 @@ class ModelOptions(Options):
         "base.",
         common=True,
     )
+    expert: Literal["high", "low"] | None = option(
+        "model",
+        None,
+        "Train on this one of the two models of Wan 2.2 A14B, that for high or that for low noise, "
+        "at its own timesteps unless --min_timestep or --max_timestep limits them. The file says "
+        "for which one it is.",
+    )
     base_config: str | None = option(
         "model",
         None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dmp_common import Patch, PatchError, get_base
+from dmp_common.bases.schedule import EVERYWHERE
 from training.base.families.dit import DiT
 from training.base.families.flux2 import Flux2, Flux2Klein
 from training.base.families.language import LanguageFamily, Lumina2
@@ -48,7 +49,7 @@ def check_run(found: Resolved) -> None:
             config = with_base(config, find_base(config).name)
         except PatchError as error:
             found.problems += _sentences(error)
-    for suit in (_suit_precision, _suit_optimiser, _suit_sampler, _suit_base):
+    for suit in (_suit_precision, _suit_optimiser, _suit_sampler, _suit_base, _suit_expert):
         config, warning = suit(config)
         found.warnings += [warning] if warning else []
     if config.report_samples and config.method not in _PATCHES:
@@ -132,6 +133,20 @@ def _suit_base(config: TrainConfig) -> tuple[TrainConfig, str | None]:
         return config, None
     names = ", ".join(f"--{name}" for name in idle)
     return config.model_copy(update=idle), f"taken without effect on base {base.name}: {names}."
+
+
+def _suit_expert(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """An expert is trained at the timesteps that its pipeline gives it, if no others are named."""
+    with suppress(PatchError):
+        switch = get_base(config.base).switch
+        if config.expert and switch and (config.min_timestep, config.max_timestep) == EVERYWHERE:
+            own = (round(switch), 1000) if config.expert == "high" else (0, round(switch))
+            limits = dict(zip(("min_timestep", "max_timestep"), own, strict=True))
+            return config.model_copy(update=limits), (
+                f"--expert {config.expert} trains at timesteps {own[0]} to {own[1]}, which are its "
+                "own; --min_timestep and --max_timestep change that."
+            )
+    return config, None
 
 
 def _on_cpu(config: TrainConfig) -> bool:
