@@ -51,7 +51,9 @@ class Column:
 
     def append(self, rows: Tensor) -> None:
         """Writes rows (B, *shape) behind the last one."""
-        data = rows.detach().to("cpu", self.dtype).contiguous()
+        data = rows.detach().to("cpu", self.dtype)
+        # A copy: one value may have a stride of 0 and count as contiguous, and is no bytes then.
+        data = data.clone(memory_format=torch.contiguous_format)
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
             file.seek(self.count * self.row_bytes)
             file.write(data.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -12,7 +12,7 @@ from dmp_common import PatchError
 from training.data.batch import Position
 from training.data.summary import DataSummary
 from training.objective.aim import Aim
-from training.objective.store import AimStore
+from training.objective.store import AimStore, Column
 from training.objective.stored_aims import StoredBatch, StoredData
 
 FACTS = {"seed": 0, "options": {"states": "data", "range": (1, 2)}}
@@ -61,6 +61,13 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     # Conditions are kept once: two captions in each batch, and one number in all.
     rows = {path.name: path.stat().st_size for path in tmp_path.glob("[pg]*.rows")}
     assert rows == {"prompt.5x3.bfloat16.rows": 8 * 30, "guidance.1.float32.rows": 4}
+
+
+def test_a_row_of_one_expanded_value_is_written(tmp_path: Path) -> None:
+    """The timestep of a single picture is one value with a stride of 0."""
+    column = Column(tmp_path / "t", (), torch.float32)
+    column.append(torch.tensor(7.0).expand(1))
+    assert column.rows(column.mapped(), np.array([0])).tolist() == [7.0]
 
 
 def test_a_killed_process_goes_on_where_its_last_commit_was(tmp_path: Path) -> None:
