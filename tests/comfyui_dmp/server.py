@@ -105,6 +105,11 @@ class Server:
         """Pixels (H, W, 3) of a saved picture."""
         return np.asarray(Image.open(io.BytesIO(self._file(image))).convert("RGB"))
 
+    def texts(self, image: dict[str, str]) -> dict[str, str]:
+        """The text entries of a saved picture."""
+        found = Image.open(io.BytesIO(self._file(image))).info
+        return {key: str(text) for key, text in found.items()}
+
     def latent(self, file: dict[str, str]) -> np.ndarray:
         """Numbers (B, C, H, W) of a saved latent."""
         return safetensors.numpy.load(self._file(file))["latent_tensor"]

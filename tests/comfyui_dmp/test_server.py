@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
 import numpy as np
 import pytest
 
+from dmp_common.patch.file import file_hash
 from tests.comfyui_dmp.graphs import Graph
 from tests.comfyui_dmp.server import ZERO, A, message_of, same
 
@@ -49,6 +51,19 @@ def test_branches_differ(branches):
     pairs = [(one, two) for one in names for two in names if one < two]
     assert not [pair for pair in pairs if same(branches[pair[0]], branches[pair[1]])]
     assert same(branches["both"], branches["a"])
+
+
+def test_a_saved_picture_names_its_patches(server, branches):
+    """As readers find it: text entries of the PNG file, the hash as in the names of LoRAs."""
+    graph = Graph(server.checkpoint, (64, 96))
+    patch = graph.strength(graph.load(A), strength=0.5)
+    graph.picture("said", graph.add("apply", "DMP_Apply", model=graph.plain, dmp_patch=patch))
+    entry = server.wait(server.start(graph.nodes))
+    (image,) = entry["outputs"]["said"]["images"]
+    text = server.texts(image)
+    digest, name = file_hash(server.models / "dmp" / A), A.removesuffix(".safetensors")
+    assert json.loads(text["dmp"]) == [{"name": name, "hash": digest, "strength": 0.5}]
+    assert json.loads(text["Hashes"]) == {f"dmp:{name}": digest}
 
 
 def test_plain_and_patched_pictures_stay_after_unloading(server, branches):

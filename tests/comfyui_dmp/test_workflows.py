@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.comfyui_dmp.wires import Box, behind, boxes_of, wires_of
 from workflows import files, make
@@ -43,6 +44,14 @@ def test_links_agree(name):
         assert into["link"] == number
         assert kind == out["type"]
         assert into["type"] in (kind, "*")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_a_thumbnail(name):
+    path = FOLDER / f"{name}.jpg"
+    with Image.open(path) as image:
+        assert image.size == (640, 395)
+    assert path.stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("name", NAMES)
