@@ -213,6 +213,12 @@ _FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("wan-1.3b", "wan-14b", "wan22-5b"), WAN),
 }
 
+# Why the trainer does not know a base of ours, and where its patches are trained.
+_ELSEWHERE = {
+    "anima": "diffusers has its text encoders in modular blocks only, which are not loaded here; "
+    "use Train DMP Patch in ComfyUI",
+}
+
 
 def register_family(base: Base | str, family: Family) -> None:
     """Says of which family a base is that was added with `register_base`."""
@@ -226,8 +232,9 @@ def family_of(base: Base) -> Family:
         PatchError: the trainer knows none.
     """
     if base.name not in _FAMILIES:
+        remedy = _ELSEWHERE.get(base.name, "add it to training/base/families/table.py")
         raise PatchError(
             f"expected a base the trainer knows ({', '.join(_FAMILIES)}), found {base.name}: "
-            "add it to training/base/families/table.py."
+            f"{remedy}."
         )
     return _FAMILIES[base.name]
