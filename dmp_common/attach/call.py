@@ -77,7 +77,9 @@ class InCall:
         """Receives the time embedding, or the embedding of labels, that the model has computed."""
         call = getattr(self.here, "call", None)
         if call is not None and self.active and not call.off:
-            call.embedded(self.source.embedding(output))
+            if self.source.row is not None or isinstance(output, tuple):
+                output = self.source.embedding(output)
+            call.embedded(output)
 
 
 class Call:
@@ -239,8 +241,11 @@ class OutputHook(AtSite):
         if call.off:
             return None
         context = call.context or call.late(self.name, output)
-        changed: Tensor = context.modulate(self.parts, as_tokens(output, self.form))
-        return as_given(changed, output, self.form)
+        form = self.form
+        if form is None:  # Calls of functions cost time here, and most have no form.
+            modulated: Tensor = context.modulate(self.parts, output)
+            return modulated
+        return as_given(context.modulate(self.parts, as_tokens(output, form)), output, form)
 
 
 class SiteHook(AtSite):
@@ -283,7 +288,11 @@ class SiteHook(AtSite):
             raise self._missing(args, kwargs)
         context = call.context or call.late(self.name, x)
         act = context.prepend if self.prepends else context.add
-        x = as_given(act(self.name, as_tokens(x, self.form)), x, self.form)
+        form = self.form
+        if form is None:
+            x = act(self.name, x)
+        else:
+            x = as_given(act(self.name, as_tokens(x, form)), x, form)
         if len(args) > index:
             return (*args[:index], x, *args[index + 1 :]), kwargs
         return args, {**kwargs, name: x}

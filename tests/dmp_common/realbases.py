@@ -249,7 +249,7 @@ def seen(name: str) -> Seen:
     for handle in handles:
         handle.remove()
     skips = _skips(model) if base.layout == "map" else {}
-    (first, _), (_, last) = times
+    (first, _), (_, last) = times[:2]  # DiT embeds its timesteps once more, at the end
     # Qwen-Image 2.1 embeds timestep 0 too, after those of the two items.
     ends = [(min(len(tensor), 2), tensor.shape[-1]) for tensor in (last, first)]
     return Seen(inputs, skips, *ends, outputs)

@@ -107,7 +107,7 @@ def test_every_base_makes_every_variant_into_json_and_back() -> None:
 def test_site_names_and_paths_are_unique() -> None:
     for base in known_bases():
         assert len({site.name for site in base.sites}) == len(base.sites)
-        for naming in ("diffusers", "ldm"):
+        for naming in base.times:
             paths = {site.paths[naming] for site in base.sites}
             assert len(paths) == len(base.sites)
 

@@ -19,9 +19,9 @@ from training.options.command_line import resolve
 
 def test_a_file_of_a_family_without_support_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"distilled_guidance_layer.norms.0.scale": torch.zeros(2)}, path)
+    save_file({"attention_y_norm.weight": torch.zeros(2)}, path)
     config = resolve({"base": "auto", "pretrained_model_name_or_path": str(path)})
-    with pytest.raises(PatchError, match="found those of Chroma, which is not supported, at"):
+    with pytest.raises(PatchError, match="found those of Sana, which is not supported, at"):
         find_base(config)
 
 

@@ -64,12 +64,12 @@ def from_pipeline(
     if "system_prompt" in given:
         length["system_prompt"] = given["system_prompt"]
     length["guidance_scale"] = scale - (name in ("z-image", "krea2"))  # which count from 0
+    if name in VIDEO:
+        noise, more = noise.unsqueeze(2), {"num_frames": 1, **more}
     latents = pack(noise) if name in PACKED else noise.clone()
     if name in FLAT:
         length, latents = {}, noise.flatten(2).transpose(1, 2)
     side = PICTURE.get(name, SIDE * frozen.factor)
-    if name in VIDEO:
-        noise, more = noise.unsqueeze(2), {"num_frames": 1, **more}
     made = pipe(
         prompt="a red cat",
         height=side,
