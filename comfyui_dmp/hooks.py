@@ -163,6 +163,7 @@ class _Call:
         modules = [module_at(denoiser, path) for path in paths]
         self._last = modules[-1]
         self.handles += [module.register_forward_hook(self._embedded) for module in modules]
+        self.handles.append(denoiser.register_forward_pre_hook(self._begun))
 
     def known(self) -> AnyContext:
         """Returns the context of the call.
@@ -181,6 +182,9 @@ class _Call:
         """Takes the hooks off the model."""
         for handle in self.handles:
             handle.remove()
+
+    def _begun(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._context, self._sum = None, None  # a node may call the model twice in one call
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._context is not None:  # Krea 2 embeds timestep 0 too, for reference pictures

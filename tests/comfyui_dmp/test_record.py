@@ -180,7 +180,7 @@ def test_hooks_see_the_embedding_and_are_removed(labels, seen):
         return context_adding(1.0)
 
     x, t, y = torch.zeros(1), torch.tensor([3.0]), torch.tensor([5.0])
-    with adding(model, FAMILIES["dit"].base, sites, 1, prepare, labels):
+    with adding(model, FAMILIES["dit"].base, sites, prepare, labels):
         assert model(x, t, y) == 2.0
         assert model(x, t, y) == 2.0
     assert embeddings == [seen, seen]
@@ -193,7 +193,7 @@ def test_hooks_are_removed_when_attaching_them_fails():
     model, base = Blocks(), FAMILIES["dit"].base
     with (
         pytest.raises(PatchError, match=r"expected a module blocks\.2 in a Blocks"),
-        adding(model, base, {s.name: s for s in base.sites}, 1, context_adding, labels=False),
+        adding(model, base, {s.name: s for s in base.sites}, context_adding, labels=False),
     ):
         pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
