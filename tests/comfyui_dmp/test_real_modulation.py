@@ -15,8 +15,7 @@ from dmp_common import PatchError, attach
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
-NAMES += ["flux2"]
-NAMES += ["ernie-image", "anima", "wan"]
+NAMES += ["flux2", "chroma", "ernie-image", "krea2", "anima", "wan"]
 
 
 @pytest.fixture(params=NAMES)

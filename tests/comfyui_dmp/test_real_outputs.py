@@ -46,7 +46,7 @@ def test_every_output_is_the_same_in_diffusers(real, run, name):
     """So the order of channels in fused and modulation layers agrees between the namings."""
     if name not in real.FAMILIES:
         pytest.skip("this release of diffusers does not know it")
-    family = real.FAMILIES[name]
+    family = real.FAMILIES.get(name) or pytest.skip("not in these releases")
     patcher, twin = family.comfy(), family.diffusers()
     sampling, base = patcher.model.model_sampling, family.base
     sigmas = torch.tensor([float(sampling.percent_to_sigma(p)) for p in (0.3, 0.6)])

@@ -17,9 +17,8 @@ from dmp_common.attach.record import LoadedPatch
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 # The families of `real.py`, which imports ComfyUI.
-NAMES = [
-    "sd15", "sdxl", "sd3", "sd35", "flux", "flux2", "pixart", "qwen-image", "z-image", "lumina2",
-]  # fmt: skip
+NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
+NAMES += ["flux2", "chroma", "ernie-image", "krea2", "anima", "wan", "wan22"]
 ADDED = ["sd15", "sd3", "pixart", "z-image"]  # one for each kind of slot
 
 
@@ -68,14 +67,14 @@ def steps(student, monkeypatch) -> Any:
 
 
 def test_every_family_is_tried(real):
-    assert set(NAMES) == set(real.FAMILIES)
+    assert set(real.FAMILIES) <= set(NAMES)
 
 
 @pytest.mark.parametrize(
     ("name", "mix"), [(name, "modulate") for name in NAMES] + [(name, "add") for name in ADDED]
 )
 def test_equal_gradients_with_less_memory(real, steps, name, mix):
-    family = real.FAMILIES[name]
+    family = real.FAMILIES.get(name) or pytest.skip("not in these releases")
     patcher, patch = family.comfy(), family.patch(std=0.05, mix=mix)
     before = {n: vars(m).get("forward") for n, m in patcher.model.named_modules()}
     whole, most = steps(patcher, family, patch, False)

@@ -64,8 +64,8 @@ def test_a_repair_in_inference_mode(train, real, host, run):
     assert outcome.record.loaded.path.is_file()
 
 
-NAMES = ["sd15", "sdxl", "sd3", "flux", "flux2", "qwen-image", "z-image"]
-NAMES += ["ernie-image", "anima", "wan"]
+NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
+NAMES += ["flux2", "chroma", "ernie-image", "krea2", "anima", "wan", "wan22"]
 
 
 @pytest.mark.parametrize("name", NAMES)
