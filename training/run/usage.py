@@ -127,8 +127,8 @@ def _needs_loader(source: Source, frozen: FrozenBase) -> bool:
         return True
     if source.kind == "single":
         with SingleFile(path) as file:
-            parts = ["vae", *(family.files[name] for name in family.encoders)]
-            whole = not file.is_original and all(file.has(part) for part in parts)
+            parts = ["vae", *(family.files.get(name) for name in family.encoders)]
+            whole = not file.is_original and all(part and file.has(part) for part in parts)
         reads = hasattr(getattr(diffusers, family.pipeline, None), "from_single_file")
         return path.suffix == ".ckpt" or not whole or not reads
     if family.pipeline:
