@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 from torch import Tensor
 
-from comfyui_dmp import files, host, inputs, pictures, places
+from comfyui_dmp import files, heatmaps, host, inputs, pictures, places
 from comfyui_dmp.hooknode import CreateHook
 from comfyui_dmp.inputs import DmpPatch
 from comfyui_dmp.promptlist import Prompts
@@ -257,7 +257,7 @@ class GateHeatmap(io.ComfyNode):
         scale: Any,
         class_label: int = 0,
     ) -> io.NodeOutput:
-        e, timesteps = host.gate_embedding(model, dmp_patch, scheduler, steps, class_label)
+        e, timesteps = heatmaps.gate_embedding(model, dmp_patch, scheduler, steps, class_label)
         loaded, title = dmp_patch.loaded, f"Gate of {dmp_patch.loaded.name}"
         image = gate_heatmap(loaded.patch, timesteps, e, sites=sites, scale=scale, title=title)
         pixels = np.asarray(image, dtype=np.float32) / 255.0

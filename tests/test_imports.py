@@ -28,7 +28,7 @@ HOST_FILES = {
     *("comfyui_dmp/train.py", "comfyui_dmp/teacher.py", "comfyui_dmp/student.py"),
     *("comfyui_dmp/trained.py", "comfyui_dmp/progress.py", "comfyui_dmp/gradients.py"),
     *("comfyui_dmp/hooked.py", "comfyui_dmp/hooknode.py", "comfyui_dmp/pictures.py"),
-    "comfyui_dmp/places.py",
+    *("comfyui_dmp/places.py", "comfyui_dmp/heatmaps.py"),
     "comfyui_dmp/memory.py",
     *("a1111_dmp/script.py", "a1111_dmp/controls.py", "a1111_dmp/host.py"),
     *("a1111_dmp/cards.py", "a1111_dmp/axes.py", "a1111_dmp/listing.py", "a1111_dmp/tags.py"),

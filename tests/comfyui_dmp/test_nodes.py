@@ -195,15 +195,16 @@ def test_heat_map(nodes, run, real, name):
     assert 0.0 <= image.min() < image.max() <= 1.0
 
 
-def test_heat_map_shows_the_timesteps_of_the_scheduler(host, run, sd15):
+def test_heat_map_shows_the_timesteps_of_the_scheduler(run, sd15):
+    from comfyui_dmp import heatmaps
+    from dmp_common.bases.timesteps import sinusoid
+
     patcher, record = sd15.comfy(), run.record(sd15.patch())
-    e, timesteps = host.gate_embedding(patcher, record, "karras", 10, 0)
+    e, timesteps = heatmaps.gate_embedding(patcher, record, "karras", 10, 0)
     assert timesteps.shape == (10,)
     assert timesteps[0] == 999
     assert timesteps.diff().max() < 0
     mlp = patcher.model.diffusion_model.time_embed
-    from dmp_common.bases.timesteps import sinusoid
-
     torch.testing.assert_close(e, mlp(sinusoid(timesteps, 32)))
 
 
