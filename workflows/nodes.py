@@ -179,6 +179,7 @@ _MORE = {
     "PreviewAny": 460,
     "DMP_Prompts": 160,
     "DMP_Save": 60,
+    "DMP_Train": 220,  # the curve, from the first steps on
     "DMP_Stack": 24,
     "DMP_GateStrength": 26,
     "DMP_GateHeatmap": 12,
