@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from dmp_common import Patch
+from tests.comfyui_dmp.familynames import NAMES
 from tests.comfyui_dmp.server import Server, made, save_random, started
 from training.options.presets import STAGES
 
@@ -62,6 +63,12 @@ def comfyui_path() -> Path:
 def real(comfyui_path: Path) -> ModuleType:
     """`real.py`: ComfyUI's own model classes in small."""
     return importlib.import_module("tests.comfyui_dmp.real")
+
+
+@pytest.fixture(params=NAMES)
+def family(request: pytest.FixtureRequest, real: ModuleType) -> Any:
+    """Each of ComfyUI's model classes in small that the host's releases know."""
+    return real.FAMILIES.get(request.param) or pytest.skip("not in these releases")
 
 
 @pytest.fixture(scope="session")

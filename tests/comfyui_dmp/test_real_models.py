@@ -14,17 +14,6 @@ from dmp_common import PatchError, attach
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
-NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
-NAMES += ["flux2", "chroma"]
-NAMES += ["ernie-image", "krea2", "anima", "wan"]
-
-
-@pytest.fixture(params=NAMES)
-def family(request, real):
-    if request.param not in real.FAMILIES:
-        pytest.skip("this release of diffusers does not know it")
-    return real.FAMILIES[request.param]
-
 
 def sigmas_at(patcher: Any, *percents: float) -> Tensor:
     sampling = patcher.get_model_object("model_sampling")

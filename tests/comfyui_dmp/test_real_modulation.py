@@ -14,16 +14,6 @@ from dmp_common import PatchError, attach
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
-NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
-NAMES += ["flux2", "chroma", "ernie-image", "krea2", "anima", "wan"]
-
-
-@pytest.fixture(params=NAMES)
-def family(request, real):
-    if request.param not in real.FAMILIES:
-        pytest.skip("this release of diffusers does not know it")
-    return real.FAMILIES[request.param]
-
 
 def modulating(family: Any, seed: int | None = 0, std: float = 0.2, **variant: Any) -> Any:
     """A patch that scales and shifts every output of a family."""

@@ -13,12 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from comfyui_dmp.states import States
 from dmp_common import PatchError
 from dmp_common.attach.record import LoadedPatch
+from tests.comfyui_dmp.familynames import NAMES
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
-# The families of `real.py`, which imports ComfyUI.
-NAMES = ["sd15", "sdxl", "sd3", "sd35", "flux", "pixart", "qwen-image", "lumina2", "z-image"]
-NAMES += ["flux2", "chroma", "ernie-image", "krea2", "anima", "wan", "wan22"]
 ADDED = ["sd15", "sd3", "pixart", "z-image"]  # one for each kind of slot
 
 
