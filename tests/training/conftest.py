@@ -167,6 +167,8 @@ def train(folders: Folders, tmp_path: Path) -> Train:
     """Runs the command for a base with a few more options; returns the folder of its output."""
 
     def train(name: str, *options: str, data: str | None = None, code: int = 0) -> Path:
+        if name not in FAMILIES:
+            pytest.skip("this diffusers has no such model")
         chosen = ("classes" if name == "dit" else "pictures") if data is None else data
         arguments = {
             "--base": FAMILIES[name].base.name,

@@ -9,6 +9,7 @@ import diffusers
 import torch.nn as nn
 from torch import Tensor
 
+from dmp_common import PatchError
 from training.base.families.family import Family, Given, like
 
 if TYPE_CHECKING:
@@ -37,10 +38,16 @@ class Wan(Family):
         """{"prompt": (B, L, D)}, zero after the caption."""
         cls: Any = diffusers.WanPipeline
         pipeline = cls(vae=None, scheduler=None, transformer=None, **parts)
-        prompt, _ = pipeline.encode_prompt(
-            captions,
-            do_classifier_free_guidance=False,
-            device=parts["text_encoder"].device,
-            max_sequence_length=self.window(config) + 1,
-        )
+        try:
+            prompt, _ = pipeline.encode_prompt(
+                captions,
+                do_classifier_free_guidance=False,
+                device=parts["text_encoder"].device,
+                max_sequence_length=self.window(config) + 1,
+            )
+        except NameError as error:  # diffusers 0.35 takes ftfy for granted
+            raise PatchError(
+                f"expected the package ftfy, with which diffusers {diffusers.__version__} cleans "
+                "Wan's captions, found none: pip install ftfy, or a later diffusers."
+            ) from error
         return {"prompt": prompt}
