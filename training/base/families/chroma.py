@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from training.base.families.family import Family, Given, like
-from training.base.families.transformer import pack, unpack
+from training.base.families.transformer import image_ids, pack, t5_window, unpack
 
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
@@ -32,20 +32,19 @@ class Chroma(Family):
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D) and "mask" (B, L)."""
         batch, _, height, width = noisy.shape
-        rows, columns = height // 2, width // 2
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        places = image_ids(height, width)
         mask = given["mask"].bool()
         longest = int(mask.sum(dim=1).max())
         prompt, mask = like(given["prompt"], noisy)[:, :longest], mask[:, :longest]
         bias = None
         if not mask.all():
-            whole = torch.cat([mask, mask.new_ones(batch, len(grid))], dim=1)
+            whole = torch.cat([mask, mask.new_ones(batch, len(places))], dim=1)
             bias = like(torch.where(whole, 1.0, _PADDING), noisy)
         packed = model(
             pack(noisy),
             encoder_hidden_states=prompt,
             timestep=t / 1000,  # the model multiplies by 1000
-            img_ids=like(torch.cat([torch.zeros(len(grid), 1), grid], dim=1), noisy),
+            img_ids=like(places, noisy),
             txt_ids=prompt.new_zeros(longest, 3),
             attention_mask=bias,
         ).sample
@@ -53,7 +52,7 @@ class Chroma(Family):
 
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that T5 reads, without its mark of the end."""
-        return (config.t5_max_token_length or 512) - 1
+        return t5_window(config, 512)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

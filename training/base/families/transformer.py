@@ -37,7 +37,7 @@ class PixArt(Family):
 
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that T5 reads, without its mark of the end."""
-        return (config.t5_max_token_length or 300) - 1
+        return t5_window(config, 300)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
@@ -69,7 +69,7 @@ class SD3(Family):
 
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that T5 reads, without its mark of the end."""
-        return (config.t5_max_token_length or 256) - 1
+        return t5_window(config, 256)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
@@ -95,15 +95,13 @@ class Flux(Family):
         """See `Family.predict`; needs "prompt" (B, L, D), "pooled" (B, P), "guidance" (B,)."""
         batch, _, height, width = noisy.shape
         config: Any = model.config
-        rows, columns = height // 2, width // 2
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         prompt = like(given["prompt"], noisy)
         packed = model(
             pack(noisy),
             encoder_hidden_states=prompt,
             pooled_projections=like(given["pooled"], noisy),
             timestep=t / 1000,  # the model multiplies by 1000
-            img_ids=like(torch.cat([torch.zeros(len(grid), 1), grid], dim=1), noisy),
+            img_ids=like(image_ids(height, width), noisy),
             txt_ids=prompt.new_zeros(prompt.shape[1], 3),
             guidance=given["guidance"].expand(batch) if config.guidance_embeds else None,
         ).sample
@@ -111,7 +109,7 @@ class Flux(Family):
 
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that T5 reads, without its mark of the end."""
-        return (config.t5_max_token_length or 512) - 1
+        return t5_window(config, 512)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
@@ -126,6 +124,22 @@ class Flux(Family):
             max_sequence_length=self.window(config) + 1,
         )
         return {"prompt": prompt, "pooled": pooled}
+
+
+def t5_window(config: TrainConfig, usual: int) -> int:
+    """Tokens of a caption that T5 reads, without its mark of the end.
+
+    Args:
+        config: of the run, which may say how many there are with the mark.
+        usual: how many there are otherwise.
+    """
+    return (config.t5_max_token_length or usual) - 1
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    """Where each token of a latent lies that is packed 2 x 2 (H/2 * W/2, 3): 0, row, column."""
+    grid = torch.cartesian_prod(torch.arange(height // 2), torch.arange(width // 2))
+    return torch.cat([torch.zeros(len(grid), 1), grid], dim=1)
 
 
 def pack(latent: Tensor) -> Tensor:

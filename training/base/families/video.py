@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from training.base.families.family import Family, Given, like
+from training.base.families.transformer import t5_window
 
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
@@ -30,7 +31,7 @@ class Wan(Family):
 
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that UMT5 reads, without its mark of the end."""
-        return (config.t5_max_token_length or 512) - 1
+        return t5_window(config, 512)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
