@@ -139,27 +139,15 @@ def tiny_of(name: str) -> Tiny:
 
 
 def _vae_of(name: str) -> nn.Module:
-    if name == "ernie-image":
-        return tinyernie.vae()
-    if name == "flux2":
+    if name in ("ernie-image", "flux2"):
         return tinyflux2.vae()
     if name == "qwen-image-2.1":
         return opaque_vae()
     if name == "wan":
-        return tinywan.vae()
+        return tinywan.video_vae(diffusers.AutoencoderKLWan, scale_factor_spatial=2)
     if name not in _QWEN:
         return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image", "chroma"))
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        return diffusers.AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[1.5, 0.7, 1.0, 2.0],
-        )
+    return tinywan.video_vae(diffusers.AutoencoderKLQwenImage)
 
 
 def _vae(shifted: bool) -> diffusers.AutoencoderKL:
@@ -181,14 +169,12 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
     if name == "wan":
         return tinywan.scheduler()
-    if name in ("sd3", "sd35", "z-image"):
+    if name in ("sd3", "sd35", "z-image", "ernie-image"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name in ("flux", "flux2", "chroma", *_QWEN):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name == "lumina2":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
-    if name in ("z-image", "ernie-image"):
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     prediction = "v_prediction" if name == "sd21" else "epsilon"
     return diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",

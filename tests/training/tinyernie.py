@@ -1,30 +1,10 @@
-"""The VAE and the text encoder of ERNIE-Image in small."""
+"""The text encoder of ERNIE-Image in small."""
 
 from __future__ import annotations
 
-import diffusers
-import torch
 import torch.nn as nn
 import transformers
 from torch import Tensor
-
-
-def vae() -> nn.Module:
-    """A VAE of factor 4, with its packing, and channels that the normalisation changes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        made = diffusers.AutoencoderKLFlux2(
-            block_out_channels=(8, 16),
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
-        made.bn.running_mean.normal_()
-        made.bn.running_var.uniform_(0.5, 2.0)
-        return made
 
 
 def ministral(vocabulary: int) -> nn.Module:

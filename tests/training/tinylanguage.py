@@ -8,20 +8,15 @@ from __future__ import annotations
 import torch.nn as nn
 import transformers
 
+_SMALL = {
+    "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6,
+}  # fmt: skip
+
 
 def gemma2(vocabulary: int) -> nn.Module:
     """Gemma 2, of Lumina 2."""
-    return transformers.Gemma2Model(
-        transformers.Gemma2Config(
-            vocab_size=vocabulary,
-            hidden_size=12,
-            intermediate_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=6,
-        )
-    )
+    return transformers.Gemma2Model(transformers.Gemma2Config(vocab_size=vocabulary, **_SMALL))
 
 
 def qwen2_vl(vocabulary: int) -> nn.Module:
@@ -44,14 +39,4 @@ def qwen2_vl(vocabulary: int) -> nn.Module:
 
 def qwen3(vocabulary: int) -> nn.Module:
     """Qwen3, of Z-Image."""
-    return transformers.Qwen3Model(
-        transformers.Qwen3Config(
-            vocab_size=vocabulary,
-            hidden_size=12,
-            intermediate_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=6,
-        )
-    )
+    return transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=vocabulary, **_SMALL))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import torch
 import torch.nn as nn
 import transformers
 
 
-def vae() -> nn.Module:
-    """A VAE of factor 2 with four channels."""
+def video_vae(cls: Any, **more: Any) -> nn.Module:
+    """A VAE of a class like Wan's, of factor 2 with four channels."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        return diffusers.AutoencoderKLWan(
+        return cls(
             base_dim=8,
             z_dim=4,
             dim_mult=[1, 2],
@@ -20,7 +22,7 @@ def vae() -> nn.Module:
             temperal_downsample=[False],
             latents_mean=[0.1, -0.2, 0.3, 0.0],
             latents_std=[1.5, 0.7, 1.0, 2.0],
-            scale_factor_spatial=2,
+            **more,
         )
 
 
