@@ -16,6 +16,7 @@ from dmp_common.attach.call import InCall, OutputHook, SiteHook, copied_referenc
 from dmp_common.attach.checkpointing import unbind
 from dmp_common.attach.experts import ExpertWatch
 from dmp_common.attach.innertime import InnerTime
+from dmp_common.attach.marking import mark, unmark
 from dmp_common.attach.modulation import parts_of
 from dmp_common.attach.places import remove, settle
 from dmp_common.attach.regions import around, recompile
@@ -93,7 +94,7 @@ class CallHooks(InCall):
             self._put_on_outputs(denoiser)
         else:
             self._put_on_inputs(denoiser)
-        self.marked = self._mark()
+        self.marked = self._mark(denoiser)
 
     def _put_on_inputs(self, denoiser: nn.Module) -> None:
         self.sites += [
@@ -134,28 +135,20 @@ class CallHooks(InCall):
         self.sites.clear()
         self.outputs.clear()
         self.regions.clear()
-        if self.marked is not None:
-            vars(self.marked).pop("forward", None)
-        self.marked = None
+        for marked in self.marked:
+            unmark(marked())
+        self.marked.clear()
         for part in self.checkpointing:
             unbind(part(), self)
         self.checkpointing.clear()
         self.here.call = None
 
-    def _mark(self) -> nn.Module | None:
-        """Marks the model, so that `torch.compile` does not give it a graph without this patch.
-
-        The compiler reuses graphs among models of one class. It does not compare their hooks, but
-        it does compare whether a module has a `forward` of its own. So each patch sets the usual
-        `forward` of another module as the module's own.
-        """
-        module: nn.Module | None
-        places = (*self.sites, *self.outputs)
-        for module in (*self._time.modules(), *(place.module() for place in places)):
-            if module is not None and "forward" not in vars(module):
-                module.forward = module.forward
-                return module
-        return None
+    def _mark(self, denoiser: nn.Module) -> list[Callable[[], Any]]:
+        """Marks all modules with hooks, so that no graph without this patch is used for them."""
+        modules = [denoiser, self._time]
+        modules += [site.module() for site in self.sites if site.where == "hook"]
+        modules += [output.module() for output in self.outputs]
+        return [weakref.ref(module) for module in modules if mark(module)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallHooks:
         """Copies the hooks along with their model.
@@ -172,6 +165,7 @@ class CallHooks(InCall):
         own["denoiser"] = weakref.ref(memo[id(denoiser)])
         own["checkpointing"] = [copied_reference(part, memo) for part in self.checkpointing]
         own["regions"] = [copied_reference(part, memo) for part in self.regions]
+        own["marked"] = [copied_reference(part, memo) for part in self.marked]
         for name, value in vars(self).items():
             other.__dict__[name] = own[name] if name in own else copy.deepcopy(value, memo)
         return other

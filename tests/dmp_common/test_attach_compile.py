@@ -83,6 +83,62 @@ def check_no_recompilation(attachment: Attachment, check: Callable[..., Tensor])
         attachment.enabled = True
 
 
+@some(FAMILIES["sd3"], FLUX)
+def test_a_model_in_several_graphs_that_was_compiled_before(tiny, dynamo):
+    """Graphs of the plain model, and those of patches that are gone, are not used again.
+
+    Hosts compile at each call, and attach for each picture. Their attention is not compiled, so a
+    block is several graphs, and most of them have nothing to do with the timestep.
+    """
+    model = tiny.model()
+    outputs = [site.name for site in tiny.base.outputs]
+    first = make(tiny, 0, mix="modulate", sites=outputs[-2:])
+    second = make(tiny, 1, sites=[tiny.base.sites[-1].name])
+    base = tiny.run(model)
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_hook(torch._dynamo.disable(lambda *_: None))
+    compiled = torch.compile(model, dynamic=False, backend="eager")
+
+    def check() -> Tensor:
+        expected = tiny.run(model)
+        assert close(tiny.run(compiled), expected)
+        return expected
+
+    with torch.no_grad():
+        assert close(check(), base)
+        for _ in range(2):
+            one = attach(model, first)
+            alone = check()
+            two = attach(model, second)
+            both = check()
+            one.remove()
+            assert not close(check(), both, 1e-3)
+            two.remove()
+            assert close(check(), base)
+            assert not close(alone, base, 1e-3) and not close(both, alone, 1e-3)
+
+
+@some(DIT)
+def test_a_forward_that_another_tool_sets_meanwhile_stays(tiny):
+    """Tools that offload weights replace the `forward` of modules, before attaching or after."""
+    model, patch = tiny.model(), make(tiny, mix="modulate")
+    calls = []
+
+    def replaced(module: torch.nn.Module) -> Callable[..., Tensor]:
+        inner = module.forward
+        return lambda *args, **kwargs: calls.append(module) or inner(*args, **kwargs)
+
+    before, after = (model.transformer_blocks[n].attn1.to_q for n in (0, 1))
+    before.forward = replaced(before)
+    attachment = attach(model, patch)
+    after.forward = replaced(after)
+    attachment.remove()
+    tiny.run(model)
+    assert calls == [before, after]
+    assert [m for m in model.modules() if "forward" in vars(m)] == [before, after]
+
+
 @pytest.mark.slow
 @some(DIT)
 def test_gradients_of_a_compiled_model(tiny, dynamo):
