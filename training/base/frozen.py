@@ -1,209 +1,30 @@
-"""The frozen base a patch is trained on: its model, the parts around it, its facts."""
+"""Loads the frozen base that a configuration asks for, and says what it needs of its data."""
 
 from __future__ import annotations
 
-import gc
-import inspect
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn as nn
-from torch import Tensor
 
-from dmp_common import Base, PatchError, get_base
-from dmp_common.bases.base import Naming
+from dmp_common import Base, get_base
 from dmp_common.bases.detect import require_base
-from dmp_common.bases.timesteps import frequency_shift
 from training.base import memory
 from training.base.dit_folders import set_time_embedding, text_dit, text_facts
 from training.base.families import dit
-from training.base.families.family import Family
 from training.base.families.table import family_of
-from training.base.latents import LatentSpace, space_of
+from training.base.frozenbase import FrozenBase as FrozenBase  # where all others import it
 from training.base.loading import Blueprint, Loader, Said
 from training.base.option_checks import require_fitting, require_plain_inputs
 from training.base.places import find_source
 from training.base.precision import DTYPES
-from training.base.schedulers import adjusted, is_flow
+from training.base.schedulers import adjusted
 from training.data.kind import DataKind
 from training.options.command_line import resolve
 from training.options.config import TrainConfig
 
 _CLIP_SIZE = 768  # of CLIP-L's pooled text
-
-
-@dataclass
-class FrozenBase:
-    """A base with its weights, in evaluation mode and without gradients of its own.
-
-    Args:
-        model: the denoiser.
-        scheduler: diffusers scheduler; names the prediction type and the noise schedule.
-        base, naming, family: what the model is.
-        vae: None for a base of pixels.
-        encoders: text encoders and tokenizers, by folder in a diffusers pipeline.
-        unconditional: every image gets the null class.
-        window: tokens of a caption that its text encoders read.
-        swapped: how many of its last blocks the CPU keeps (--blocks_to_swap).
-    """
-
-    model: nn.Module
-    scheduler: Any
-    base: Base
-    naming: Naming
-    family: Family
-    vae: Any = None
-    encoders: dict[str, Any] = field(default_factory=dict)
-    unconditional: bool = False
-    window: int | None = None
-    swapped: int = 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision that the denoiser computes in; --fp8_base stores its weights in another."""
-        model: Any = self.model
-        dtype: torch.dtype = model.dtype
-        return dtype
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The large parts of the denoiser in the order of the computation, see `large_blocks`."""
-        return memory.large_blocks(self.model, self.base.times[self.naming].mlp)
-
-    @property
-    def swapped_blocks(self) -> list[nn.Module]:
-        """The blocks that --blocks_to_swap keeps in the memory of the CPU."""
-        blocks = self.blocks
-        return blocks[len(blocks) - min(self.swapped, len(blocks)) :]
-
-    @property
-    def prediction(self) -> str:
-        """epsilon, v_prediction, sample or flow."""
-        flow = is_flow(self.scheduler)
-        return "flow" if flow else str(self.scheduler.config.prediction_type)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a patch must record of the model it was trained on."""
-        return {
-            "prediction": self.prediction,
-            "frequency_shift": frequency_shift(self.model, self.base, self.naming),
-        }
-
-    @property
-    def space(self) -> LatentSpace | None:
-        """The space of its latents; None for a base of pixels."""
-        return None if self.vae is None else space_of(self.vae)
-
-    @property
-    def channels(self) -> int:
-        """Of the latent, or of the pixels of a base without VAE."""
-        if self.space is not None:
-            return self.space.channels
-        config: Any = self.model.config
-        return int(config.in_channels)
-
-    @property
-    def learns_sigma(self) -> bool:
-        """Whether the model also predicts the variance of the reverse process."""
-        config: Any = self.model.config
-        return bool(getattr(config, "out_channels", None) == 2 * config.in_channels)
-
-    @property
-    def null_label(self) -> int | None:
-        """Class id that means "no class", for a base with classes."""
-        return dit.null_label(self.model) if self.conditioning != "caption" else None
-
-    @property
-    def conditioning(self) -> str:
-        """caption, label or none."""
-        if self.family.conditioning == "caption" or dit.takes_text(self.model):
-            return "caption"
-        return "none" if self.unconditional or dit.null_label(self.model) == 0 else "label"
-
-    @property
-    def factor(self) -> int:
-        """Pixels of a side over cells of the latent."""
-        return 1 if self.space is None else self.space.factor
-
-    @property
-    def kind(self) -> DataKind:
-        """What this base eats."""
-        size = getattr(self.model.config, "sample_size", None)
-        resolution = size * self.factor if isinstance(size, int) else self.family.resolution
-        return DataKind(
-            conditioning=self.conditioning,  # type: ignore[arg-type]
-            channels=3 if self.vae is not None else self.channels,
-            resolution=resolution,
-            multiple=self.family.multiple,
-            num_classes=dit.null_label(self.model) if self.conditioning == "label" else None,
-            null_label=self.null_label,
-            square=self.family.square,
-            window=self.window,
-        )
-
-    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Samples (B, C, h, w) of latents at the model's scale, from the VAE's moments.
-
-        Args:
-            moments: (B, 2C, h, w), means and standard deviations.
-            noise: (B, C, h, w), standard normal.
-        """
-        assert self.space is not None
-        mean, std = moments.chunk(2, dim=1)
-        return self.space.scaled(mean + std * noise)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1], float32 on the CPU, of what the model made."""
-        if self.space is None:
-            return latents.float().clamp(-1, 1).cpu()
-        return self.space.decode(latents)
-
-    def pipeline(self) -> Any:
-        """Returns a diffusers pipeline of these parts.
-
-        Raises:
-            PatchError: diffusers has no pipeline that the trainer knows for this base.
-        """
-        if not self.family.pipeline:
-            raise PatchError(
-                f"expected a base with a pipeline in diffusers, found {self.base.name}: use its "
-                "`model`."
-            )
-        cls = getattr(diffusers, self.family.pipeline)
-        own = {self.family.denoiser: self.model, "scheduler": self.scheduler, "vae": self.vae}
-        parameters = inspect.signature(cls).parameters.values()
-        needed = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
-        return cls(**{**needed, **own, **self.encoders})
-
-    def to(self, device: torch.device) -> FrozenBase:
-        """Moves everything, except for the blocks that --blocks_to_swap keeps on the CPU."""
-        if self.swapped and device.type != "cpu":
-            memory.swap(self.model, self.swapped_blocks, device)
-        else:
-            self.model.to(device)
-        for part in (self.vae, *self.encoders.values()):
-            if isinstance(part, nn.Module):
-                part.to(device)
-        return self
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Computes each block again in the backward pass, which saves what is kept for it."""
-        stored = any(p.dtype == memory.STORED for p in self.model.parameters())
-        model: Any = self.model
-        model.enable_gradient_checkpointing(
-            memory.whole_checkpoint if stored or self.swapped else None
-        )
-
-    def release_encoders(self) -> None:
-        """Gives the memory of the text encoders back, once every caption is encoded."""
-        self.encoders.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def load_frozen(config: TrainConfig, said: Said | None = None) -> FrozenBase:
