@@ -144,7 +144,12 @@ def _vae_of(name: str) -> nn.Module:
     if name == "qwen-image-2.1":
         return opaque_vae()
     if name == "wan":
-        return tinywan.video_vae(diffusers.AutoencoderKLWan, scale_factor_spatial=2)
+        return tinywan.video_vae(
+            diffusers.AutoencoderKLWan,
+            temporal=True,
+            scale_factor_spatial=2,
+            scale_factor_temporal=2,
+        )
     if name not in _QWEN:
         return _vae(shifted=name in ("sd3", "sd35", "flux", "lumina2", "z-image", "chroma"))
     return tinywan.video_vae(diffusers.AutoencoderKLQwenImage)

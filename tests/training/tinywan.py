@@ -10,8 +10,12 @@ import torch.nn as nn
 import transformers
 
 
-def video_vae(cls: Any, **more: Any) -> nn.Module:
-    """A VAE of a class like Wan's, of factor 2 with four channels."""
+def video_vae(cls: Any, *, temporal: bool = False, **more: Any) -> nn.Module:
+    """A VAE of a class like Wan's, of factor 2 with four channels.
+
+    Args:
+        temporal: it makes one frame of two.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(11)
         return cls(
@@ -19,7 +23,7 @@ def video_vae(cls: Any, **more: Any) -> nn.Module:
             z_dim=4,
             dim_mult=[1, 2],
             num_res_blocks=1,
-            temperal_downsample=[False],
+            temperal_downsample=[temporal],
             latents_mean=[0.1, -0.2, 0.3, 0.0],
             latents_std=[1.5, 0.7, 1.0, 2.0],
             **more,

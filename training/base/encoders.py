@@ -26,6 +26,8 @@ class FrozenEncoders:
     def __init__(self, frozen: FrozenBase, config: TrainConfig) -> None:
         self.frozen, self.config = frozen, config
         self.image_fingerprint = fingerprint(frozen.vae) if frozen.vae is not None else "none"
+        if frozen.frames != 1:  # so that caches of pictures stay valid
+            self.image_fingerprint += f" of {frozen.frames} frames, stills {frozen.stills}"
         settings = (config.max_token_length, config.clip_skip, config.t5_max_token_length)
         parts = [json.dumps(settings)]
         language = (config.llm_max_token_length, config.system_prompt)

@@ -16,7 +16,7 @@ from training.base.families import dit
 from training.base.families.table import family_of
 from training.base.frozenbase import FrozenBase as FrozenBase  # where all others import it
 from training.base.loading import Blueprint, Loader, Said
-from training.base.option_checks import require_fitting, require_plain_inputs
+from training.base.option_checks import require_fitting, require_frames, require_plain_inputs
 from training.base.places import find_source
 from training.base.precision import DTYPES
 from training.base.schedulers import adjusted
@@ -84,8 +84,11 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
             vae=loader.vae() if family.vae else None,
             unconditional=config.unconditional,
             window=family.window(config),
+            frames=config.frames,
+            stills=config.objective == "distill",  # it learns nothing of how they move
         )
         require_plain_inputs(model, frozen.channels)
+        require_frames(config.frames, frozen.space)
         if config.text_conditional or frozen.conditioning == "caption":
             told = {"text_conditional": isinstance(family, dit.DiT)}
             loader.config = config.model_copy(update=told)

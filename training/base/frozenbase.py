@@ -35,6 +35,8 @@ class FrozenBase:
         encoders: text encoders and tokenizers, by folder in a diffusers pipeline.
         unconditional: every image gets the null class.
         window: tokens of a caption that its text encoders read.
+        frames: of the videos that are trained on; 1 for pictures.
+        stills: a picture in the data is a video that stands still.
         swapped: how many of its last blocks the CPU keeps (--blocks_to_swap).
     """
 
@@ -47,6 +49,8 @@ class FrozenBase:
     encoders: dict[str, Any] = field(default_factory=dict)
     unconditional: bool = False
     window: int | None = None
+    frames: int = 1
+    stills: bool = False
     swapped: int = 0
 
     @property
@@ -117,6 +121,16 @@ class FrozenBase:
         """Pixels of a side over cells of the latent."""
         return 1 if self.space is None else self.space.factor
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape (C, h, w) of what is drawn in the model's space, or (C, T, h, w) of a video.
+
+        Args:
+            height, width: in pixels.
+        """
+        stride = 1 if self.space is None else self.space.stride
+        frames = () if self.frames == 1 else ((self.frames - 1) // stride + 1,)
+        return (self.channels, *frames, height // self.factor, width // self.factor)
+
     @property
     def kind(self) -> DataKind:
         """What this base eats."""
@@ -131,10 +145,13 @@ class FrozenBase:
             null_label=self.null_label,
             square=self.family.square,
             window=self.window,
+            frames=self.frames,
+            stills=self.stills,
         )
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Samples (B, C, h, w) of latents at the model's scale, from the VAE's moments.
+        """Samples (B, C, h, w) of latents at the model's scale, from the VAE's moments; the shapes
+        of videos are those of `latent_shape`.
 
         Args:
             moments: (B, 2C, h, w), means and standard deviations.
@@ -145,7 +162,8 @@ class FrozenBase:
         return self.space.scaled(mean + std * noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1], float32 on the CPU, of what the model made."""
+        """Pixels (B, C, H, W) in [-1, 1], float32 on the CPU, of what the model made; of videos
+        (B, C, frames, H, W)."""
         if self.space is None:
             return latents.float().clamp(-1, 1).cpu()
         return self.space.decode(latents)

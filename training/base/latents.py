@@ -32,6 +32,11 @@ class LatentSpace:
         """Pixels of a side over cells of the latent."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
+    @property
+    def stride(self) -> int:
+        """Frames of a video over frames of its latent; the first one has a latent of its own."""
+        return 1
+
     def moments(self, pixels: Tensor) -> Tensor:
         """Means and standard deviations (B, 2C, h, w), float32 on the VAE's device, of pixels
         (B, 3, H, W) in [-1, 1]; both are before the scaling."""
@@ -80,7 +85,11 @@ class LatentSpace:
 
 class FrameSpace(LatentSpace):
     """The latents of `AutoencoderKLQwenImage` and `AutoencoderKLWan`: a picture is a video of one
-    frame, and each channel is normalised by numbers of the configuration."""
+    frame, and each channel is normalised by numbers of the configuration.
+
+    Pixels and latents of videos have an axis of frames behind the channels, which pictures do
+    without.
+    """
 
     @property
     def channels(self) -> int:
@@ -93,10 +102,15 @@ class FrameSpace(LatentSpace):
         packed = getattr(self.vae.config, "patch_size", None) or 1  # pixels of a side, in Wan 2.2
         return int(packed * 2 ** len(self.vae.config.temperal_downsample))
 
+    @property
+    def stride(self) -> int:
+        """See `LatentSpace.stride`."""
+        return int(2 ** sum(self.vae.config.temperal_downsample))
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LatentSpace.encode`."""
-        mean, std = super().encode(pixels.unsqueeze(2))
-        return mean.squeeze(2), std.squeeze(2)
+        mean, std = super().encode(as_video(pixels))
+        return (mean, std) if pixels.ndim == 5 else (mean.squeeze(2), std.squeeze(2))
 
     def scaled(self, latents: Tensor) -> Tensor:
         """See `LatentSpace.scaled`."""
@@ -110,13 +124,19 @@ class FrameSpace(LatentSpace):
 
     def picture(self, latent: Tensor) -> Tensor:
         """See `LatentSpace.picture`."""
-        return super().picture(latent.unsqueeze(2)).squeeze(2)
+        picture = super().picture(as_video(latent))
+        return picture if latent.ndim == 5 else picture.squeeze(2)
 
     def _numbers(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
         numbers = torch.tensor([config.latents_mean, config.latents_std])
-        mean, std = numbers.to(like.device, like.dtype)[..., None, None]
+        mean, std = numbers.to(like.device, like.dtype).reshape(2, -1, *[1] * (like.ndim - 2))
         return mean, std
+
+
+def as_video(picture: Tensor) -> Tensor:
+    """A picture (B, C, H, W) as a video of one frame (B, C, 1, H, W); a video as it is."""
+    return picture if picture.ndim == 5 else picture.unsqueeze(2)
 
 
 class PackedSpace(LatentSpace):

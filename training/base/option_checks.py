@@ -8,6 +8,7 @@ from typing import Any
 from dmp_common import PatchError
 from training.base.families.dit import DiT
 from training.base.families.family import Family
+from training.base.latents import LatentSpace
 from training.options.config import TrainConfig
 
 _UNDISTILLED = "name those from before the distillation, such as FLUX.2-klein-base-4B"
@@ -42,6 +43,7 @@ def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> 
     """
     problems = [
         *_about_conditions(config, family, trained_text),
+        *_about_frames(config, family),
         *_about_files(config, family),
         *_about_memory(config, family),
         *_about_student(config),
@@ -68,6 +70,34 @@ def require_plain_inputs(model: Any, channels: int) -> None:
             f"one with {found} input channels, as models for inpainting and Fill have: train on "
             "the base that it was made from; such a patch runs on both."
         )
+
+
+def require_frames(frames: int, space: LatentSpace | None) -> None:
+    """Refuses a number of frames of which the VAE would make no whole number.
+
+    Args:
+        frames: of the videos that are trained on.
+        space: of the base.
+
+    Raises:
+        PatchError: with the nearest number that there is.
+    """
+    stride = 1 if space is None else space.stride
+    if (frames - 1) % stride:
+        near = round((frames - 1) / stride) * stride + 1
+        raise PatchError(
+            f"expected --frames of one and a multiple of {stride}, of which the VAE makes one "
+            f"frame, found {frames}: the nearest is {near}."
+        )
+
+
+def _about_frames(config: TrainConfig, family: Family) -> list[str]:
+    if config.frames == 1 or family.video:
+        return []
+    return [
+        f"expected --frames 1 with base {config.base}, which draws pictures, found "
+        f"{config.frames}: leave it out, or choose a base of videos, such as wan-1.3b."
+    ]
 
 
 def _about_conditions(config: TrainConfig, family: Family, trained_text: bool) -> list[str]:

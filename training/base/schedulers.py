@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -18,6 +20,17 @@ def is_flow(scheduler: Any) -> bool:
 def token_side(base: Base) -> int:
     """Cells of the latent in a side of a token, of a transformer."""
     return min(site.stride for site in base.sites)
+
+
+def token_count(sizes: Sequence[int], side: int) -> int:
+    """How many tokens a transformer makes of a latent.
+
+    Args:
+        sizes: its height and width, and of a video the number of its frames before them.
+        side: cells in a side of a token.
+    """
+    *frames, height, width = sizes
+    return math.prod(frames) * (height // side) * (width // side)
 
 
 def schedule_of(config: dict[str, Any]) -> Any:

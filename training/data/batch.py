@@ -33,8 +33,10 @@ class Batch:
         sizes: (B, 6) int64: original height and width, top and left of the crop, target height
             and width, as SDXL's time ids; crops count pixels of the resized image.
         next: the position after this batch, to resume from.
-        pixels: (B, C, H, W) float32 in [-1, 1]; None with cached latents.
-        moments: (B, 2C, h, w) float32, means and then standard deviations; None without cache.
+        pixels: (B, C, H, W) float32 in [-1, 1], of videos (B, C, frames, H, W); None with cached
+            latents.
+        moments: (B, 2C, h, w) float32, means and then standard deviations, of videos
+            (B, 2C, T, h, w); None without cache.
         captions: B texts as they are to be encoded; None with cached text or without captions.
         text: cached outputs of the text encoders, each (B, ...).
         labels: (B,) int64 class ids, dropped ones are the null label.

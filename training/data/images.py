@@ -104,13 +104,53 @@ def open_image(file: BinaryIO, name: str, channels: int = 3) -> Image.Image:
     Raises:
         BrokenImageError: the image does not decode.
     """
-    with _decoded(file, name) as image:
-        return _plain(image, channels)
+    with _reading(file, name) as image:
+        return _plain(_frame(image, 0), channels)
+
+
+def open_frames(
+    file: BinaryIO, name: str, channels: int, count: int, stills: bool
+) -> list[Image.Image]:
+    """The first frames of an animation, each as `open_image` has a picture.
+
+    Args:
+        count: of frames.
+        stills: a picture is a video that stands still.
+
+    Raises:
+        BrokenImageError: the image does not decode.
+        PatchError: it has fewer frames.
+    """
+    with _reading(file, name) as image:
+        if _frames_of(image, name, count, stills) == 1:
+            return [_plain(_frame(image, 0), channels)] * count
+        return [_plain(_frame(image, number), channels) for number in range(count)]
+
+
+def require_frames_in(file: BinaryIO, name: str, count: int, stills: bool) -> None:
+    """Refuses an animation that is too short; arguments as of `open_frames`.
+
+    Raises:
+        PatchError: it has fewer frames, or is no image.
+    """
+    with _reading(file, name) as image:
+        _frames_of(image, name, count, stills)
+
+
+def _frames_of(image: Image.Image, name: str, count: int, stills: bool) -> int:
+    # The second picture in a camera's JPEG is a thumbnail, or that of another eye.
+    found = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+    if found < count and not (stills and found == 1):
+        raise PatchError(
+            f"expected an animation of at least {count} frames in {printable_path(name)}, as "
+            f"--frames says, found {found}: replace or remove this file, or lower --frames."
+        )
+    return found
 
 
 @contextmanager
-def _decoded(file: BinaryIO, name: str) -> Iterator[Image.Image]:
-    """The first frame of an image, upright; what is done with it may find it broken too.
+def _reading(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """An image whose frames are read within; any of it may be found broken.
 
     Raises:
         BrokenImageError: the image does not decode.
@@ -118,12 +158,19 @@ def _decoded(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     endings()
     try:
         with Image.open(file) as image:
-            image.seek(0)
-            turned = _orientation(image) > 1
-            image.load()
-            yield ImageOps.exif_transpose(image) if turned else image
+            yield image
+    except PatchError:  # which is a ValueError, and says what it is
+        raise
     except _BROKEN as error:
         raise broken(name, error) from error
+
+
+def _frame(image: Image.Image, number: int) -> Image.Image:
+    """A frame of an image, upright."""
+    image.seek(number)
+    turned = _orientation(image) > 1
+    image.load()
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -157,8 +204,9 @@ def opacity(file: BinaryIO, name: str) -> Image.Image | None:
     Raises:
         BrokenImageError: the image does not decode.
     """
-    with _decoded(file, name) as image:
-        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    with _reading(file, name) as image:
+        first = _frame(image, 0)
+        return first.convert("RGBA").getchannel("A") if first.has_transparency_data else None
 
 
 def open_mask(file: BinaryIO, name: str) -> Image.Image:

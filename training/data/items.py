@@ -18,7 +18,14 @@ from training.data.augment import vary_color
 from training.data.batch import Batch, Position
 from training.data.caching.cached import Latents, Texts
 from training.data.captions.caption_rules import caption_text, is_dropped
-from training.data.images import BrokenImageError, opacity, open_image, open_mask, to_tensor
+from training.data.images import (
+    BrokenImageError,
+    opacity,
+    open_frames,
+    open_image,
+    open_mask,
+    to_tensor,
+)
 from training.data.kind import DataKind
 from training.data.samples import Sample, Store, TensorStore
 from training.data.sizes import Fit, crop_and_resize, fit
@@ -145,7 +152,7 @@ class Recipe:
 
     def _grey(self, item: Item, error: str) -> _Loaded:
         width, height = self._view(item)[0].target
-        image = torch.zeros(self.kind.channels, height, width)
+        image = torch.zeros(self.kind.shape(height, width))
         mask = torch.zeros(1, height, width) if self.masked else None
         return _Loaded(image, (0, 0, 0, 0, height, width), mask, error)
 
@@ -167,7 +174,8 @@ class Recipe:
     def pixels(
         self, sample: Sample, left: int, top: int, colored: tuple[object, ...] | None = None
     ) -> Tensor:
-        """Pixels (C, H, W) of a sample, cropped at `left` and `top` of the resized image.
+        """Pixels of a sample, cropped at `left` and `top` of the resized image: (C, H, W), or
+        (C, frames, H, W) of a video.
 
         Args:
             sample: the image.
@@ -181,7 +189,8 @@ class Recipe:
             return self.store.images[sample.place]
         name = self.store.name(sample.place)
         with self._opened(sample.place) as file:
-            image = open_image(file, name, self.kind.channels)
+            frames = self._frames(file, name)
+        image = frames[0]
         if image.size != sample.size:
             raise PatchError(
                 f"expected {name} with {sample.size[0]} x {sample.size[1]} pixels, as it had at "
@@ -189,8 +198,18 @@ class Recipe:
                 "does not change."
             )
         how = fit(sample.size, sample.subset.sizes, sample.bucket)
-        image = crop_and_resize(image, how, left, top)
-        return to_tensor(image if colored is None else vary_color(image, *colored))
+        frames = [crop_and_resize(frame, how, left, top) for frame in frames]
+        if colored is not None:
+            frames = [vary_color(frame, *colored) for frame in frames]
+        pixels = [to_tensor(frame) for frame in frames]
+        return pixels[0] if self.kind.frames == 1 else torch.stack(pixels, dim=1)
+
+    def _frames(self, file: BinaryIO, name: str) -> list[Image.Image]:
+        """The frames of a video, or the picture alone."""
+        kind = self.kind
+        if kind.frames == 1:
+            return [open_image(file, name, kind.channels)]
+        return open_frames(file, name, kind.channels, kind.frames, kind.stills)
 
     def mask(self, sample: Sample, left: int, top: int) -> Tensor | None:
         """How much each pixel of a sample counts, (1, H, W) in [0, 1]; None where all do.

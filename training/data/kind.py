@@ -20,6 +20,8 @@ class DataKind:
         square: the model takes square inputs only; there are no buckets then.
         window: tokens of a caption that the text encoders read, without the marks of its beginning
             and end; None where it is not known.
+        frames: of a video; 1 for pictures.
+        stills: a picture may stand in for a video, one that stands still.
     """
 
     conditioning: Literal["caption", "label", "none"]
@@ -30,3 +32,10 @@ class DataKind:
     null_label: int | None = None
     square: bool = False
     window: int | None = None
+    frames: int = 1
+    stills: bool = False
+
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape (C, H, W) of a picture's pixels, or (C, frames, H, W) of a video's."""
+        frames = () if self.frames == 1 else (self.frames,)
+        return (self.channels, *frames, height, width)

@@ -18,7 +18,7 @@ class Aim:
     """One batch of predictions and their targets, on the student's device.
 
     Args:
-        noisy: the model's input (B, C, H, W).
+        noisy: the model's input (B, C, H, W); of videos (B, C, T, H, W), and so are the others.
         t: (B,), on the scale 0..1000.
         given: the conditions of the samples, tensors (B, ...) by name.
         target: what the prediction should be (B, C, H, W), float32.
@@ -70,5 +70,4 @@ def noise_aim(inputs: Inputs, process: Process) -> Aim:
 
 def drawn_times(inputs: Inputs, process: Process) -> Tensor:
     """The timesteps (B,) that the draws of a batch stand for."""
-    height, width = inputs.clean.shape[-2:]
-    return process.times(inputs.draws.u, inputs.draws.z, (height, width))
+    return process.times(inputs.draws.u, inputs.draws.z, inputs.clean.shape[2:])

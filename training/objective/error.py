@@ -36,7 +36,7 @@ def prediction_error(
         return difference.abs()
     if threshold is None:
         raise ValueError(f"expected a threshold for --loss_type {options.loss_type}, found none")
-    c = threshold.reshape(-1, 1, 1, 1)
+    c = threshold.reshape(-1, *[1] * (difference.ndim - 1))
     # sqrt(d^2 + c^2) - c, in a form that does not cancel where d is small.
     square = difference.square()
     error = 2 * square / ((square + c.square()).sqrt() + c)

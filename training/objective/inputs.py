@@ -21,13 +21,13 @@ class Inputs:
     """A batch on its device, encoded.
 
     Args:
-        clean: latents, or pixels of a base without VAE (B, C, H, W).
+        clean: latents, or pixels of a base without VAE (B, C, H, W); of videos (B, C, T, H, W).
         draws: the random draws of the samples.
         given: the conditions of the samples, tensors (B, ...) by name.
         weights: (B,), factors of the losses; None if all are 1.
         keys: names of the samples.
         masks: (B, 1, H, W) in [0, 1] at the size of `clean`, how much each place counts in the
-            loss; None if all count alike.
+            loss, with an axis for the frames of videos; None if all count alike.
     """
 
     clean: Tensor
@@ -79,14 +79,15 @@ def encode(
     frozen = encoders.frozen
     if frozen.vae is None:
         clean = _pixels(batch)
-        draws = draw(names, _shape(clean), options).to(device)
+        draws = draw(names, clean.shape[1:], options).to(device)
     else:
         moments = batch.moments if batch.moments is not None else encoders.moments(_pixels(batch))
-        draws = draw(names, _shape(moments[:, : moments.shape[1] // 2]), options).to(device)
+        draws = draw(names, moments.chunk(2, dim=1)[0].shape[1:], options).to(device)
         clean = frozen.latents(moments, draws.latent)
     masks = _masks(batch, config)
     if masks is not None:
         masks = interpolate(masks, clean.shape[-2:], mode="area")
+        masks = masks if clean.ndim == 4 else masks.unsqueeze(2)  # the same for all frames
     draws = shaped(draws, clean, config)
     return Inputs(
         clean, draws, conditions(batch, encoders, config), batch.weights, batch.keys, masks
@@ -97,11 +98,6 @@ def _pixels(batch: Batch) -> Tensor:
     if batch.pixels is None:
         raise ValueError("expected a batch with pixels, found cached latents without a VAE")
     return batch.pixels
-
-
-def _shape(like: Tensor) -> tuple[int, int, int]:
-    _, channels, height, width = like.shape
-    return channels, height, width
 
 
 def _masks(batch: Batch, config: TrainConfig) -> Tensor | None:

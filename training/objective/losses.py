@@ -151,11 +151,10 @@ def _questions(
 ) -> Iterator[Question]:
     """Noisy data of every bin, `draws` times each."""
     clean, keys = inputs.clean, inputs.keys
-    _, channels, height, width = clean.shape
     for number in range(bins):
         for repeat in range(draws):
             names = [(name, key, number, repeat) for key in keys]
-            noise, u = held_out_draws(names, (channels, height, width))
+            noise, u = held_out_draws(names, clean.shape[1:])
             noise = noise.to(clean.device)
             t = process.bin(number, bins, u.to(clean.device))
             asked = (name, tuple(keys), number, repeat)

@@ -18,7 +18,7 @@ from training.data.draws import generator, word
 from training.options.loss_options import LossOptions
 
 Names = Sequence[tuple[object, ...]]
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]  # of a sample: (C, H, W), or (C, T, H, W) of a video
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from dmp_common import PatchError
-from training.base.schedulers import flux_shift, is_flow
+from training.base.schedulers import flux_shift, is_flow, token_count
 from training.objective.variational import Posterior, variational_term
 from training.options.loss_options import ObjectiveOptions
 
@@ -38,7 +38,7 @@ class Discrete:
         self.alphas = scheduler.alphas_cumprod.double()  # (T,)
         self.posterior = Posterior(scheduler.betas.double())
 
-    def times(self, u: Tensor, z: Tensor, latent_hw: Sequence[int]) -> Tensor:
+    def times(self, u: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
         """Timesteps (B,), int64, uniform over the range asked for; z is for flow models."""
         first, end = self.options.min_timestep, min(self.options.max_timestep, len(self.alphas))
         return (first + (u.double() * (end - first)).long()).clamp(max=end - 1)
@@ -148,8 +148,9 @@ class Flow:
         self.shift = options.discrete_flow_shift or own
         self.options, self.side = options, side
 
-    def times(self, u: Tensor, z: Tensor, latent_hw: Sequence[int]) -> Tensor:
-        """Times (B,), float32, from uniform u (B,) and standard normal z (B,).
+    def times(self, u: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Times (B,), float32, from uniform u (B,) and standard normal z (B,), for latents of these
+        sizes: height and width, of videos the number of frames before them.
 
         The densities are those of kohya's scripts and diffusers' SD3 training, also in that
         `sigma` counts from the noisy end, as an index into a scheduler's timesteps does.
@@ -163,8 +164,7 @@ class Flow:
             case "shift":
                 sigma = self._shifted(torch.sigmoid(options.sigmoid_scale * z), self.shift)
             case "flux_shift":
-                tokens = (latent_hw[0] // self.side) * (latent_hw[1] // self.side)
-                shift = math.exp(flux_shift(tokens))
+                shift = math.exp(flux_shift(token_count(sizes, self.side)))
                 sigma = self._shifted(torch.sigmoid(options.sigmoid_scale * z), shift)
             case "sigma":
                 sigma = self._shifted(1 - self._density(u, z), self.shift)
@@ -222,7 +222,7 @@ class Flow:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
     def _sigma(self, like: Tensor, t: Tensor) -> Tensor:
-        return (t.float() / 1000).reshape(-1, 1, 1, 1).to(like.dtype)
+        return (t.float() / 1000).reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
 
 Process = Discrete | Flow

@@ -72,8 +72,9 @@ class OwnSamples:
         places = self._places.get(size)
         if not places:
             raise PatchError(
-                f"expected own samples of {size[1]} x {size[2]}, the size of a batch of data, "
-                f"found {', '.join(f'{h} x {w}' for _, h, w in self._places)}: raise --own_samples."
+                f"expected own samples of {size[-2]} x {size[-1]}, the size of a batch of data, "
+                f"found {', '.join(f'{h} x {w}' for *_, h, w in self._places)}: raise "
+                "--own_samples."
             )
         chosen = [places[below(len(places), *name, "own sample")] for name in names]
         rows = [_read(path, row) for path, row in chosen]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 _SMALL = 256  # a picture with a shorter side is enlarged, by a whole factor, up to this
 _FACTORS = (64, 32, 16, 8, 4, 2, 1)  # of a difference
+_FRAMES = 5  # of a video, at most
 _GAP = 8  # pixels around each panel
 _TEXT = 16  # pixels, height of the letters
 _LINE = 22  # pixels from one line of text to the next
@@ -23,6 +24,16 @@ def as_image(picture: Tensor) -> Image.Image:
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else np.ascontiguousarray(array))
     factor = max(1, _SMALL // min(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def strip(video: Tensor) -> Tensor:
+    """Some frames of a video (C, N, H, W) from its first to its last, one below the other, as one
+    picture; a picture (C, H, W) as it is."""
+    if video.ndim == 3:
+        return video
+    count = min(_FRAMES, video.shape[1])
+    chosen = torch.linspace(0, video.shape[1] - 1, count).round().long()
+    return torch.cat(list(video[:, chosen].unbind(1)), dim=-2)
 
 
 def comparison(base: Tensor, patched: Tensor, prompt: str, name: str = "patched") -> Image.Image:

@@ -14,7 +14,7 @@ from dmp_common import PatchError
 from training.base.encoders import FrozenEncoders
 from training.base.families.family import Family
 from training.base.frozen import FrozenBase
-from training.base.schedulers import is_flow, token_side
+from training.base.schedulers import is_flow, token_count, token_side
 from training.data.draws import generator
 
 # Samplers of diffusers for discrete schedules; flow models take Euler.
@@ -150,15 +150,15 @@ def draw_latents(
     generators: Sequence[torch.Generator] = (),
     guided: int | None = None,
 ) -> Tensor:
-    """Samples (B, C, h, w) in the model's space, float32 on its device, from noise there.
+    """Samples (B, C, h, w) in the model's space, float32 on its device, from noise there; of videos
+    (B, C, T, h, w).
 
     Args:
         frozen: the base, with whatever is on it.
-        noise: (B, C, h, w) on the model's device.
+        noise: of the shape of the samples, on the model's device.
         conditional, unconditional: the conditions of the B samples, see `denoise`.
         guided: the number of channels that are guided, see `denoise`.
     """
-    height, width = noise.shape[-2:]
     dtype = frozen.dtype
 
     def predict(x: Tensor, step: Tensor, given: Given) -> Tensor:
@@ -166,16 +166,10 @@ def draw_latents(
         t = step.to(x.device).expand(len(x))
         return frozen.family.predict(frozen.model, x.to(dtype), t, moved)
 
-    tokens = tokens_of(frozen, height, width)
+    tokens = token_count(noise.shape[2:], token_side(frozen.base))
     made = make_sampler(frozen.scheduler, steps, tokens, sampler, frozen.family)
     with torch.no_grad():
         return denoise(predict, made, noise, conditional, unconditional, scale, generators, guided)
-
-
-def tokens_of(frozen: FrozenBase, height: int, width: int) -> int:
-    """How many tokens a transformer makes of a latent of this size."""
-    side = token_side(frozen.base)
-    return (height // side) * (width // side)
 
 
 def draw_images(

@@ -59,7 +59,7 @@ class StoredData(Data):
         """What was drawn from, with the number of aims as its items."""
         rows: dict[tuple[int, int], int] = {}
         for _, group, count in self._blocks:
-            _, height, width = map(int, group.split("-")[0].split("x"))
+            *_, height, width = map(int, group.split("-")[0].split("x"))
             size = width * self._factor, height * self._factor
             rows[size] = rows.get(size, 0) + count
         buckets = [

@@ -11,12 +11,13 @@ from dmp_common.patch.objectives import guided
 from training.base.encoders import FrozenEncoders
 from training.base.families.family import Given
 from training.base.frozen import FrozenBase
+from training.base.schedulers import token_count, token_side
 from training.data.batch import Batch
 from training.data.draws import below, generator
 from training.objective.aim import Aim
 from training.objective.inputs import conditions
 from training.objective.noise import Names
-from training.objective.sampling import denoise, make_sampler, tokens_of
+from training.objective.sampling import denoise, make_sampler
 from training.objective.teacher import Teacher, without
 from training.options.config import TrainConfig
 
@@ -64,7 +65,7 @@ class Trajectories:
 
     @torch.no_grad()
     def pictures(self, batch: Batch, names: Names, passed: list[Aim] | None = None) -> Tensor:
-        """What is drawn (B, C, h, w), in the model's space.
+        """What is drawn (B, C, h, w), in the model's space; of videos (B, C, T, h, w).
 
         Args:
             batch, names: see `aims`.
@@ -73,8 +74,8 @@ class Trajectories:
         config, frozen, teacher = self.config, self.frozen, self.teacher
         batch = batch.to(self.device)
         given = conditions(batch, self.encoders, config)
-        height, width = (int(side) // frozen.factor for side in batch.sizes[0, 4:6])
-        shape = frozen.channels, height, width
+        height, width = map(int, batch.sizes[0, 4:6])
+        shape = frozen.latent_shape(height, width)
         sources = [generator(*name, "trajectory") for name in names]
         noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
         scales = teacher.scales(names)
@@ -89,7 +90,7 @@ class Trajectories:
             return self._walked(x, t, given, target)
 
         steps = config.state_steps + below(config.state_steps + 1, *names[0], "steps")
-        tokens = tokens_of(frozen, height, width)
+        tokens = token_count(shape[1:], token_side(frozen.base))
         sampler = make_sampler(frozen.scheduler, steps, tokens, config.state_sampler, frozen.family)
         return denoise(predict, sampler, noise.to(self.device), given, None, 1.0)
 

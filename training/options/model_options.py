@@ -52,6 +52,13 @@ class ModelOptions(Options):
         "at its own timesteps unless --min_timestep or --max_timestep limits them. The file says "
         "for which one it is.",
     )
+    frames: int = option(
+        "image size",
+        1,
+        "Train on videos of this many frames, for wan: one, and then as many more as its VAE makes "
+        "one frame of, such as 81. A picture is a video of one frame.",
+        ge=1,
+    )
     base_config: str | None = option(
         "model",
         None,

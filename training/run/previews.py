@@ -13,7 +13,7 @@ from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
 from training.base.schedulers import is_flow
 from training.data.draws import generator
-from training.objective.pictures import comparison
+from training.objective.pictures import comparison, strip
 from training.objective.sampling import SAMPLERS, condition, draw_images, is_guided
 from training.options.config import TrainConfig
 from training.run.prompt_files import Prompt, read_prompts
@@ -58,7 +58,8 @@ class Previews:
         self.base: list[Tensor] = []
 
     def draw(self, stop: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """One picture (C, H, W) in [-1, 1] for each prompt, from the model as it is now."""
+        """One picture (C, H, W) in [-1, 1] for each prompt, from the model as it is now; of a video
+        it is a strip of frames."""
         pictures = []
         for prompt, (told, untold) in zip(self.prompts, self.told, strict=True):
             pictures.append(self._draw(prompt, told, untold))
@@ -88,11 +89,11 @@ class Previews:
         self, prompt: Prompt, told: dict[str, Tensor], untold: dict[str, Tensor] | None
     ) -> Tensor:
         frozen = self.frozen
-        height, width = (side // frozen.factor for side in (prompt.height, prompt.width))
+        shape = frozen.latent_shape(prompt.height, prompt.width)
         source = generator("preview", prompt.seed)
-        x = torch.randn(1, frozen.channels, height, width, generator=source).to(self.device)
+        x = torch.randn(1, *shape, generator=source).to(self.device)
         more = [generator("preview noise", prompt.seed)]
-        return draw_images(
+        drawn = draw_images(
             frozen,
             x,
             told,
@@ -101,4 +102,5 @@ class Previews:
             scale=prompt.scale,
             sampler=sampler_of(prompt.sampler or self.sampler, self.flow),
             generators=more,
-        )[0]
+        )
+        return strip(drawn[0])

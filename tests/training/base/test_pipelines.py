@@ -17,6 +17,7 @@ from tests.training.tinyflux2 import TAPS
 from training.base.encoders import FrozenEncoders
 from training.base.families.transformer import pack, unpack
 from training.base.frozen import FrozenBase, load_frozen
+from training.base.latents import as_video
 from training.base.schedulers import is_flow
 from training.objective.sampling import condition, draw_latents, is_guided, noises
 
@@ -65,7 +66,7 @@ def from_pipeline(
         length["system_prompt"] = given["system_prompt"]
     length["guidance_scale"] = scale - (name in ("z-image", "krea2"))  # which count from 0
     if name in VIDEO:
-        noise, more = noise.unsqueeze(2), {"num_frames": 1, **more}
+        noise, more = as_video(noise), {"num_frames": frozen.frames, **more}
     latents = pack(noise) if name in PACKED else noise.clone()
     if name in FLAT:
         length, latents = {}, noise.flatten(2).transpose(1, 2)
@@ -82,21 +83,25 @@ def from_pipeline(
     )[0]
     if name in (*GIVES_TOKENS, *FLAT):
         return made.transpose(1, 2).unflatten(2, (SIDE, SIDE))
-    made = made.squeeze(2) if name in VIDEO else made
+    made = made.squeeze(2) if name in VIDEO and frozen.frames == 1 else made
     return unpack(made, SIDE, SIDE) if name in PACKED else made
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_the_pipeline_draws_as_the_trainer_does(name: str, folders: Folders) -> None:
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [*((name, 1) for name in PIPELINES), *((name, 3) for name in PIPELINES if name in VIDEO)],
+)
+def test_the_pipeline_draws_as_the_trainer_does(name: str, frames: int, folders: Folders) -> None:
     """So texts, masks, timesteps, predictions and noise levels agree, with a patch at work."""
-    config = config_of(name, folders(name), **options_of(name))
+    config = config_of(name, folders(name), **options_of(name), frames=frames)
     frozen = load_frozen(config)
     encoders = FrozenEncoders(frozen, config)
-    noise, _ = noises([name], (frozen.channels, SIDE, SIDE))
+    side = SIDE * frozen.factor
+    noise, _ = noises([name], frozen.latent_shape(side, side))
     guided = is_guided(frozen, frozen.family.guidance) and name not in RESCALED
 
     def told(text: str, scale: float) -> dict[str, Tensor]:
-        return condition(frozen, encoders, text, (SIDE * frozen.factor,) * 2, scale)
+        return condition(frozen, encoders, text, (side, side), scale)
 
     def draw(scale: float) -> Tensor:
         nothing = told("", scale) if scale != 1.0 else None

@@ -41,6 +41,7 @@ class Family:
         vae_id: the usual VAE, where the weights come without one.
         even: the pipeline of a flow model spaces noise levels evenly from 1 to 1 / steps, before
             they are shifted.
+        video: it draws videos; a picture is one of one frame.
         distilled: the weights were distilled to draw in a few steps without guidance.
     """
 
@@ -61,6 +62,7 @@ class Family:
     vae_id: str | None = None
     even: bool = False
     distilled: bool = False
+    video: bool = False
 
     @property
     def encoder_layers(self) -> int | None:
@@ -75,7 +77,7 @@ class Family:
         """The model's output (B, C or 2C, H, W).
 
         Args:
-            noisy: (B, C, H, W).
+            noisy: (B, C, H, W), or (B, C, T, H, W) of a video, as the output is then.
             t: (B,) on the scale 0..1000.
             given: what `encode_text` said, "labels" (B,), and "sizes" (B, 6): original height and
                 width, top and left of the crop, target height and width, in pixels.

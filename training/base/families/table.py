@@ -186,6 +186,7 @@ WAN = Wan(
     files={"text_encoder": "t5xxl"},
     resolution=640,  # about the area of 832 x 480
     guidance=5.0,
+    video=True,
 )
 
 _FAMILIES: dict[str, Family] = {

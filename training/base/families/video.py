@@ -1,4 +1,4 @@
-"""Wan as a model of pictures: a picture is a video of one frame."""
+"""Wan, a model of videos: a picture is a video of one frame."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from dmp_common import PatchError
 from training.base.families.family import Family, Given, like
 from training.base.families.transformer import t5_window
+from training.base.latents import as_video
 
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
@@ -23,11 +24,11 @@ class Wan(Family):
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D)."""
         output: Tensor = model(
-            noisy.unsqueeze(2),
+            as_video(noisy),
             timestep=t,
             encoder_hidden_states=like(given["prompt"], noisy),
         ).sample
-        return output.squeeze(2)
+        return output.reshape(noisy.shape)
 
     def window(self, config: TrainConfig) -> int:
         """Tokens of a caption that UMT5 reads, without its mark of the end."""

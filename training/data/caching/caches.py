@@ -229,7 +229,7 @@ def _of_side(recipe: Recipe, sample: Sample, flipped: bool) -> _Decoded:
     except BrokenImageError as error:
         # Its place is filled, so that every process knows without asking the others.
         width, height = how.target
-        return _Decoded(torch.zeros(recipe.kind.channels, height, width), None, str(error))
+        return _Decoded(torch.zeros(recipe.kind.shape(height, width)), None, str(error))
     if mask is not None:
         mask = (mask.flip(-1) if flipped else mask).mul(255).round().to(torch.uint8)
     return _Decoded(pixels.flip(-1) if flipped else pixels, mask, "")

@@ -66,7 +66,8 @@ class CaptionData(Data):
 
     def fingerprint(self) -> str:
         """Of the lines and the size of the pictures."""
-        text = "\n".join([str(self._image), *self.lines])
+        frames = [] if self._kind.frames == 1 else [f"{self._kind.frames} frames"]
+        text = "\n".join([str(self._image), *frames, *self.lines])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def batches(

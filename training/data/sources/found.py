@@ -11,7 +11,7 @@ from training.data.captions.metadata_files import raise_all
 from training.data.kind import DataKind
 from training.data.samples import Sample, Store, TensorStore
 from training.data.skips import Skips
-from training.data.sources.scan import whole
+from training.data.sources.scan import short_ones, whole
 from training.options.data_options import DataOptions
 
 
@@ -53,6 +53,8 @@ class Found:
         if options.verify_images and not isinstance(self.store, TensorStore):
             self._verify(self.store, options)
         self.skips.check()
+        if kind.frames > 1 and not isinstance(self.store, TensorStore):
+            raise_all(short_ones(self.store, [sample.place for sample in self.samples], kind))
         if kind.conditioning == "caption":
             self._require_captions(options)
         if not self.samples:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from dmp_common import PatchError
 from dmp_common.patch.serialize import parse_json, write_atomically
-from training.data.images import open_image, upright_size
+from training.data.images import open_image, require_frames_in, upright_size
+from training.data.kind import DataKind
 from training.data.samples import Store
 from training.data.sizes import Size
 
@@ -30,6 +31,20 @@ def sizes_of(store: Store, places: Sequence[Any]) -> list[Size | PatchError]:
             return upright_size(file, store.name(place))
 
     return in_threads(lambda place: _tried(size, place, store), places, "checking images")
+
+
+def short_ones(store: Store, places: Sequence[Any], kind: DataKind) -> list[PatchError]:
+    """The errors of all videos that have fewer frames than are trained on."""
+
+    def problem(place: Any) -> PatchError | None:
+        def check(place: Any) -> None:
+            with store.open(place) as file:
+                require_frames_in(file, store.name(place), kind.frames, kind.stills)
+
+        return _tried(check, place, store)
+
+    found = in_threads(problem, places, "counting frames")
+    return [error for error in found if error is not None]
 
 
 def whole(store: Store, places: Sequence[Any], cache: Path | None) -> dict[int, PatchError]:
