@@ -64,10 +64,10 @@ def table() -> str:
 def _supported() -> Iterator[tuple[str, ...]]:
     for title, names in TITLES.items():
         base = get_base(names[0])
-        trained = _trained(base)  # the evaluation loads a base as the trainer does
+        trained, measured = _trained(base)
         shown = [f"`{name}`" for name in names]
         bases = ", ".join(shown) if len(shown) < 4 else f"{shown[0]} to {shown[-1]}"
-        yield title, bases, _core(base), _comfyui(base), _a1111(base), trained, trained
+        yield title, bases, _core(base), _comfyui(base), _a1111(base), trained, measured
 
 
 def _refused() -> Iterator[tuple[str, ...]]:
@@ -97,12 +97,13 @@ def _a1111(base: Base) -> str:
     return f"tried in {_TRIED[base.name]}" if base.name in _TRIED else "not tried"
 
 
-def _trained(base: Base) -> str:
+def _trained(base: Base) -> tuple[str, str]:
+    """What the trainer and the evaluation, which loads a base as the trainer does, say of it."""
     try:
-        family_of(base)
+        family = family_of(base)
     except PatchError:
-        return _NO
-    return "yes"
+        return _NO, _NO
+    return "yes", _NO if family.first_frame else "yes"
 
 
 def updated(text: str) -> str:

@@ -28,6 +28,8 @@ class FrozenEncoders:
         self.image_fingerprint = fingerprint(frozen.vae) if frozen.vae is not None else "none"
         if frozen.frames != 1:  # so that caches of pictures stay valid
             self.image_fingerprint += f" of {frozen.frames} frames, stills {frozen.stills}"
+        if frozen.vision:
+            self.image_fingerprint += f" and {fingerprint(frozen.vision['image_encoder'])}"
         settings = (config.max_token_length, config.clip_skip, config.t5_max_token_length)
         parts = [json.dumps(settings)]
         language = (config.llm_max_token_length, config.system_prompt)
@@ -46,6 +48,17 @@ class FrozenEncoders:
         """Moments (B, 2C, h, w), float32, on the VAE's device."""
         assert self.frozen.space is not None
         return self.frozen.space.moments(pixels)
+
+    def encode_first_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        """See `Encoders.encode_first_frames`."""
+        return {name: value.cpu() for name, value in self.look(pixels[:, :, 0]).items()}
+
+    def look(self, pictures: Tensor) -> dict[str, Tensor]:
+        """What the model is told of pictures (B, 3, H, W) in [-1, 1], the first frames of videos:
+        tensors (B, ...) by name, on the encoders' device."""
+        frozen = self.frozen
+        assert frozen.space is not None
+        return frozen.family.look(frozen.space, frozen.vision, pictures, frozen.frames)
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """See `Encoders.encode_text`."""

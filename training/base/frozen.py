@@ -87,16 +87,18 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
             frames=config.frames,
             stills=config.objective == "distill",  # it learns nothing of how they move
         )
-        require_plain_inputs(model, frozen.channels)
+        if not family.first_frame:
+            require_plain_inputs(model, frozen.channels)
         require_frames(config.frames, frozen.space)
         if config.text_conditional or frozen.conditioning == "caption":
             told = {"text_conditional": isinstance(family, dit.DiT)}
             loader.config = config.model_copy(update=told)
             frozen.encoders = loader.encoders()
+        frozen.vision = loader.vision()
     if config.text_conditional and not dit.takes_text(model):
         encoder = frozen.encoders.get("text_encoder")
         dit.use_text(model, encoder.config.hidden_size if encoder is not None else _CLIP_SIZE)
-    for part in (model, frozen.vae, *frozen.encoders.values()):
+    for part in (model, frozen.vae, *frozen.encoders.values(), *frozen.vision.values()):
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     if kind is Loader:

@@ -33,6 +33,7 @@ class FrozenBase:
         base, naming, family: what the model is.
         vae: None for a base of pixels.
         encoders: text encoders and tokenizers, by folder in a diffusers pipeline.
+        vision: what looks at the first frame of a video, by folder in a diffusers pipeline.
         unconditional: every image gets the null class.
         window: tokens of a caption that its text encoders read.
         frames: of the videos that are trained on; 1 for pictures.
@@ -47,6 +48,7 @@ class FrozenBase:
     family: Family
     vae: Any = None
     encoders: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
     unconditional: bool = False
     window: int | None = None
     frames: int = 1
@@ -147,6 +149,7 @@ class FrozenBase:
             window=self.window,
             frames=self.frames,
             stills=self.stills,
+            first_frame=self.family.first_frame,
         )
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -183,7 +186,7 @@ class FrozenBase:
         own = {self.family.denoiser: self.model, "scheduler": self.scheduler, "vae": self.vae}
         parameters = inspect.signature(cls).parameters.values()
         needed = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
-        return cls(**{**needed, **own, **self.encoders})
+        return cls(**{**needed, **own, **self.encoders, **self.vision})
 
     def to(self, device: torch.device) -> FrozenBase:
         """Moves everything, except for the blocks that --blocks_to_swap keeps on the CPU."""
@@ -191,7 +194,7 @@ class FrozenBase:
             memory.swap(self.model, self.swapped_blocks, device)
         else:
             self.model.to(device)
-        for part in (self.vae, *self.encoders.values()):
+        for part in (self.vae, *self.encoders.values(), *self.vision.values()):
             if isinstance(part, nn.Module):
                 part.to(device)
         return self

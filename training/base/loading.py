@@ -171,14 +171,27 @@ class Loader:
                 parts |= self.file.encoders(pipeline, inside, self._config(), self.dtype)
         return parts
 
+    def vision(self) -> dict[str, Any]:
+        """Returns what looks at the first frame of a video, by folder; nothing for most bases."""
+        if not self.family.vision:
+            return {}
+        place = self._place_of("image_encoder")
+        cls = getattr(transformers, self.family.vision)
+        with self._loading("image encoder", f"a {self.family.vision}", place, "--base_config"):
+            return {
+                "image_encoder": cls.from_pretrained(
+                    place, subfolder="image_encoder", dtype=self.dtype
+                ),
+                "image_processor": transformers.CLIPImageProcessor.from_pretrained(
+                    place, subfolder="image_processor"
+                ),
+            }
+
     def _encoder(self, name: str, file: Path | None = None, prefix: str = "") -> dict[str, Any]:
         """One text encoder with its tokenizer, from a folder or repository or from a file."""
         cls = getattr(transformers, self.family.encoders[name])
         tokenizer = self.family.tokenizers.get(name) or name.replace("text_encoder", "tokenizer")
-        around = self._around()
-        if around is None or (self.base.hub_id is not None and not _has(around, name)):
-            around = self.base.hub_id  # as --method full leaves a folder without text encoders
-        place = str(around)
+        place = self._place_of(name)
         option, layers = self.family.files.get(name), self.family.encoder_layers
         hint = f"--base_config or --{option}" if option else "--base_config"
         with self._loading(
@@ -211,6 +224,13 @@ class Loader:
             return self.config.base_config or self.source.place
         usual = self.file.usual_config if self.source.kind == "single" and self.file else None
         return self.config.base_config or usual or self.base.hub_id
+
+    def _place_of(self, part: str) -> str:
+        """Folder or repository of a part around the denoiser."""
+        around = self._around()
+        if around is None or (self.base.hub_id is not None and not _has(around, part)):
+            around = self.base.hub_id  # as --method full leaves a folder without text encoders
+        return str(around)
 
     def _config(self) -> str:
         """Where the configuration of what is in a single file comes from."""
@@ -291,6 +311,10 @@ class Blueprint(Loader):
 
     def scheduler(self) -> Any:
         """Returns nothing: the schedule says nothing about the data."""
+
+    def vision(self) -> dict[str, Any]:
+        """Returns nothing: what looks at a picture does not matter to the data."""
+        return {}
 
     def encoders(self) -> dict[str, nn.Module]:
         """Returns nothing: what they are does not matter to the data."""

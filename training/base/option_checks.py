@@ -11,6 +11,7 @@ from training.base.families.family import Family
 from training.base.latents import LatentSpace
 from training.options.config import TrainConfig
 
+_CAPTION = 512  # tokens, in the attention of Wan 2.1's model of picture to video
 _UNDISTILLED = "name those from before the distillation, such as FLUX.2-klein-base-4B"
 
 
@@ -92,12 +93,29 @@ def require_frames(frames: int, space: LatentSpace | None) -> None:
 
 
 def _about_frames(config: TrainConfig, family: Family) -> list[str]:
-    if config.frames == 1 or family.video:
-        return []
-    return [
-        f"expected --frames 1 with base {config.base}, which draws pictures, found "
-        f"{config.frames}: leave it out, or choose a base of videos, such as wan-1.3b."
-    ]
+    problems = []
+    if config.frames > 1 and not family.video:
+        problems.append(
+            f"expected --frames 1 with base {config.base}, which draws pictures, found "
+            f"{config.frames}: leave it out, or choose a base of videos, such as wan-1.3b."
+        )
+    if family.first_frame and config.frames == 1:
+        problems.append(
+            f"expected --frames with base {config.base}, which goes on from a picture, found 1: "
+            "name the number of frames that its videos have, such as 81."
+        )
+    if family.first_frame and config.state_captions is not None:
+        problems.append(
+            f"expected pictures with captions for base {config.base}, which are the first frames "
+            "of its videos, found --state_captions: give --train_data_dir in its place."
+        )
+    if family.vision and config.t5_max_token_length not in (None, _CAPTION):
+        problems.append(
+            f"expected captions of {_CAPTION} tokens for base {config.base}, whose attention takes "
+            f"that for granted, found --t5_max_token_length {config.t5_max_token_length}: leave it "
+            "out."
+        )
+    return problems
 
 
 def _about_conditions(config: TrainConfig, family: Family, trained_text: bool) -> list[str]:

@@ -39,6 +39,7 @@ class Batch:
             (B, 2C, T, h, w); None without cache.
         captions: B texts as they are to be encoded; None with cached text or without captions.
         text: cached outputs of the text encoders, each (B, ...).
+        first: cached, what the model is told of the first frames of videos, each (B, ...).
         labels: (B,) int64 class ids, dropped ones are the null label.
         weights: (B,) float32 factors of the loss, None if all are 1. Validation gives 0 to the
             images that only fill up a batch, so that every image counts once; images that cannot
@@ -55,6 +56,7 @@ class Batch:
     moments: Tensor | None = None
     captions: list[str] | None = None
     text: dict[str, Tensor] | None = None
+    first: dict[str, Tensor] | None = None
     labels: Tensor | None = None
     weights: Tensor | None = None
     masks: Tensor | None = None
@@ -71,6 +73,7 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
         text = self.text and {name: value.to(device) for name, value in self.text.items()}
+        first = self.first and {name: value.to(device) for name, value in self.first.items()}
         return replace(
             self,
             sizes=self.sizes.to(device, non_blocking=non_blocking),
@@ -80,6 +83,7 @@ class Batch:
             weights=moved(self.weights),
             masks=moved(self.masks),
             text=text,
+            first=first,
         )
 
 

@@ -55,12 +55,14 @@ class Request:
 
 
 class _Loaded(NamedTuple):
-    """An image or its moments, its row of `Batch.sizes`, its mask, and what is wrong with it."""
+    """An image or its moments, its row of `Batch.sizes`, its mask, what is wrong with it, and what
+    a cache has of its first frame."""
 
     image: Tensor
     sizes: tuple[int, ...]
     mask: Tensor | None
     broken: str = ""
+    first: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Recipe:
         images = torch.stack([one.image for one in loaded])
         weight = torch.tensor([0.0 if o.broken else i.weight
                                for o, i in zip(loaded, request.items, strict=True)])  # fmt: skip
+        told = [one.first for one in loaded if one.first is not None]
+        first = {name: torch.stack([one[name] for one in told]) for name in (*told, {})[0]}
         captions, labels = None, None
         if self.kind.conditioning == "label":
             labels = torch.tensor([self._label(item) for item in request.items])
@@ -109,6 +113,7 @@ class Recipe:
             pixels=images if self.latents is None else None,
             moments=images if self.latents is not None else None,
             captions=captions,
+            first=first or None,
             labels=labels,
             weights=None if bool((weight == 1).all()) else weight,
             masks=torch.stack([one.mask for one in loaded if one.mask is not None])
@@ -135,7 +140,7 @@ class Recipe:
             mask = torch.ones(1, height, width)
             if cached.mask is not None:
                 mask = cached.mask.float() / 255
-        return _Loaded(cached.moments, row, mask, cached.broken)
+        return _Loaded(cached.moments, row, mask, cached.broken, cached.first)
 
     def _from_image(self, item: Item) -> _Loaded:
         how, flipped, (left, top), row = self._view(item)

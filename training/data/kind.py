@@ -21,6 +21,7 @@ class DataKind:
         window: tokens of a caption that the text encoders read, without the marks of its beginning
             and end; None where it is not known.
         frames: of a video; 1 for pictures.
+        first_frame: the model is told of the first frame of a video.
         stills: a picture may stand in for a video, one that stands still.
     """
 
@@ -34,6 +35,7 @@ class DataKind:
     window: int | None = None
     frames: int = 1
     stills: bool = False
+    first_frame: bool = False
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape (C, H, W) of a picture's pixels, or (C, frames, H, W) of a video's."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmp_common import PatchError
+from dmp_common import PatchError, get_base
 from training.base.cheap import cheap_base
 from training.base.encoders import FrozenEncoders
-from training.base.frozen import FrozenBase, load_frozen
+from training.base.families.table import family_of
+from training.base.frozen import FrozenBase, find_base, load_frozen
 from training.base.schedulers import token_side
 from training.evaluation.clip import ClipScore
 from training.evaluation.comparison import resamples
@@ -134,6 +135,7 @@ def prepare_evaluation(
     classifier = None
     if "class_accuracy" in wanted:
         classifier = load_classifier(config.base, options.classifier, device)
+    _require_no_first_frame(config)
     exact = load_frozen(config).to(device)
     frozen = cheap_base(exact, config) if config.has_student else exact
     encoders = FrozenEncoders(frozen, config)
@@ -164,6 +166,15 @@ def prepare_evaluation(
     if options.samples:
         _check_rows(evaluation, specs)
     return evaluation
+
+
+def _require_no_first_frame(config: TrainConfig) -> None:
+    base = find_base(config) if config.base == "auto" else get_base(config.base)
+    if family_of(base).first_frame:
+        raise PatchError(
+            "expected a base that draws from captions or classes alone for the evaluation, found "
+            f"{base.name}, which goes on from a picture: compare previews (--sample_prompts)."
+        )
 
 
 def _extractor(

@@ -138,8 +138,16 @@ def conditions(batch: Batch, encoders: FrozenEncoders, config: TrainConfig) -> d
             )
     else:
         given["labels"] = batch.labels if batch.labels is not None else _null(frozen, batch)
+    if frozen.family.first_frame:
+        given |= _first_frames(batch, encoders)
     given["guidance"] = torch.full((len(batch),), config.flux_guidance_scale, device=device)
     return given
+
+
+def _first_frames(batch: Batch, encoders: FrozenEncoders) -> dict[str, Tensor]:
+    if batch.first is not None:
+        return batch.first
+    return encoders.look(_pixels(batch)[:, :, 0])
 
 
 def _null(frozen: FrozenBase, batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ _STAGES = {**STAGES, "gate_lr_factor": 1.0, "max_timestep": 1000, "relative_loss
 # The same with an off switch for the noisy half, and a gate that hardly leaves its beginning.
 CLEAN: dict[str, Any] = {**STAGES, "gate_lr_factor": 0.01, "max_timestep": 500}
 _CLEAN = {**CLEAN, "relative_loss": False}
+_WANS = ("wan-1.3b", "wan-14b", "wan22-5b", "wan21-i2v-14b", "wan22-i2v-14b")
 # Measured for digits and cifar10-s, see docs/RESULTS.md; the others are sizes that fit, not tuned.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -40,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ernie-image": {"train_batch_size": 1},
     **{name: {"train_batch_size": 1} for name in ("chroma", "krea2", "qwen-image-2.1")},
     **{f"flux2{name}": {"train_batch_size": 1} for name in ("", "-klein-4b", "-klein-9b")},
-    **{name: {"train_batch_size": 1} for name in ("wan-1.3b", "wan-14b", "wan22-5b")},
+    **{name: {"train_batch_size": 1} for name in _WANS},
     **{
         f"dit-{size}/{tokens}": {"train_batch_size": 16}
         for size in ("s", "b", "l", "xl")
@@ -59,7 +60,7 @@ GUIDANCE: dict[str, float] = {
     "chroma": 5.0,
     "krea2": 5.5,
     **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), 4.0),  # distilled ones are refused
-    **dict.fromkeys(("wan-1.3b", "wan-14b", "wan22-5b"), 5.0),
+    **dict.fromkeys(_WANS, 5.0),
     **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
 }
 # What --method dmp is on a base where another variant than the paper's was shown to be better.

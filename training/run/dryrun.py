@@ -103,7 +103,7 @@ def _about(run: Run) -> list[str]:
 def _memory(run: Run, held: int) -> list[str]:
     """The estimate: weights, trained values with their copies, and what a step keeps."""
     frozen = run.frozen
-    parts = [frozen.model, frozen.vae, *frozen.encoders.values()]
+    parts = [frozen.model, frozen.vae, *frozen.encoders.values(), *frozen.vision.values()]
     exact = run.exact
     if exact is not None and exact.model is not frozen.model and not run.config.stores_predictions:
         parts.append(exact.model)  # weights that both share are counted twice

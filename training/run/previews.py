@@ -4,15 +4,19 @@ differ."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dmp_common.patch.serialize import open_regular
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import FrozenBase
 from training.base.schedulers import is_flow
 from training.data.draws import generator
+from training.data.images import open_image, to_tensor
+from training.data.sizes import SizeRules, crop_and_resize, fit
 from training.objective.pictures import comparison, strip
 from training.objective.sampling import SAMPLERS, condition, draw_images, is_guided
 from training.options.config import TrainConfig
@@ -32,6 +36,16 @@ def sampler_of(name: str | None, flow: bool) -> str:
     plain = name.removeprefix("k_")
     known = _SAMPLERS.get(plain, plain)
     return known if known in SAMPLERS else "default"
+
+
+def _first_frame(prompt: Prompt, device: torch.device) -> Tensor:
+    """The picture (1, 3, H, W) that a video goes on from, cropped to its size."""
+    assert prompt.image is not None
+    with open_regular(Path(prompt.image).expanduser(), "a picture") as file:
+        picture = open_image(file, prompt.image)
+    target = prompt.width, prompt.height
+    how = fit(picture.size, SizeRules(target, 1))
+    return to_tensor(crop_and_resize(picture, how, *how.crop())).unsqueeze(0).to(device)
 
 
 class Previews:
@@ -80,10 +94,11 @@ class Previews:
         """What the model is told of a prompt, and of none where there is guidance."""
         frozen, size = self.frozen, (prompt.height, prompt.width)
         told = condition(frozen, encoders, prompt.text, size, prompt.scale)
+        first = {} if prompt.image is None else encoders.look(_first_frame(prompt, self.device))
         if not is_guided(frozen, prompt.scale):
-            return told, None
+            return told | first, None
         negative = prompt.negative if frozen.kind.conditioning == "caption" else None
-        return told, condition(frozen, encoders, negative, size, prompt.scale)
+        return told | first, condition(frozen, encoders, negative, size, prompt.scale) | first
 
     def _draw(
         self, prompt: Prompt, told: dict[str, Tensor], untold: dict[str, Tensor] | None

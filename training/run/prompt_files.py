@@ -21,10 +21,10 @@ _OPTION = re.compile(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)")
 # Letters of a .txt line: the names in .toml and .json.
 _LETTERS = {
     "n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "sample_steps",
-    "l": "scale", "g": "guidance_scale", "ss": "sample_sampler",
+    "l": "scale", "g": "guidance_scale", "ss": "sample_sampler", "i": "image_path",
 }  # fmt: skip
 _KINDS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "sample_sampler"), str),
+    **dict.fromkeys(("prompt", "negative_prompt", "sample_sampler", "image_path"), str),
     **dict.fromkeys(("width", "height", "seed", "sample_steps"), int),
     **dict.fromkeys(("scale", "guidance_scale"), float),
 }
@@ -45,6 +45,7 @@ class Prompt:
         steps: denoising steps.
         scale: of classifier-free guidance; for Flux the guidance scale that the model receives.
         sampler: kohya's name of a sampler; None for that of --sample_sampler.
+        image: file of the first frame; None for none.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Prompt:
     steps: int
     scale: float
     sampler: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -212,12 +214,18 @@ def _prompt(
         steps=values.get("sample_steps", config.sample_steps),
         scale=scale,
         sampler=values.get("sample_sampler"),
+        image=values.get("image_path"),
     )
 
 
 def _misfit(prompt: Prompt, frozen: FrozenBase) -> str | None:
     """Why a base does not take a prompt."""
     kind = frozen.kind
+    if (prompt.image is not None) != kind.first_frame:
+        wanted = "a picture for the first frame (--i FILE)" if kind.first_frame else "no --i"
+        return f"expected {wanted} with base {frozen.base.name}, found {prompt.image or 'none'}."
+    if prompt.image is not None and not Path(prompt.image).expanduser().is_file():
+        return f"expected a picture for --i, found nothing at {prompt.image}: check the path."
     if kind.conditioning == "label":
         count = kind.num_classes or 0
         if not prompt.text.isdecimal():

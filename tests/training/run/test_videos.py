@@ -17,7 +17,7 @@ from training.run.state import find_states
 if "wan" not in FAMILIES:
     pytest.skip("this release of diffusers does not know Wan", allow_module_level=True)
 
-FRAMES, LATENTS = 3, 2  # of a video, and of its latent
+FRAMES, LATENTS = 5, 3  # of a video, and of its latent: diffusers encodes four frames at once
 VIDEO = ["--frames", str(FRAMES)]
 REPAIR = ["--objective", "distill", "--student_quantization", "rtn2"]
 STATES = [*REPAIR, "--states", "teacher", "--trajectories", "2", "--state_steps", "2"]
@@ -52,7 +52,8 @@ def test_a_repair_from_captions_alone(train: Train, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --s 2 --l 1\n", encoding="utf-8")
     options = [*VIDEO, *STATES, "--state_captions", str(captions), "--save_state"]
-    options += ["--save_every_n_steps", "2"]
+    options += ["--save_every_n_steps", "2", "--train_batch_size", "16"]
+    options += ["--validation_bins", "1", "--max_validation_images", "2"]
     out = train("wan", *options, "--sample_prompts", str(prompts), data="")
     whole = learned(out)
     rows = next(out.glob("exact-predictions-*/*/00.noisy.rows"))

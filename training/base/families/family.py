@@ -12,6 +12,7 @@ from torch import Tensor
 from training.base.schedulers import dynamic_shift
 
 if TYPE_CHECKING:
+    from training.base.latents import LatentSpace
     from training.base.places import Source
     from training.options.config import TrainConfig
 
@@ -42,6 +43,9 @@ class Family:
         even: the pipeline of a flow model spaces noise levels evenly from 1 to 1 / steps, before
             they are shifted.
         video: it draws videos; a picture is one of one frame.
+        first_frame: it goes on from a picture, the first frame of a video.
+        vision: the class in transformers of what looks at that picture, besides the VAE; "" for
+            none. Its folder is `image_encoder`.
         distilled: the weights were distilled to draw in a few steps without guidance.
     """
 
@@ -63,6 +67,8 @@ class Family:
     even: bool = False
     distilled: bool = False
     video: bool = False
+    first_frame: bool = False
+    vision: str = ""
 
     @property
     def encoder_layers(self) -> int | None:
@@ -110,6 +116,19 @@ class Family:
     def shift(self, scheduler: Any, steps: int, tokens: int) -> float:
         """Logarithm of the shift of a picture's noise levels; arguments as of `levels`."""
         return dynamic_shift(scheduler, tokens)
+
+    def look(
+        self, space: LatentSpace, vision: Mapping[str, Any], pictures: Tensor, frames: int
+    ) -> dict[str, Tensor]:
+        """What the model is told of the first frames of B videos: tensors (B, ...) by name.
+
+        Args:
+            space: of the latents.
+            vision: what looks at pictures, by folder.
+            pictures: (B, 3, H, W) in [-1, 1].
+            frames: of a video.
+        """
+        raise NotImplementedError
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

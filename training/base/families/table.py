@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dmp_common import Base, PatchError
 from training.base.families.chroma import Chroma
 from training.base.families.dit import DiT
@@ -13,7 +15,7 @@ from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.qwenimage21 import QwenImage21
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
-from training.base.families.video import Wan
+from training.base.families.video import Wan, WanPicture
 
 _LINEAR = {
     "_class_name": "DDPMScheduler",
@@ -189,6 +191,21 @@ WAN = Wan(
     video=True,
 )
 
+# The models of picture to video: Wan 2.2's, and Wan 2.1's, which reads what CLIP sees besides.
+WAN_PICTURE = WanPicture(
+    denoiser="transformer",
+    model="WanTransformer3DModel",
+    pipeline="WanImageToVideoPipeline",
+    autoencoder="AutoencoderKLWan",
+    encoders={"text_encoder": "UMT5EncoderModel"},
+    files={"text_encoder": "t5xxl"},
+    resolution=640,
+    guidance=5.0,
+    video=True,
+    first_frame=True,
+)
+WAN_PICTURE_CLIP = replace(WAN_PICTURE, vision="CLIPVisionModel")
+
 _FAMILIES: dict[str, Family] = {
     "digits": DIGITS,
     "cifar10": DIGITS,
@@ -212,6 +229,8 @@ _FAMILIES: dict[str, Family] = {
     "krea2": KREA2,
     "qwen-image-2.1": QWEN_IMAGE21,
     **dict.fromkeys(("wan-1.3b", "wan-14b", "wan22-5b"), WAN),
+    "wan21-i2v-14b": WAN_PICTURE_CLIP,
+    "wan22-i2v-14b": WAN_PICTURE,
 }
 
 # Why the trainer does not know a base of ours, and where its patches are trained.

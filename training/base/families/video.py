@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import torch
 import torch.nn as nn
+from PIL import Image
 from torch import Tensor
 
 from dmp_common import PatchError
 from training.base.families.family import Family, Given, like
 from training.base.families.transformer import t5_window
-from training.base.latents import as_video
+from training.base.latents import LatentSpace, as_video
 
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
@@ -23,7 +25,7 @@ class Wan(Family):
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D)."""
-        output: Tensor = model(
+        output = model(
             as_video(noisy),
             timestep=t,
             encoder_hidden_states=like(given["prompt"], noisy),
@@ -53,3 +55,45 @@ class Wan(Family):
                 "Wan's captions, found none: pip install ftfy, or a later diffusers."
             ) from error
         return {"prompt": prompt}
+
+
+class WanPicture(Wan):
+    """Wan 2.1 and 2.2, picture to video: beside the noise the model sees a latent of the first
+    frame with grey ones behind it, and a mask. Wan 2.1 also reads what CLIP sees in the frame."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """See `Family.predict`; needs "prompt" (B, L, D) and what `look` says."""
+        seen = given.get("seen")
+        output: Tensor = model(
+            torch.cat([noisy, like(given["first"], noisy)], dim=1),
+            timestep=t,
+            encoder_hidden_states=like(given["prompt"], noisy),
+            encoder_hidden_states_image=None if seen is None else like(seen, noisy),
+        ).sample
+        return output
+
+    def look(
+        self, space: LatentSpace, vision: Mapping[str, Any], pictures: Tensor, frames: int
+    ) -> dict[str, Tensor]:
+        """{"first": (B, S + C, T, h, w), mask and latent; "seen": (B, L, D), where CLIP looks}.
+
+        The mask has a channel for each frame that one of the latent stands for.
+        """
+        count, channels, height, width = pictures.shape
+        rest = pictures.new_zeros(count, channels, frames - 1, height, width)
+        mean, _ = space.moments(torch.cat([as_video(pictures), rest], dim=2)).chunk(2, dim=1)
+        mask = mean.new_zeros(count, space.stride, *mean.shape[2:])
+        mask[:, :, 0] = 1
+        told = {"first": torch.cat([mask, space.scaled(mean)], dim=1)}
+        return told | ({"seen": _seen(vision, pictures)} if vision else {})
+
+
+def _seen(vision: Mapping[str, Any], pictures: Tensor) -> Tensor:
+    """The last hidden state but one (B, L, D) of CLIP, as the pipeline takes it."""
+    encoder = vision["image_encoder"]
+    levels = ((pictures + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    images = [Image.fromarray(one.numpy()) for one in levels.permute(0, 2, 3, 1).contiguous()]
+    pixels = vision["image_processor"](images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True)
+    return states.hidden_states[-2]

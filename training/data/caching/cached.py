@@ -13,6 +13,8 @@ from training.data.caching.tensor_cache import BROKEN, TensorCache, cache_key
 from training.data.samples import Sample
 from training.data.sizes import fit
 
+_FIRST = "first."  # before the names of what a model is told of a first frame
+
 
 class CachedImage(NamedTuple):
     """What the cache has of an image.
@@ -20,18 +22,21 @@ class CachedImage(NamedTuple):
     Args:
         moments: means and standard deviations (2C, h, w).
         mask: (1, H, W) uint8, at the size of the pixels; None without one.
+        first: what the model is told of the first frame, by name; None where it is told nothing.
         broken: why the image cannot be used, empty for most; its moments are then those of grey.
     """
 
     moments: Tensor
     mask: Tensor | None = None
     broken: str = ""
+    first: dict[str, Tensor] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """As the cache keeps it."""
         tensors = {"moments": self.moments}
         if self.mask is not None:
             tensors["mask"] = self.mask
+        tensors |= {f"{_FIRST}{name}": value for name, value in (self.first or {}).items()}
         if self.broken:
             data = self.broken.encode("utf-8", "surrogatepass")
             tensors[BROKEN] = torch.tensor(list(data), dtype=torch.uint8)
@@ -60,7 +65,12 @@ class Latents:
         tensors = self.cache.read(self.key(sample, flipped))
         broken = tensors.get(BROKEN)
         error = "" if broken is None else bytes(broken.tolist()).decode("utf-8", "surrogatepass")
-        return CachedImage(tensors["moments"], tensors.get("mask"), error)
+        first = {
+            name.removeprefix(_FIRST): value
+            for name, value in tensors.items()
+            if name.startswith(_FIRST)
+        }
+        return CachedImage(tensors["moments"], tensors.get("mask"), error, first or None)
 
 
 @dataclass(frozen=True)

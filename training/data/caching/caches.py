@@ -92,11 +92,16 @@ class Caches:
         requests = ([jobs[key] for key in chunk] for chunk in chunks)
         loaded = load(requests, partial(_decoded, recipe), self.plan.workers)
         for chunk, images in zip(chunks, loaded, strict=True):
-            moments = self.encoders.encode_images(torch.stack([one.pixels for one in images]))
-            for key, one, image in zip(chunk, moments.float().cpu(), images, strict=True):
+            pixels = torch.stack([one.pixels for one in images])
+            moments = self.encoders.encode_images(pixels)
+            told = self.encoders.encode_first_frames(pixels) if recipe.kind.first_frame else {}
+            for n, (key, one, image) in enumerate(
+                zip(chunk, moments.float().cpu(), images, strict=True)
+            ):
                 sample = jobs[key][0]
                 _require_finite(one, sample.key)
-                cached = CachedImage(one, image.mask, image.broken)
+                first = {name: value[n] for name, value in told.items()} or None
+                cached = CachedImage(one, image.mask, image.broken, first)
                 room.used(latents.cache.write(key, cached.tensors()))
                 if image.broken:
                     broken[sample.key] = image.broken

@@ -25,6 +25,11 @@ class Encoders(Protocol):
         """
         ...
 
+    def encode_first_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What a model that goes on from a picture is told of the first frames of B videos
+        (B, 3, frames, H, W): tensors (B, ...) on the CPU by name."""
+        ...
+
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """What the text encoders say of B captions: tensors (B, ...) on the CPU by name."""
         ...
