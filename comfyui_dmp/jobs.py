@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,21 @@ import torch
 from comfyui_dmp.checks import require_fitting
 from comfyui_dmp.model import denoiser_of, time_embedding
 from comfyui_dmp.teacher import Aim, Drawing
+from comfyui_dmp.trained import file_of
 from dmp_common import Base, Patch, PatchError, detect_base
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 from dmp_common.bases.detect import prediction_of
+from dmp_common.bases.schedule import EVERYWHERE
 from dmp_common.bases.timesteps import frequency_shift
 
 REPAIR, GUIDANCE, BOTH = "repair", "guidance", "repair and guidance"
 OBJECTIVES = [REPAIR, GUIDANCE, BOTH]
+AUTO, NONE = "auto", "none"
+EXPERTS = [AUTO, NONE, "high", "low"]
+_NAMED = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # in names of files
+_VIDEO = "wan"  # the architecture whose models draw videos
+_STRIDE = 4  # frames of a video over frames of its latent, of all VAEs of Wan
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Job:
         start: a patch to go on with; None for a new one.
         vae: for pictures of the models side by side; None without them.
         recompute: whether the backward pass recomputes the model's blocks, to need less memory.
+        expert: one of `EXPERTS`, for bases of two models.
+        length: frames of a video; 1 for pictures.
     """
 
     model: Any
@@ -59,6 +71,8 @@ class Job:
     start: PatchRecord | None = None
     vae: Any | None = None
     recompute: bool = True
+    expert: str = AUTO
+    length: int = 1
 
     @property
     def exact(self) -> Any:
@@ -71,6 +85,11 @@ class Job:
         if self.objective == REPAIR:
             return Aim(None, False, self.cfg)
         return Aim(self.cfg, self.dial and self.objective == GUIDANCE, self.cfg)
+
+    @property
+    def latent_frames(self) -> int:
+        """Frames of the latent of a video."""
+        return (self.length - 1) // _STRIDE + 1
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -94,6 +113,7 @@ def prepared_patch(job: Job) -> tuple[Patch, int]:
         wrong += _wrong_start(job, job.start)
     try:
         base = detect_base(denoiser_of(job.model.model))
+        wrong += _wrong_for_base(job, base)
     except PatchError as error:
         wrong.append(f"MODEL: {error}")
     if wrong:
@@ -104,7 +124,7 @@ def prepared_patch(job: Job) -> tuple[Patch, int]:
         steps = metadata.get("ss_steps", "0")
         record, before = job.start, int(steps) if steps.isdigit() else 0
     else:
-        patch, before = new_patch(job.model, base, job.aim.guidance), 0
+        patch, before = new_patch(job.model, base, job.aim.guidance, _expert_of(job, base)), 0
         record = PatchRecord(LoadedPatch(patch, Path("the new patch")))
     for name, model in (("MODEL", job.model), ("TEACHER MODEL", job.teacher)):
         if model is not None:
@@ -117,19 +137,42 @@ def prepared_patch(job: Job) -> tuple[Patch, int]:
     return patch, before
 
 
-def new_patch(model: Any, base: Base, guidance: float | None) -> Patch:
+def _expert_of(job: Job, base: Base) -> str | None:
+    """Which expert MODEL is, as chosen or as the name of its file says; None for neither."""
+    if job.expert != AUTO:
+        return None if job.expert == NONE else job.expert
+    named = _NAMED.search(file_of(job.model) or "")
+    if base.switch is None or named is None:
+        return None
+    expert = named[1].lower()
+    _log.info(
+        "DMP: the patch is for the expert for %s noise, as the name of the model's file says.",
+        expert,
+    )
+    return expert
+
+
+def new_patch(model: Any, base: Base, guidance: float | None, expert: str | None = None) -> Patch:
     """Returns a new patch for a model, of the form of the trainer's recipes repair and guidance.
 
     Args:
         model: ComfyUI's `ModelPatcher`.
         base: its base.
         guidance: the scale that strength 1 stands for; None for a patch that only repairs.
+        expert: "high" or "low" for one of a base's two models, at whose timesteps alone the patch
+            acts; None for a base of one.
     """
+    timesteps = EVERYWHERE
+    if expert is not None and base.switch is not None:
+        switch = round(base.switch)
+        timesteps = (switch, 1000) if expert == "high" else (0, switch)
     patch = Patch.create(
         base,
         mix="modulate",
         sites="modulated",
         guidance=guidance,
+        expert=expert,
+        timesteps=timesteps,
         prediction=prediction_of(model.get_model_object("model_sampling")),
         frequency_shift=frequency_shift(denoiser_of(model.model), base, "ldm"),
     )
@@ -173,6 +216,34 @@ def _wrong_inputs(job: Job) -> list[str]:
         wrong.append(
             f"expected a width and a height that are multiples of 16, found {job.size[0]} x "
             f"{job.size[1]}: change them."
+        )
+    return wrong
+
+
+def _wrong_for_base(job: Job, base: Base) -> list[str]:
+    """Says which inputs are not for a base, in sentences."""
+    wrong = []
+    if job.expert not in (AUTO, NONE) and base.switch is None:
+        wrong.append(
+            f"expected the expert {AUTO} or {NONE} for base {base.name}, which is one model, found "
+            f"{job.expert}: change it."
+        )
+    own = None if job.start is None else job.start.loaded.patch.variant.expert
+    if job.start is not None and job.expert != AUTO and (own or NONE) != job.expert:
+        wrong.append(
+            f"{job.start.loaded.name}: expected a patch for the expert {job.expert} to go on with, "
+            f"found one for {own or NONE}: change expert, or begin a new patch."
+        )
+    if job.length > 1 and base.architecture != _VIDEO:
+        wrong.append(
+            f"expected a length of 1 for base {base.name}, which draws pictures, found "
+            f"{job.length}: change it, or connect a model of videos (Wan)."
+        )
+    elif (job.length - 1) % _STRIDE:
+        near = round((job.length - 1) / _STRIDE) * _STRIDE + 1
+        wrong.append(
+            f"expected a length of 1 and a multiple of {_STRIDE}, found {job.length}: the nearest "
+            f"is {near}."
         )
     return wrong
 

@@ -78,8 +78,11 @@ def side_by_side(panels: Sequence[tuple[str, Tensor]]) -> Tensor:
 
 
 def one_picture(decoded: Tensor) -> Tensor:
-    """Returns the first picture (1, h, w, channels) of what a VAE decoded, of a video too."""
-    return decoded.reshape(-1, *decoded.shape[-3:])[:1].float().cpu()
+    """Returns the first picture (1, h, w, channels) of what a VAE decoded; of a video (B, N, h, w,
+    channels) the frame in its middle, because the first one may have been given."""
+    if decoded.dim() == 5:
+        decoded = decoded[:, decoded.shape[1] // 2]
+    return decoded[:1].float().cpu()
 
 
 def as_tensor(image: Image.Image) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmp_common import PatchError
+from dmp_common.bases.schedule import inside
 
 _PART = 8  # One part in so many of all drawings is held back,
 _HELD = 64  # and at most so many states of it are looked at.
@@ -42,6 +43,10 @@ class States:
     def at(self, rows: Tensor) -> States:
         """Returns some of the states, by their numbers."""
         return self._each(lambda value: value[rows])
+
+    def within(self, timesteps: tuple[int, int]) -> States:
+        """Returns the states at the timesteps that a patch acts at."""
+        return self.at(inside(self.t, timesteps).nonzero().flatten())
 
     def to(self, device: torch.device) -> States:
         """Returns the states on a device."""

@@ -24,7 +24,7 @@ from comfyui_dmp.progress import Progress
 from comfyui_dmp.states import States, held_back
 from comfyui_dmp.student import Learned, Student
 from comfyui_dmp.teacher import draw
-from dmp_common import Base
+from dmp_common import Base, PatchError
 from dmp_common.attach.record import LoadedPatch, PatchRecord
 
 _log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def train(job: Job, node: str | None = None) -> Outcome:
     drawings = range(len(runs) + (job.teacher is not None))
     progress = Progress(sum(job.how.steps_of(n) for n in drawings), job.steps, node)
     drawn = _drawn(job, base, runs, progress)
+    drawn.runs = _own(drawn.runs, patch.variant.timesteps)
     if job.teacher is not None:
         comfy.model_management.unload_all_models()
     loaded = LoadedPatch(patch, trained.temporary(base.name, job.objective))
@@ -96,6 +97,21 @@ def train(job: Job, node: str | None = None) -> Outcome:
         facts = trained.metadata(job, loaded.patch, before, done, learned.rate)
         record = trained.stored(loaded, facts)
     return Outcome(record, progress.curve(learned.left), *_beside(job, record, drawn))
+
+
+def _own(runs: Sequence[States], timesteps: tuple[int, int]) -> list[States]:
+    """Returns the states of each run at the timesteps of the patch.
+
+    Raises:
+        PatchError: there are none.
+    """
+    found = [own for run in runs if len(own := run.within(timesteps))]
+    if not found:
+        raise PatchError(
+            f"expected noise levels at timesteps from {timesteps[0]} to {timesteps[1]}, those of "
+            "the patch, found none among the steps of the sampler: raise sampling_steps."
+        )
+    return found
 
 
 def _say(learned: Learned, done: int, steps: int) -> None:
@@ -126,7 +142,8 @@ def _drawn(job: Job, base: Base, runs: Sequence[tuple[int, int]], progress: Prog
     width, height = (side // ratio for side in job.size)
 
     def drawing(n: int, number: int, count: int) -> tuple[list[States], Tensor, Tensor]:
-        empty = torch.zeros(count, latent_format.latent_channels, height, width)
+        frames = () if job.length == 1 else (job.latent_frames,)
+        empty = torch.zeros(count, latent_format.latent_channels, *frames, height, width)
         shape = tuple(comfy.sample.fix_empty_latent_channels(job.exact, empty).shape)
         return draw(
             job.exact,

@@ -47,7 +47,7 @@ def metadata(job: Job, patch: Patch, before: int, done: int, rate: float) -> dic
     exact: dict[str, Any] = {"evaluations": 1}
     if aim.guidance is not None:
         scale = [1.0, aim.guidance] if aim.dial else aim.guidance
-        exact = {"evaluations": 2, "guidance_scale": scale, "timesteps": [0, 1000]}
+        exact = {"evaluations": 2, "guidance_scale": scale, "timesteps": [*patch.variant.timesteps]}
     cheap: dict[str, Any] = {"evaluations": 1}
     if job.teacher is not None:
         cheap["types"] = weight_types(denoiser_of(job.model.model))
@@ -78,6 +78,7 @@ def metadata(job: Job, patch: Patch, before: int, done: int, rate: float) -> dic
         "ss_dmp_trained_in": "ComfyUI",
         "ss_dmp_pictures": str(job.pictures),
         "ss_dmp_conditionings": str(len(job.positive)),
+        **({"ss_dmp_frames": str(job.length)} if job.length > 1 else {}),
         "modelspec.date": date.isoformat(timespec="seconds"),
         "modelspec.resolution": f"{job.size[0]}x{job.size[1]}",
     }

@@ -81,6 +81,8 @@ class TrainPatch(io.ComfyNode):
             start=one.get("dmp_patch"),
             vae=one.get("vae"),
             recompute=one.get("gradient_checkpointing", True),
+            expert=one.get("expert", jobs.AUTO),
+            length=one.get("length", 1),
         )
         outcome = train.train(job, cls.hidden.unique_id if cls.hidden else None)
         shown = plots.as_tensor(outcome.curve), outcome.beside, outcome.pictures
@@ -216,6 +218,28 @@ def _advanced() -> list[Any]:
                 "Blocks of the model are computed again in the backward pass, so that training "
                 "needs far less memory and more time. The patch is the same."
             ),
+            **more,
+        ),
+        io.Combo.Input(
+            "expert",
+            options=jobs.EXPERTS,
+            default=jobs.AUTO,
+            optional=True,
+            tooltip=(
+                "Which of the two models of Wan 2.2 MODEL is: that for high noise or for low "
+                "noise. The patch is trained at its noise levels alone, and says so. auto: as the "
+                "name of its file says (high_noise); none where it says nothing."
+            ),
+            **more,
+        ),
+        io.Int.Input(
+            "length",
+            default=1,
+            min=1,
+            max=4096,
+            step=4,
+            optional=True,
+            tooltip="Frames of a video, for Wan: 1, 5, 9 and so on. 1 is a picture.",
             **more,
         ),
     ]

@@ -83,6 +83,15 @@ def run(real: ModuleType) -> ModuleType:
     return importlib.import_module("tests.comfyui_dmp.running")
 
 
+@pytest.fixture
+def train(host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module that trains, with a temporary folder of its own."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    return importlib.import_module("comfyui_dmp.train")
+
+
 @pytest.fixture(scope="session")
 def nodes(comfyui_path: Path) -> dict[str, Any]:
     """The node classes by id, through the pack's entry point, as ComfyUI gets them."""

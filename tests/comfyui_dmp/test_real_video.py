@@ -70,3 +70,32 @@ def test_a_patch_on_the_other_expert_is_said_once_a_sampling(
             run.sample(patcher, family, steps=1, cfg=1.0)
     texts = [r.getMessage() for r in caplog.records if "expert for low noise" in r.getMessage()]
     assert len(texts) == 2 * said
+
+
+def test_a_repair_of_videos_on_one_expert(real, run, host, train):
+    """Latents of two frames; the expert is told by the name of the model's file."""
+    family = real.FAMILIES.get("wan") or pytest.skip("this release of diffusers does not know it")
+    cheap = run.rounded(family)
+    cheap.cached_patcher_init = (None, ("models/wan2.2_t2v_High_Noise_14B.safetensors",))
+    asked = run.repair(family, model=cheap, length=5)
+    outcome = train.train(asked)
+    patch = outcome.record.loaded.patch
+    assert (patch.variant.expert, patch.variant.timesteps) == ("high", (875, 1000))
+    assert patch.metadata["ss_dmp_frames"] == "5"
+    how = {"steps": 1, "cfg": 1.0}  # the first step, which is this expert's
+    before, target = (run.sample(model, family, **how) for model in (cheap, asked.teacher))
+    after = run.sample(host.attach(cheap, outcome.record), family, **how)
+    assert before.shape[2] == asked.latent_frames == 2
+    assert (after - target).norm() < 0.9 * (before - target).norm()
+
+
+def test_what_only_wan_has_is_refused_elsewhere(real, run, train):
+    plain, video = real.FAMILIES["sd15"], real.FAMILIES.get("wan")
+    with pytest.raises(PatchError, match="expected the expert auto or none for base") as told:
+        train.train(run.repair(plain, expert="low", length=5))
+    assert "expected a length of 1 for base" in str(told.value)
+    if video is not None:
+        start = run.record(video.patch(mix="modulate", expert="low"))
+        with pytest.raises(PatchError, match="found 6: the nearest is 5") as told:
+            train.train(run.repair(video, expert="high", start=start, length=6))
+        assert "a patch for the expert high to go on with, found one for low" in str(told.value)
