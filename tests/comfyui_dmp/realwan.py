@@ -35,12 +35,17 @@ def known() -> list[Family]:
     return [_wan("wan", "WAN21_T2V", 16), _wan("wan22", "WAN22_T2V", 48)]
 
 
-def _wan(name: str, config: str, channels: int) -> Family:
+def picture() -> Family:
+    """Wan 2.2's model of picture to video: beside the noise a mask and the latent of a picture."""
+    return _wan("wan-picture", "WAN21_T2V", 16, beside=20)
+
+
+def _wan(name: str, config: str, channels: int, beside: int = 0) -> Family:
     def twin() -> nn.Module:
         return diffusers.WanTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=32,
-            in_channels=channels,
+            in_channels=channels + beside,
             out_channels=channels,
             text_dim=16,
             ffn_dim=96,
@@ -53,12 +58,12 @@ def _wan(name: str, config: str, channels: int) -> Family:
     def call(x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Any]:
         return {"hidden_states": x, "timestep": t, "encoder_hidden_states": text}
 
-    row = Wan(f"comfy-{name}", 3, 64, 96, channels=channels, switch=875.0)
+    row = Wan(f"comfy-{name}", 3, 64, 96, channels=channels + beside, switch=875.0)
     return Family(
         name,
         register_base(row.base()),
         config,
-        _UNET | {"in_dim": channels, "out_dim": channels},
+        _UNET | {"in_dim": channels + beside, "out_dim": channels},
         twin,
         keys,
         call,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -87,6 +88,31 @@ def test_a_repair_of_videos_on_one_expert(real, run, host, train):
     after = run.sample(host.attach(cheap, outcome.record), family, **how)
     assert before.shape[2] == asked.latent_frames == 2
     assert (after - target).norm() < 0.9 * (before - target).norm()
+
+
+def test_a_repair_of_videos_from_a_picture(family, run, host, train):
+    """Conditionings have the picture, as ComfyUI's own nodes put it there."""
+    family = importlib.import_module("tests.comfyui_dmp.realwan").picture()
+    mask = torch.ones(1, 1, 2, 16, 8)
+    mask[:, :, 0] = 0.0
+    given = {"concat_latent_image": torch.randn(1, 16, 2, 16, 8), "concat_mask": mask}
+    told = [run.conditioning(family, sign) for sign in (1.0, -1.0)]
+    for conditioning in told:
+        conditioning[0][1].update(given)
+    asked = run.repair(family, positive=told[:1], negative=told[1], length=5)
+    outcome = train.train(asked)
+    patched = host.attach(asked.model, outcome.record)
+    before, after, target, other = (
+        run.sample(model, family, cfg=1.0, **more)
+        for model, more in (
+            (asked.model, given),
+            (patched, given),
+            (asked.teacher, given),
+            (asked.teacher, {}),
+        )
+    )
+    assert (after - target).norm() < 0.9 * (before - target).norm()
+    assert (other - target).norm() > 0.1 * target.norm()  # the picture is looked at
 
 
 def test_what_only_wan_has_is_refused_elsewhere(real, run, train):
