@@ -102,18 +102,21 @@ def test_training_on_fp8_weights(name: str, train: Train) -> None:
     assert any(bool(tensor.any()) for tensor in patch.tensors().values())
 
 
-def test_a_swapped_block_gives_the_same_gradients(folders: Folders) -> None:
+@pytest.mark.parametrize(("name", "count"), [("flux", 3), ("wan", 2)])
+def test_a_swapped_block_gives_the_same_gradients(name: str, count: int, folders: Folders) -> None:
     """The weights of swapped blocks are there while the block computes, and at no other time: here
     they are nan otherwise, which a backward pass that kept a parameter would show."""
-    config = config_of("flux", folders("flux"), blocks_to_swap=3)
+    if name not in FAMILIES:
+        pytest.skip("this release of diffusers does not know it")
+    config = config_of(name, folders(name), blocks_to_swap=count)
     frozen, plain = load_frozen(config), load_frozen(config)
     blocks = frozen.swapped_blocks
-    assert len(blocks) == 3
+    assert len(blocks) == count
     for block in blocks:
         away(block)
-    found = gradients(frozen, "flux", checkpointing=True)
+    found = gradients(frozen, name, checkpointing=True)
     assert all(bool(p.isnan().all()) for block in blocks for p in block.parameters())
-    expected = gradients(plain, "flux", checkpointing=True)
+    expected = gradients(plain, name, checkpointing=True)
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
