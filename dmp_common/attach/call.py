@@ -6,9 +6,7 @@ known; the hooks at the sites then add to inputs or change outputs with it.
 
 from __future__ import annotations
 
-import copy
 import threading
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +14,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.hooks import RemovableHandle
 
+from dmp_common.attach.atsite import AtSite
 from dmp_common.attach.checkpointing import bind
 from dmp_common.attach.context import Context
 from dmp_common.attach.forms import as_given, as_tokens
@@ -176,45 +174,6 @@ class Call:
         return torch.as_tensor(given, device=like.device).reshape(-1)
 
 
-class AtSite:
-    """What an attached patch does at one module of the model, within the calls of its hooks.
-
-    Args:
-        hooks: the hooks of the attachment.
-        name: the name of the site, for error messages.
-        module: the module.
-    """
-
-    def __init__(self, hooks: CallHooks, name: str, module: nn.Module) -> None:
-        self.hooks = hooks
-        self.module: Callable[[], Any] = weakref.ref(module)
-        self.name = name
-        self.handles: list[RemovableHandle] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AtSite:
-        hooks = copy.deepcopy(self.hooks, memo)
-        if hooks is self.hooks:  # a part of the model alone was copied
-            return self
-        if id(self) not in memo:
-            other = memo[id(self)] = object.__new__(type(self))
-            for name, value in vars(self).items():
-                if name == "module":
-                    other.__dict__[name] = copied_reference(value, memo)
-                else:
-                    other.__dict__[name] = copy.deepcopy(value, memo)
-        copied: AtSite = memo[id(self)]
-        return copied
-
-    def outside(self) -> PatchError:
-        """Returns the error about a module that is called outside of a call of the model."""
-        return PatchError(
-            f"site {self.name} was called outside of a forward call of the model, so its timestep "
-            "is unknown: call the whole model (under gradient checkpointing, through the model's "
-            "own `enable_gradient_checkpointing`, and attach and remove patches only when the "
-            "backward pass is done)."
-        )
-
-
 class OutputHook(AtSite):
     """The scaling and shifting of a module's output.
 
@@ -312,8 +271,3 @@ class SiteHook(AtSite):
             f"{self.argument.name}=, found {found}: this model calls its blocks in a way that is "
             "not supported."
         )
-
-
-def copied_reference(reference: Callable[[], Any], memo: dict[int, Any]) -> weakref.ref[nn.Module]:
-    """Returns a weak reference to the deep copy of the module that a reference refers to."""
-    return weakref.ref(copy.deepcopy(reference(), memo))

@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dmp_common.attach.call import InCall, OutputHook, SiteHook, copied_reference
+from dmp_common.attach.atsite import copied_reference
+from dmp_common.attach.call import InCall, OutputHook, SiteHook
 from dmp_common.attach.checkpointing import unbind
 from dmp_common.attach.experts import ExpertWatch
 from dmp_common.attach.innertime import InnerTime

@@ -106,7 +106,7 @@ class Runtime:
             )
         columns: Mapping[str, int] = self._columns
         if settings.sites is not None or settings.site_strengths:
-            columns = self._active_columns(settings)
+            columns = settings.active(columns)
         strength: float | Tensor
         site_strengths: Mapping[str, float | Tensor]
         if dials is None:
@@ -116,7 +116,9 @@ class Runtime:
             if isinstance(strength, float) and strength == 0.0:
                 columns = {}  # exactly the base
         else:
-            strength, site_strengths = self._turned(dials, settings, timesteps)
+            assert timesteps is not None
+            strength = dials.strengths(timesteps, self._within)
+            site_strengths = dials.site_strengths(settings, self._columns)
         if conditional is not None and patch.variant.guidance is not None:
             acting = conditional.to(e.device, torch.float32)
             items = acting if items is None else items.to(e.device) * acting
@@ -208,24 +210,6 @@ class Runtime:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return runtime_of(copy.deepcopy(self.patch, memo))
-
-    def _active_columns(self, settings: Settings) -> dict[str, int]:
-        settings.require_sites(tuple(self._columns))
-        off = {name for name, strength in settings.site_strengths if strength == 0.0}
-        return {
-            name: column
-            for name, column in self._columns.items()
-            if (settings.sites is None or name in settings.sites) and name not in off
-        }
-
-    def _turned(
-        self, dials: Dials, settings: Settings, timesteps: Tensor | None
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Returns the strength (B,) and the factors of single sites as tensors."""
-        assert timesteps is not None
-        strength = dials.strengths(timesteps, self._within)
-        factors = dials.sites if settings.site_strengths else ()
-        return strength, {name: factors[self._columns[name]] for name, _ in settings.site_strengths}
 
     def _recall(
         self, e: Tensor, latent: Latent | None, temperature: float

@@ -87,6 +87,20 @@ class Settings:
         _require_scale(times)
         return float(values[0]) if len(set(values)) == 1 else strengths
 
+    def active(self, columns: Mapping[str, int]) -> dict[str, int]:
+        """Returns the sites that act, by name, of those of a patch.
+
+        Raises:
+            PatchError: the settings name other sites than these.
+        """
+        self.require_sites(tuple(columns))
+        off = {name for name, strength in self.site_strengths if strength == 0.0}
+        return {
+            name: column
+            for name, column in columns.items()
+            if (self.sites is None or name in self.sites) and name not in off
+        }
+
     def require_sites(self, known: Sequence[str]) -> None:
         """Refuses names that are not sites of a patch.
 
@@ -139,6 +153,17 @@ class Dials:
         if within != EVERYWHERE:
             acts = acts & inside(t, within)
         return torch.where(acts, factors, 0.0) * self.strength.to(t.device)
+
+    def site_strengths(
+        self, settings: Settings, columns: Mapping[str, int]
+    ) -> dict[str, float | Tensor]:
+        """Returns the factors of the single sites that settings name, by name.
+
+        Args:
+            settings: the settings.
+            columns: the place of each site among those of the patch.
+        """
+        return {name: self.sites[columns[name]] for name, _ in settings.site_strengths}
 
 
 def required(timesteps: Tensor | None) -> Tensor:

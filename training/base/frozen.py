@@ -11,11 +11,12 @@ import torch.nn as nn
 from dmp_common import Base, get_base
 from dmp_common.bases.detect import require_base
 from training.base import memory
+from training.base.blueprint import Blueprint
 from training.base.dit_folders import set_time_embedding, text_dit, text_facts
 from training.base.families import dit
 from training.base.families.table import family_of
 from training.base.frozenbase import FrozenBase as FrozenBase  # where all others import it
-from training.base.loading import Blueprint, Loader, Said
+from training.base.loading import Loader, Said
 from training.base.option_checks import require_fitting, require_frames, require_plain_inputs
 from training.base.places import find_source
 from training.base.precision import DTYPES

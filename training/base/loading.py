@@ -14,7 +14,6 @@ from typing import Any
 
 import diffusers
 import torch
-import torch.nn as nn
 import transformers
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -288,37 +287,6 @@ class Loader:
         with explained(expected, place, options):
             yield
         self._said(f"loaded the {what} in {time.perf_counter() - start:.1f} s")
-
-
-class Blueprint(Loader):
-    """The same parts from their configurations alone, without memory for their weights.
-
-    What a base needs of its data is known from them, before gigabytes are read.
-    """
-
-    def denoiser(self) -> Any:
-        """Returns the denoiser on the meta device."""
-        config = self.denoiser_config()
-        with torch.device("meta"):
-            return self._denoiser.from_config(config)
-
-    def vae(self) -> Any:
-        """Returns the VAE on the meta device."""
-        config = self.vae_config()
-        cls: Any = getattr(diffusers, self.family.autoencoder)
-        with torch.device("meta"):
-            return cls.from_config(config)
-
-    def scheduler(self) -> Any:
-        """Returns nothing: the schedule says nothing about the data."""
-
-    def vision(self) -> dict[str, Any]:
-        """Returns nothing: what looks at a picture does not matter to the data."""
-        return {}
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """Returns nothing: what they are does not matter to the data."""
-        return {}
 
 
 def _has(place: str, part: str) -> bool:
