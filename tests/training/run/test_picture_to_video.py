@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dmp_common import Patch, attach
+from tests.dmp_common.realwan import wan_names
 from tests.randomness import randomise
 from tests.tiny import FAMILIES
 from tests.training.base.test_memory import config_of
 from tests.training.conftest import Folders
 from tests.training.tinybases import SIZE
+from tests.training.tinyfiles import same
 from tests.training.tinywan import PictureBase, picture_base
+from training.base.cheap import cheap_base
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import load_frozen
 from training.data.images import to_tensor
@@ -29,13 +33,16 @@ if "wan" not in FAMILIES:
 FRAMES = 5  # diffusers encodes the first frame, then four at once
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["2.2", "2.1"])
-def made(
-    request: pytest.FixtureRequest, folders: Folders, tmp_path_factory: pytest.TempPathFactory
-) -> PictureBase:
-    """A base without and with CLIP's eyes."""
-    folder = tmp_path_factory.mktemp("picture") / "base"
-    return picture_base(folder, folders("wan"), clip=request.param)
+@pytest.fixture(scope="module")
+def made(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> PictureBase:
+    """A base like Wan 2.1's, with CLIP's eyes."""
+    return picture_base(tmp_path_factory.mktemp("clip") / "base", folders("wan"), clip=True)
+
+
+@pytest.fixture(scope="module")
+def plain(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> PictureBase:
+    """A base like Wan 2.2's, without them."""
+    return picture_base(tmp_path_factory.mktemp("plain") / "base", folders("wan"), clip=False)
 
 
 def line(made: PictureBase, pictures: Path, out: Path, *more: str) -> list[str]:
@@ -50,8 +57,12 @@ def line(made: PictureBase, pictures: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_pipeline_draws_as_the_trainer_does(made: PictureBase, folders: Folders) -> None:
+@pytest.mark.parametrize("clip", [False, True], ids=["2.2", "2.1"])
+def test_the_pipeline_draws_as_the_trainer_does(
+    clip: bool, made: PictureBase, plain: PictureBase
+) -> None:
     """So mask, latent of the first frame and what CLIP sees agree, with a patch at work."""
+    made = made if clip else plain
     config = config_of("wan", made.folder, base=made.base.name, frames=FRAMES)
     frozen = load_frozen(config)
     encoders = FrozenEncoders(frozen, config)
@@ -65,7 +76,7 @@ def test_the_pipeline_draws_as_the_trainer_does(made: PictureBase, folders: Fold
     )
     pipe = frozen.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    plain = draw_latents(frozen, noise, told, nothing, steps=2, scale=3.0)
+    before = draw_latents(frozen, noise, told, nothing, steps=2, scale=3.0)
     with attach(frozen.model, randomise(Patch.create(made.base).eval(), 0, 0.5)):
         drawn = draw_latents(frozen, noise, told, nothing, steps=2, scale=3.0)
         found = pipe(
@@ -81,7 +92,7 @@ def test_the_pipeline_draws_as_the_trainer_does(made: PictureBase, folders: Fold
             output_type="latent",
         )[0]
     assert float((drawn - found).abs().max()) < 1e-4 * float(found.abs().max())
-    assert float((drawn - plain).abs().max()) > 1e-3  # the patch acts
+    assert float((drawn - before).abs().max()) > 1e-3  # the patch acts
 
 
 def test_a_repair_from_pictures(made: PictureBase, folders: Folders, tmp_path: Path) -> None:
@@ -101,6 +112,23 @@ def test_a_repair_from_pictures(made: PictureBase, folders: Folders, tmp_path: P
     again = Patch.load(out / f"{name}.safetensors").tensors()
     for key, value in whole.items():
         assert torch.equal(value, again[key]), key
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["2.2", "2.1"])
+def test_single_files(clip: bool, made: PictureBase, plain: PictureBase, tmp_path: Path) -> None:
+    """In the original naming, as the weights of a base and as those of the cheap model."""
+    made = made if clip else plain
+    options = {"base": made.base.name, "frames": FRAMES}
+    whole = load_frozen(config_of("wan", made.folder, **options))
+    state = whole.model.state_dict()
+    file = tmp_path / "model.safetensors"
+    save_file({name: state[key] for key, name in wan_names(state).items()}, file)
+    single = load_frozen(config_of("wan", file, **options, base_config=str(made.folder)))
+    assert same(single.model, whole.model)
+    assert bool(single.vision) == clip
+    cheap = config_of("wan", made.folder, **options, student_weights=str(file))
+    student = cheap_base(whole, cheap, lambda _: None).model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in student.items() if key in state)
 
 
 def test_first_frames_come_from_caches(made: PictureBase, folders: Folders, tmp_path: Path) -> None:

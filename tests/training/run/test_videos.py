@@ -67,7 +67,9 @@ def test_a_repair_from_captions_alone(train: Train, tmp_path: Path) -> None:
         assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize("options", [[], ["--cache_latents_to_disk"]], ids=["read", "cached"])
+@pytest.mark.parametrize(
+    "options", [["--alpha_mask"], ["--cache_latents_to_disk"]], ids=["masked", "cached"]
+)
 def test_videos_are_animations_in_a_folder(
     options: list[str], train: Train, tmp_path: Path
 ) -> None:
