@@ -544,6 +544,30 @@ def test_a_replaced_unet_is_told_of(server, plain):
     same(server.make(**labels), made)
 
 
+def test_models_that_the_host_compiles(server):
+    """Forge Neo compiles at each call. Graphs without a patch must not be used with one."""
+    infos = {info["name"]: info for info in server.get("/sdapi/v1/script-info")}
+    name = next((name for name in infos if "torch" in name), None)
+    if name is None:
+        pytest.skip("this host has no script that compiles (Forge Neo needs triton for it)")
+    off = infos[name]["args"][0]["choices"][1]
+
+    def make(patch: str | None, preset: str) -> Made:
+        scripts: dict[str, Any] = {name: {"args": [preset]}}
+        if patch is not None:
+            scripts["DMP"] = {"args": [True, patch]}
+        return server.make(alwayson_scripts=scripts)
+
+    expected = {patch: make(patch, off) for patch in (None, A, MODULATING)}
+    try:
+        for patch in (None, A, None, MODULATING, A, MODULATING, None):
+            made = make(patch, "guard_filter_fn")
+            assert distance(made, expected[patch]) <= 2  # fused operations round otherwise
+            assert patch is None or f"DMP patch: {patch}" in made.infotext
+    finally:
+        make(None, off)
+
+
 def test_interrupt_and_skip(server):
     long = {"steps": 60, "n_iter": 2}
     for action in ("/sdapi/v1/interrupt", "/sdapi/v1/skip"):
