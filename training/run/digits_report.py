@@ -25,6 +25,11 @@ BINS = 10
 _DRAWS = 8  # of timestep and noise for each test image and bin
 _SAMPLER, _STEPS = "unipc", 20  # a good sampler at a usual number of steps
 _SAMPLE_SEED = 1234  # the same noise for base and patched
+_OF_GUIDANCE = (
+    "",
+    "The patch predicts with one call what guidance predicts with two. Guidance departs from the "
+    "data on purpose, so the denoising losses, of single calls, do not tell how good the patch is.",
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def write_digits_report(
 ) -> None:
     """Writes samples.png, gate.png, report.md and report.json.
 
+    A patch that takes the place of guidance is compared with that guidance, two calls a step.
+
     Args:
         patch: as loaded from its file, attached here and removed again.
         history: of the training.
@@ -58,7 +65,8 @@ def write_digits_report(
     test = load_digits_split("test")
     # As often as needed the labels of the test split: equal class proportions on both sides.
     labels = test.labels.repeat(-(-config.report_samples // len(test)))
-    base, before = _measure(frozen, test, labels)
+    scale = patch.variant.guidance or 1.0
+    base, before = _measure(frozen, test, labels, scale)
     with attach(frozen.model, patch):
         patched, after = _measure(frozen, test, labels)
     floor = _features_distance(load_digits_split("train").images, test.images)
@@ -68,7 +76,7 @@ def write_digits_report(
     label = 0 if patch.variant.condition == "t+y" else None
     e = time_embedding_of(frozen.model, patch, timesteps, label)
     save_heatmap(folder / "gate.png", patch, timesteps, e)
-    text = _text(config, history, base, patched, floor, len(labels))
+    text = _text(config, history, base, patched, floor, len(labels), scale)
     (folder / "report.md").write_text(text, encoding="utf-8")
     numbers = {
         "base": asdict(base),
@@ -84,17 +92,20 @@ def write_digits_report(
     print(
         f"\ntest split: denoising loss {base.loss:.5f} -> {patched.loss:.5f} "
         f"({patched.loss / base.loss - 1:+.2%}), Frechet distance {base.frechet_distance:.2f} -> "
-        f"{patched.frechet_distance:.2f} ({len(labels)} samples; training images: {floor:.2f})\n"
+        f"{patched.frechet_distance:.2f} ({len(labels)} samples; training images: {floor:.2f}"
+        f"{'; before: with guidance, two calls a step' if scale != 1 else ''})\n"
         f"samples.png, gate.png, report.md and report.json are in {folder.as_posix()}"
     )
 
 
 def _measure(
-    frozen: FrozenBase, test: DigitsSplit, labels: Tensor
+    frozen: FrozenBase, test: DigitsSplit, labels: Tensor, scale: float = 1.0
 ) -> tuple[DigitsMeasures, Tensor]:
-    """Measures of the model as it is now, and its samples (B, 1, 8, 8)."""
+    """Measures of the model as it is now, and its samples (B, 1, 8, 8) at a scale of guidance."""
     losses = labelled_losses(frozen, test.images, test.labels, bins=BINS, draws=_DRAWS, seed=1)
-    images = labelled_samples(frozen, labels, seed=_SAMPLE_SEED, steps=_STEPS, sampler=_SAMPLER)
+    images = labelled_samples(
+        frozen, labels, seed=_SAMPLE_SEED, steps=_STEPS, sampler=_SAMPLER, scale=scale
+    )
     return DigitsMeasures(losses.mean(0).tolist(), _features_distance(images, test.images)), images
 
 
@@ -133,10 +144,18 @@ def _text(
     patched: DigitsMeasures,
     floor: float,
     samples: int,
+    scale: float,
 ) -> str:
+    guided = scale != 1
+    sides = ("two calls", "the patch") if guided else ("base", "patched")
+    what = f"the base with guidance of {scale:g}, two calls a step," if guided else "the base,"
     rows = [
         f"| {100 * n}-{100 * n + 99} | {b:.5f} | {p:.5f} | {p / b - 1:+.2%} |"
         for n, (b, p) in enumerate(zip(base.loss_by_bin, patched.loss_by_bin, strict=True))
+    ]
+    denoising = [
+        f"| denoising loss | {base.loss:.5f} | {patched.loss:.5f} "
+        f"| {patched.loss / base.loss - 1:+.2%} |"
     ]
     validation = [f"| {step} | {history.mean(step):.5f} |" for step in history.validation]
     return "\n".join(
@@ -148,10 +167,9 @@ def _text(
             f"split, which chose nothing. One run with seed {config.seed}: a small difference may "
             "be chance.",
             "",
-            "| | base | patched | change |",
+            f"| | {sides[0]} | {sides[1]} | change |",
             "|---|---|---|---|",
-            f"| denoising loss | {base.loss:.5f} | {patched.loss:.5f} "
-            f"| {patched.loss / base.loss - 1:+.2%} |",
+            *(denoising if not guided else ()),
             f"| Frechet distance ({samples} samples, {_STEPS} steps of UniPC) "
             f"| {base.frechet_distance:.3f} | {patched.frechet_distance:.3f} "
             f"| {patched.frechet_distance / base.frechet_distance - 1:+.2%} |",
@@ -159,10 +177,11 @@ def _text(
             f"The training images themselves have Frechet distance {floor:.3f} to the test images, "
             "so there is little to gain below that. Features are those of the bundled "
             "classifier.",
+            *(_OF_GUIDANCE if guided else ()),
             "",
             "![samples](samples.png)",
             "",
-            "Left the base, right the patched model, from the same noise; one row a class.",
+            f"Left {what} right the patched model, from the same noise; one row a class.",
             "",
             "![gate](gate.png)",
             "",
