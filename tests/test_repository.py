@@ -56,6 +56,11 @@ def test_the_example_patch_is_what_the_page_says() -> None:
     use = json.loads(patch.metadata["dmp.use"])
     assert (patch.variant.mix, use["cheap"]["quantization"]) == ("modulate", "rtn3")
     assert use["share_repaired"]["low"] > 0.8
+    guiding = Patch.load(ROOT / "docs" / "patches" / "digits-guidance.safetensors")
+    assert guiding.variant.guidance == 2.0
+    assert json.loads(guiding.metadata["dmp.use"])["share_repaired"]["mean"] == pytest.approx(
+        0.76, abs=0.005
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,9 +3,9 @@
     python workflows/thumbnails.py
 
 Nothing in the repository draws as a large model does, so the pictures are those of its bundled base
-of handwritten digits with weights in 3 bits and of `docs/patches/digits-repair-rtn3.safetensors`.
-Each thumbnail says so. Of ten pictures it shows those that the 3 bits damage most. The two
-workflows of guidance and the heat map have other thumbnails.
+of handwritten digits, with weights in 3 bits and `docs/patches/digits-repair-rtn3.safetensors`, or
+with guidance and `docs/patches/digits-guidance.safetensors`. Each thumbnail says so. Of ten
+pictures it shows those that the 3 bits damage most, or that guidance changes most.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if __name__ == "__main__":  # The folder of this script is on the path, not that
 
 from dmp_common import Patch, attach  # noqa: E402
 from dmp_common.tools.drawing import GREY, INK, write  # noqa: E402
+from dmp_common.tools.heatmap import gate_heatmap  # noqa: E402
+from dmp_common.tools.timefile import even_timesteps, time_embedding_of  # noqa: E402
 from training.base.cheap import open_cheap  # noqa: E402
 from training.base.frozen import FrozenBase, load_frozen  # noqa: E402
 from training.objective.labelled import labelled_samples  # noqa: E402
@@ -30,12 +32,17 @@ from training.options.command_line import resolve  # noqa: E402
 from training.run.repair_pictures import on_paper  # noqa: E402
 
 SIZE = (640, 395)
-PATCH = FOLDER.parent / "docs" / "patches" / "digits-repair-rtn3.safetensors"
-SMALL_PRINT = "Drawn by a small model of digits in 3 bits, not by the model of the workflow."
+PATCHES = FOLDER.parent / "docs" / "patches"
+REPAIR, GUIDANCE = (
+    PATCHES / "digits-repair-rtn3.safetensors",
+    PATCHES / "digits-guidance.safetensors",
+)
+SMALL_PRINT = "Drawn by a small model of digits{}, not by the model of the workflow."
 DRAWN, SHOWN = 10, 4  # a picture of each digit, and how many of them a row has
 PLAIN, WITH = "without", "with patch"
 STRENGTHS = (0.0, 0.5, 1.0)
 REPAIRED = ("full model", "3 bits", "3 bits + patch")
+GUIDED = ("no guidance", "CFG, 2 calls", "patch, 1 call")
 
 # Title and rows of each: names of what `drawn` makes.
 THUMBNAILS = {
@@ -51,6 +58,8 @@ THUMBNAILS = {
     "dmp-stack": ("Patches with switches", ("off", "on")),
     "dmp-repair-quantised": ("Repair a quantised model", REPAIRED),
     "dmp-train-repair": ("Make a repair patch", REPAIRED),
+    "dmp-one-call": ("Half the time: one call a step", GUIDED),
+    "dmp-train-guidance": ("Make your checkpoint twice as fast", GUIDED),
 }  # fmt: skip
 
 
@@ -59,21 +68,52 @@ def drawn() -> dict[str, Tensor]:
     full = load_frozen(resolve({"base": "digits"}))
     cheap = open_cheap(base="digits", student_quantization="rtn3")
     found = {"full model": _pictures(full), "3 bits": _pictures(cheap)}
-    with attach(cheap.model, Patch.load(PATCH)) as attachment:
+    with attach(cheap.model, Patch.load(REPAIR)) as attachment:
         for strength in STRENGTHS:
             attachment.strength = strength
             found[f"at {strength:g}"] = _pictures(cheap)
-    damage = (found["3 bits"] - found["full model"]).square().mean(dim=(1, 2, 3))
-    most = damage.topk(SHOWN).indices
-    found = {name: pictures[most] for name, pictures in found.items()}
+    found = _most(found, "full model", "3 bits")
     found[PLAIN] = found["off"] = found["3 bits"]
     found[WITH] = found["on"] = found["3 bits + patch"] = found["at 1"]
-    return found
+    return found | _guided(full)
 
 
-def _pictures(frozen: FrozenBase) -> Tensor:
-    labels = torch.arange(DRAWN)
-    return on_paper(labelled_samples(frozen, labels, seed=1234, steps=20, sampler="unipc"))
+def _guided(full: FrozenBase) -> dict[str, Tensor]:
+    patch = Patch.load(GUIDANCE)
+    scale = patch.variant.guidance
+    assert scale is not None
+    one, two, third = GUIDED
+    found = {one: _pictures(full), two: _pictures(full, scale)}
+    with attach(full.model, patch):
+        found[third] = _pictures(full)
+    return _most(found, one, two)
+
+
+def _most(found: dict[str, Tensor], one: str, two: str) -> dict[str, Tensor]:
+    """The columns of pictures in which two rows differ most."""
+    apart = (found[one] - found[two]).square().mean(dim=(1, 2, 3))
+    columns = apart.topk(SHOWN).indices
+    return {name: pictures[columns] for name, pictures in found.items()}
+
+
+def _pictures(frozen: FrozenBase, scale: float = 1.0) -> Tensor:
+    labels, facts = torch.arange(DRAWN), {"seed": 1234, "steps": 20, "sampler": "unipc"}
+    return on_paper(labelled_samples(frozen, labels, scale=scale, **facts))
+
+
+def gate() -> Image.Image:
+    """Draws what the gate of the repair patch does."""
+    canvas = Image.new("RGB", SIZE, (255, 255, 255))
+    write(canvas, "What the gate of a patch does", (20, 12), 28, ink=INK)
+    write(canvas, "Of a patch for a small model of digits.", (20, SIZE[1] - 26), 15, ink=GREY)
+    patch = Patch.load(REPAIR)
+    timesteps = even_timesteps()
+    model = load_frozen(resolve({"base": "digits"})).model
+    e = time_embedding_of(model, patch, timesteps, None)
+    drawn = gate_heatmap(patch, timesteps, e, sites="middle")
+    drawn.thumbnail((SIZE[0] - 40, SIZE[1] - 90), Image.Resampling.LANCZOS)
+    canvas.paste(drawn, ((SIZE[0] - drawn.width) // 2, 58))
+    return canvas
 
 
 def thumbnail(title: str, rows: dict[str, Tensor], slider: bool = False) -> Image.Image:
@@ -86,7 +126,8 @@ def thumbnail(title: str, rows: dict[str, Tensor], slider: bool = False) -> Imag
     """
     canvas = Image.new("RGB", SIZE, (255, 255, 255))
     write(canvas, title, (20, 12), 28, ink=INK)
-    write(canvas, SMALL_PRINT, (20, SIZE[1] - 26), 15, ink=GREY)
+    small_print = SMALL_PRINT.format("" if GUIDED[0] in rows else " in 3 bits")
+    write(canvas, small_print, (20, SIZE[1] - 26), 15, ink=GREY)
     if slider:
         first, second = rows.values()
         middle = first.shape[-1] // 2
@@ -119,6 +160,7 @@ def main() -> None:
         shown = {row: pictures[row] for row in rows}
         image = thumbnail(title, shown, slider=name == "dmp-compare")
         image.save(FOLDER / f"{name}.jpg", quality=88)
+    gate().save(FOLDER / "dmp-gate-heatmap.jpg", quality=88)
 
 
 if __name__ == "__main__":
