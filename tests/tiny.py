@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests import tinyanima, tinychroma, tinyernie, tinykrea2, tinyllm, tinyqwen21, tinywan
+from tests.discovery import modules
 from tests.tinymodel import Tiny, noise
 
 __all__ = ["FAMILIES", "Tiny"]
@@ -205,12 +205,6 @@ FAMILIES: dict[str, Tiny] = {
         _sd3("sd3", dual=False),
         _sd3("sd35", dual=True),
         _flux(),
-        *tinyllm.known(),
-        *tinychroma.known(),
-        *tinyernie.known(),
-        *tinykrea2.known(),
-        *tinyanima.known(),
-        *tinyqwen21.known(),
-        *tinywan.known(),
+        *(tiny for module in modules("tests", "tiny") for tiny in module.known()),
     )
 }

@@ -14,8 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from dmp_common import bases, register_base
-from tests.comfyui_dmp import realanima, realchroma, realernie, realkrea2, realllm, realwan
 from tests.comfyui_dmp.family import TEXT, Family, noise, packed, randomised, unpacked
+from tests.discovery import modules
 
 __all__ = ["FAMILIES", "noise", "randomised"]
 
@@ -273,11 +273,6 @@ FAMILIES: dict[str, Family] = {
         _sd3("sd35", dual=True),
         _flux(),
         _pixart(),
-        *realllm.known(),
-        *realchroma.known(),
-        *realernie.known(),
-        *realkrea2.known(),
-        *realanima.known(),
-        *realwan.known(),
+        *(one for module in modules("tests.comfyui_dmp", "real") for one in module.known()),
     )
 }

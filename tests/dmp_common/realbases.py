@@ -16,15 +16,7 @@ import dmp_common as dmp
 from dmp_common import get_base
 from dmp_common.attach.forms import as_tokens
 from dmp_common.bases.base import find_module
-from tests.dmp_common import (
-    realanima,
-    realchroma,
-    realernie,
-    realkrea2,
-    realllm,
-    realqwen21,
-    realwan,
-)
+from tests.discovery import modules
 from tests.dmp_common.realmodel import Real, meta
 
 __all__ = ["ALL", "MODELS", "Seen", "count", "meta", "model_of", "seen"]
@@ -44,7 +36,8 @@ def _unet(base: str, context: int, parameters: int, **config) -> Real:
             "encoder_hidden_states": meta(2, 77, context),
         } | ({"added_cond_kwargs": added} if xl else {})
 
-    return Real(base, build, inputs, (64, 64), parameters)
+    prediction = "v_prediction" if base == "sd21" else "epsilon"
+    return Real(base, build, inputs, (64, 64), parameters, prediction=prediction)
 
 
 def _dit(size: str, depth: int, heads: int, patch_size: int, head_width: int = 64) -> Real:
@@ -63,7 +56,7 @@ def _dit(size: str, depth: int, heads: int, patch_size: int, head_width: int = 6
         labels = meta(2, dtype=torch.long)
         return {"hidden_states": meta(2, 4, 32, 32), "timestep": meta(2), "class_labels": labels}
 
-    return Real(f"dit-{size}/{patch_size}", build, inputs, (32, 32))
+    return Real(f"dit-{size}/{patch_size}", build, inputs, (32, 32), prediction="epsilon")
 
 
 def _pixart(alpha: bool) -> Real:
@@ -81,7 +74,7 @@ def _pixart(alpha: bool) -> Real:
             "added_cond_kwargs": conditions if alpha else dict.fromkeys(conditions),
         }
 
-    return Real("pixart", build, inputs, (128, 96), channels=4)
+    return Real("pixart", build, inputs, (128, 96), channels=4, prediction="epsilon")
 
 
 def _sd3(base: str, depth: int, heads: int, parameters: int, **config) -> Real:
@@ -109,7 +102,8 @@ def _sd3(base: str, depth: int, heads: int, parameters: int, **config) -> Real:
             "timestep": meta(2),
         }
 
-    return Real(base, build, inputs, (128, 96), parameters)
+    dead = ("norm1_context.linear", "attn.add_q_proj")
+    return Real(base, build, inputs, (128, 96), parameters, dead=dead)
 
 
 def _flux(guidance: bool, parameters: int) -> Real:
@@ -172,14 +166,9 @@ MODELS = {
     "sd35-large": _sd3("sd35-large", 38, 38, 8_056_627_520, qk_norm="rms_norm"),
     "flux-dev": _flux(guidance=True, parameters=11_901_408_320),
     "flux-schnell": _flux(guidance=False, parameters=11_891_178_560),
-    **realllm.known(),
-    **realchroma.known(),
-    **realernie.known(),
-    **realkrea2.known(),
-    **realanima.known(),
-    **realqwen21.known(),
-    **realwan.known(),
 }
+for _module in modules("tests.dmp_common", "real"):
+    MODELS |= _module.known()
 # By model: all tests of one follow each other, so that few processes build it.
 ALL = pytest.mark.parametrize("name", MODELS, scope="module")
 

@@ -85,7 +85,8 @@ def _qwen_image() -> Real:
             "img_shapes": [[(1, 64, 48)]] * 2,
         }
 
-    return Real("qwen-image", build, inputs, LATENT, 20_430_401_088, unit_time=True)
+    dead = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    return Real("qwen-image", build, inputs, LATENT, 20_430_401_088, unit_time=True, dead=dead)
 
 
 class _Mask(torch.Tensor):

@@ -60,6 +60,8 @@ class Real:
         added: the tensors that the original file alone has, by name.
         call: calls that class with (the model, the latent, the timesteps (B,)).
         frames: of a video.
+        prediction: what the released model predicts, as its scheduler states.
+        dead: the ends of paths of layers in the last block whose output reaches no image token.
     """
 
     base: str
@@ -76,6 +78,8 @@ class Real:
     comfyui: tuple[str, str] | None = None
     call: Callable[[nn.Module, Tensor, Tensor], object] | None = None
     frames: int = 1
+    prediction: str = "flow"
+    dead: tuple[str, ...] = ()
 
     def lengths(self, stride: int) -> tuple[int, int]:
         """Tokens of a sequence: of the image alone, and with the caption."""

@@ -130,26 +130,7 @@ def test_context_takes_the_inputs_of_the_real_model(name, monkeypatch):
             context.add(site.name, meta(2, 3, *x.shape[2:]))
 
 
-def test_prediction_types():
+@ALL
+def test_prediction_types(name):
     """Of the released models, as their schedulers state them."""
-    predictions = {base.name: base.prediction for base in known_bases()}
-    assert predictions["sd15"] == predictions["sdxl"] == predictions["pixart"] == "epsilon"
-    assert predictions["dit-xl/2"] == predictions["digits"] == "epsilon"
-    assert predictions["sd21"] == "v_prediction"
-    for name in (
-        "sd3",
-        "sd35-medium",
-        "sd35-large",
-        "flux",
-        "flux2",
-        "qwen-image",
-        "z-image",
-        "lumina2",
-        "chroma",
-        "ernie-image",
-        "krea2",
-        "anima",
-        "qwen-image-2.1",
-        "wan-14b",
-    ):
-        assert predictions[name] == "flow"
+    assert get_base(MODELS[name].base).prediction == MODELS[name].prediction

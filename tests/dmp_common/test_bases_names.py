@@ -9,12 +9,18 @@ import torch.nn as nn
 
 from dmp_common import detect_base, get_base, known_bases
 from dmp_common.bases.base import find_module
-from dmp_common.bases.detect import naming_of
+from dmp_common.bases.detect import naming_of, namings_of
 from dmp_common.bases.timesteps import frequency_shift
 from tests.dmp_common.originalnames import original_names, original_shapes
 from tests.dmp_common.realbases import MODELS, meta, model_of, seen
 
-CONVERTED = [n for n in MODELS if not any(part in n for part in ("dit", "pixart", "qwen", "ernie"))]
+# Without those whose original names diffusers does not convert, or that are its own.
+CONVERTED = [
+    name
+    for name, real in MODELS.items()
+    if "ldm" in namings_of(get_base(real.base))
+    and not any(part in name for part in ("dit", "pixart", "qwen", "ernie"))
+]
 ORIGINAL = pytest.mark.parametrize("name", CONVERTED)
 
 

@@ -24,7 +24,7 @@ LAYERS = (nn.Linear, nn.Conv2d)
 
 
 BLOCKS = re.compile(
-    r"^(\w+_blocks|blocks|layers|\w+_refiner|text_fusion\.refiner_blocks)\.\d+\.|^mid_block\."
+    r"^(\w+_blocks|blocks|layers|\w+_refiner|[\w.]+\.refiner_blocks)\.\d+\.|^mid_block\."
 )
 
 
@@ -52,15 +52,10 @@ def test_outputs_are_the_layers_of_the_model(name):
     assert len(set(paths)) == len(paths) == len(set(base.output_depths))
     left = layers_in_blocks(model) - set(paths)
     block = f"transformer_blocks.{len(base.sites) - 1}"
-    ends: tuple[str, ...] = ()
-    if base.name.startswith("sd3"):
-        ends = ("norm1_context.linear", "attn.add_q_proj")
-    elif base.name == "qwen-image":
-        ends = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-    assert left == {f"{block}.{end}" for end in ends}
-    globals_ = {path for path in paths if not BLOCKS.match(path)}
-    globals_ -= {"adaln_single.linear", "time_mod_proj", "condition_embedder.time_proj"}
-    assert all("modulation" in path for path in globals_)
+    assert left == {f"{block}.{end}" for end in MODELS[name].dead}
+    modulation = base.output_sets.get("modulation", ())
+    for site in base.outputs:
+        assert BLOCKS.match(site.paths["diffusers"]) or site.name in modulation, site.name
 
 
 @ORIGINAL
