@@ -8,7 +8,7 @@ from benchmarks.support import PAGE, TITLES, updated
 from dmp_common import PatchError, get_base
 from dmp_common.bases.table import TABLE
 from training.base.families.table import family_of
-from training.options import model_options, presets
+from training.options import model_options
 
 
 def test_the_page_has_the_table_of_the_code() -> None:
@@ -29,7 +29,6 @@ def test_the_options_name_every_base_of_the_trainer() -> None:
             assert f" {row.name}," not in f" {model_options.BASES},"
         else:
             assert f" {row.name}," in f" {model_options.BASES},"
-            assert "train_batch_size" in presets.PRESETS[row.name]
 
 
 def test_every_base_is_in_the_table_once() -> None:

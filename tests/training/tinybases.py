@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -14,10 +15,12 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from tests.discovery import modules
 from tests.tiny import FAMILIES, Tiny
-from tests.training import tinyernie, tinyflux2, tinylanguage, tinywan
+from tests.training import tinyflux2, tinylanguage, tinywan
 from tests.training.tinykrea2 import qwen3_vl
 from tests.training.tinyqwen21 import opaque_vae, qwen3_vl_generating
+from tests.training.trained import Trained
 from training.base.families import table
 from training.base.families.table import register_family
 
@@ -32,6 +35,13 @@ SIZE = 16  # pixels of a picture, 8 cells of a latent
 WORDS = ["red", "green", "blue", "cat", "dog", "a", "of", "picture", "square"]
 BEGIN, END, UNKNOWN = len(WORDS), len(WORDS) + 1, len(WORDS) + 2
 
+# What families say of themselves, by the name of the tiny model: see `Trained`.
+OWN: dict[str, Trained] = {
+    name: one
+    for module in modules("tests.training", "tiny", "trained")
+    for name, one in module.trained().items()
+    if name in FAMILIES
+}
 # The families the trainer knows, by the name of the tiny model.
 TRAINED = {
     "sd15": (table.SD1, 16),
@@ -46,11 +56,11 @@ TRAINED = {
     "qwen-image": (table.QWEN_IMAGE, 4),
     "z-image": (table.Z_IMAGE, 4),
     "lumina2": (table.LUMINA2, 4),
-    "ernie-image": (table.ERNIE_IMAGE, 4),
     "chroma": (table.CHROMA, 4),
     "krea2": (table.KREA2, 4),
     "qwen-image-2.1": (table.QWEN_IMAGE21, 4),
     "wan": (table.WAN, 4),
+    **{name: (own.family, 4) for name, own in OWN.items()},
 }
 TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
@@ -64,10 +74,13 @@ OPTIONS: dict[str, list[str]] = {
         for name in ("pixart", "sd3", "sd35", "flux", "chroma", "wan")
     },
     "dit": [],
-    "ernie-image": ["--llm_max_token_length", "16"],
     "flux2": ["--llm_max_token_length", "64"],  # its system prompt is longer than captions
     **{name: ["--llm_max_token_length", "24"] for name in (*_QWEN, "z-image")},
     "lumina2": ["--llm_max_token_length", "16", "--system_prompt", "a picture of"],
+    **{
+        name: [word for key, value in own.options.items() for word in (f"--{key}", value)]
+        for name, own in OWN.items()
+    },
 }
 
 
@@ -85,7 +98,9 @@ def make_base(folder: Path, name: str) -> Path:
             build().save_pretrained(folder / place)
         tokenizer = place.replace("text_encoder", "tokenizer")
         tokenizer = "processor" if name == "qwen-image-2.1" else tokenizer
-        _tokenizer(77 if "T5" not in str(build()) else 512).save_pretrained(folder / tokenizer)
+        length = 77 if "T5" not in str(build()) else 512
+        length = OWN[name].tokens.get(place, 512) if name in OWN else length
+        _tokenizer(length).save_pretrained(folder / tokenizer)
     (folder / "model_index.json").write_text(json.dumps(_index(folder, name)), encoding="utf-8")
     return folder
 
@@ -139,7 +154,10 @@ def tiny_of(name: str) -> Tiny:
 
 
 def _vae_of(name: str) -> nn.Module:
-    if name in ("ernie-image", "flux2"):
+    if name in OWN:
+        own = OWN[name]
+        return own.vae() if own.vae is not None else _vae(own.shifted)
+    if name == "flux2":
         return tinyflux2.vae()
     if name == "qwen-image-2.1":
         return opaque_vae()
@@ -174,7 +192,9 @@ def _vae(shifted: bool) -> diffusers.AutoencoderKL:
 def _scheduler(name: str) -> diffusers.SchedulerMixin:
     if name == "wan":
         return tinywan.scheduler()
-    if name in ("sd3", "sd35", "z-image", "ernie-image"):
+    if name in OWN:
+        return diffusers.FlowMatchEulerDiscreteScheduler(**OWN[name].scheduler)
+    if name in ("sd3", "sd35", "z-image"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name in ("flux", "flux2", "chroma", *_QWEN):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -192,6 +212,9 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
 
 
 def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
+    if name in OWN:
+        made = OWN[name].encoders
+        return {place: partial(build, len(WORDS) + 3) for place, build in made.items()}
     plain, projected = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
     match name:
         case "sd15" | "sd21":
@@ -217,8 +240,6 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": lambda: tinylanguage.gemma2(len(WORDS) + 3)}
         case "qwen-image":
             return {"text_encoder": lambda: tinylanguage.qwen2_vl(len(WORDS) + 3)}
-        case "ernie-image":
-            return {"text_encoder": lambda: tinyernie.ministral(len(WORDS) + 3)}
         case "krea2":
             return {"text_encoder": lambda: qwen3_vl(len(WORDS) + 3)}
         case "qwen-image-2.1":

@@ -6,6 +6,25 @@ import torch.nn as nn
 import transformers
 from torch import Tensor
 
+from tests.training import tinyflux2
+from tests.training.trained import Trained
+from training.base.families import table
+
+
+def trained() -> dict[str, Trained]:
+    """The family."""
+    return {
+        "ernie-image": Trained(
+            table.ERNIE_IMAGE,
+            {"text_encoder": ministral},
+            options={"llm_max_token_length": "16"},
+            vae=tinyflux2.vae,
+            original=lambda state: state,  # whose names in diffusers are the original ones
+            in_file={"text_encoder": "text_encoders.ministral3_3b.transformer."},
+            length=False,  # the pipeline reads captions of any length
+        )
+    }
+
 
 def ministral(vocabulary: int) -> nn.Module:
     """Ministral 3, with a half that sees pictures, as the repository has it."""

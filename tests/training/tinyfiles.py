@@ -17,6 +17,7 @@ from tests import tinychroma
 from tests.dmp_common.originalnames import flux2_names, next_names, unet_original_name
 from tests.dmp_common.realwan import wan_names
 from tests.training import tinyernie, tinyflux2
+from tests.training.tinybases import OWN
 
 # What ComfyUI and Stability put before the text encoders that a file holds.
 IN_FILE = {
@@ -24,12 +25,12 @@ IN_FILE = {
     "lumina2": {"text_encoder": "text_encoders.gemma2_2b.transformer."},
     "z-image": {"text_encoder": "text_encoders.qwen3_4b.transformer."},
     "flux2": {"text_encoder": "text_encoders.mistral3_24b.transformer."},
-    "ernie-image": {"text_encoder": "text_encoders.ministral3_3b.transformer."},
     "flux": {
         "text_encoder": "text_encoders.clip_l.transformer.text_model.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
     },
     "chroma": {"text_encoder": "text_encoders.t5xxl.transformer."},
+    **{name: own.in_file for name, own in OWN.items() if own.in_file},
 }
 # Their order in a joined projection.
 _PARTS = {"to_q": 0, "to_k": 1, "to_v": 2, "proj_mlp": 3, "add_k_proj": 1, "add_v_proj": 2}
@@ -92,8 +93,10 @@ def denoiser_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         levels = len({key.split(".")[1] for key in state if key.startswith("down_blocks.")})
         return {unet_original_name(key, levels, layers=1): tensor for key, tensor in state.items()}
     state = weights_of(folder / "transformer")
-    if name == "ernie-image":  # whose names in diffusers are the original ones
-        return state
+    if name in OWN:
+        original = OWN[name].original
+        assert original is not None
+        return original(state)
     if name == "chroma":
         return _joined_as({key: tinychroma.original_name(key) for key in state}, state)
     if name == "wan":

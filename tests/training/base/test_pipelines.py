@@ -12,7 +12,7 @@ from dmp_common import attach
 from tests.tiny import FAMILIES
 from tests.training.base.test_memory import config_of
 from tests.training.conftest import Folders
-from tests.training.tinybases import OPTIONS, TRAINED
+from tests.training.tinybases import OPTIONS, OWN, TRAINED
 from tests.training.tinyflux2 import TAPS
 from training.base.encoders import FrozenEncoders
 from training.base.families.transformer import pack, unpack
@@ -26,13 +26,13 @@ PACKED = ("flux", "qwen-image", "chroma", "krea2")  # the pipeline takes and giv
 GIVES_TOKENS = ("flux2",)  # of one cell each
 FLAT = ("qwen-image-2.1",)  # a token is a cell; the pipeline does not guide, nor cut captions off
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
-UNLIMITED = ("ernie-image",)  # the pipeline reads captions of any length
 SIDE = 8  # cells of a latent
 # What a pipeline is told besides the prompt, without guidance and with it.
 PLAIN: dict[str, dict[str, Any]] = {"flux2": {"text_encoder_out_layers": TAPS}}
 GUIDED: dict[str, dict[str, Any]] = {
     "sdxl": {"negative_prompt": ""},  # without one it takes zeros
     "lumina2": {"cfg_normalization": False},
+    **{name: dict(own.guided) for name, own in OWN.items()},
 }
 # The side of a picture, where the pipeline takes another VAE than the tiny one for granted.
 PICTURE = {"lumina2": 64, "qwen-image-2.1": 128}
@@ -60,7 +60,7 @@ def from_pipeline(
     if not is_flow(frozen.scheduler):  # as in the trainer, without noise on the way
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     given, length = options_of(name), {}
-    if given and name not in UNLIMITED:
+    if given and (name not in OWN or OWN[name].length):
         length["max_sequence_length"] = next(int(v) for v in given.values() if v.isdigit())
     if "system_prompt" in given:
         length["system_prompt"] = given["system_prompt"]

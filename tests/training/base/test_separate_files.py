@@ -13,7 +13,7 @@ from dmp_common import PatchError
 from tests.tiny import FAMILIES
 from tests.training import tinyfiles
 from tests.training.conftest import Folders
-from tests.training.tinybases import TRAINED
+from tests.training.tinybases import OWN, TRAINED
 from training.base.frozen import FrozenBase, base_kind, find_base, load_frozen
 from training.base.single_files import SingleFile
 from training.options.command_line import resolve
@@ -31,6 +31,11 @@ FILES = {
     "chroma": {"t5xxl": "text_encoder"},
     "z-image": {"text_encoder": "text_encoder"},
     "wan": {"t5xxl": "text_encoder"},
+    **{
+        name: {option: folder for folder, option in own.family.files.items()}
+        for name, own in OWN.items()
+        if own.original is not None
+    },
 }
 Make = Callable[..., TrainConfig]
 
@@ -88,8 +93,8 @@ def test_every_part_in_a_file_of_its_own(
         ("flux", ("vae", "text_encoder", "text_encoder_2")),
         ("flux2", ("vae", "text_encoder")),
         ("lumina2", ("vae", "text_encoder")),
-        ("ernie-image", ("text_encoder",)),
         ("chroma", ("vae", "text_encoder")),
+        *((name, tuple(own.in_file)) for name, own in OWN.items() if own.in_file),
     ],
 )
 def test_what_one_file_holds_is_taken_from_it(

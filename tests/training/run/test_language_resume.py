@@ -9,14 +9,14 @@ import pytest
 
 from dmp_common import Patch
 from tests.training.conftest import Train
-from tests.training.tinybases import make_pictures
+from tests.training.tinybases import OWN, make_pictures
 from training.run.state import find_states
 
-LANGUAGE = ["lumina2", "z-image", "qwen-image", "qwen-image-2.1"]
+LANGUAGE = ["lumina2", "z-image", "qwen-image", "qwen-image-2.1", "chroma", "krea2", "flux2", "wan"]
 CACHED = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 
 
-@pytest.mark.parametrize("name", [*LANGUAGE, "ernie-image", "chroma", "krea2", "flux2", "wan"])
+@pytest.mark.parametrize("name", [*LANGUAGE, *(n for n, own in OWN.items() if own.resumed)])
 def test_a_run_with_caches_is_resumed_without_them(name: str, train: Train, tmp_path: Path) -> None:
     """Latents and text from the disk are those that are computed, in padding and masks too."""
     own = f"tiny-{name}-dmp"
