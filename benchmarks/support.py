@@ -44,6 +44,7 @@ TITLES = {
     "Qwen-Image 2.1": ("qwen-image-2.1",),
     "Wan 2.1, 2.2: text to video": ("wan-1.3b", "wan-14b", "wan22-5b"),
     "Wan 2.1, 2.2: picture to video": ("wan21-i2v-14b", "wan22-i2v-14b"),
+    "AuraFlow, Pony V7": ("auraflow",),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

@@ -23,7 +23,7 @@ Prepare = Callable[[Tensor], AnyContext]  # from the time embeddings of items or
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
     "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2, "
-    "Chroma, ERNIE-Image, Krea 2, Anima, Wan 2.1, Wan 2.2"
+    "Chroma, ERNIE-Image, Krea 2, Anima, Wan 2.1, Wan 2.2, AuraFlow (Pony V7)"
 )
 # The kind of slot, by the first part of the blocks' paths in the naming "ldm".
 _SLOTS: dict[str, Slot] = {
@@ -33,6 +33,8 @@ _SLOTS: dict[str, Slot] = {
     "joint_blocks": "dit",
     "double_blocks": "dit",
     "single_blocks": "dit",
+    "double_layers": "dit",
+    "single_layers": "dit",
     "transformer_blocks": "dit",
     "layers": "after",
     "blocks": "hooks",
@@ -44,6 +46,7 @@ _BLOCKS = dict.fromkeys(
     ("joint_blocks", "transformer_blocks", "double_blocks", "blocks"), "double_block"
 )
 _BLOCKS["single_blocks"] = "single_block"
+_BLOCKS |= {"double_layers": "double_block", "single_layers": "single_block"}
 _REFINER = "noise_refiner"
 _AFTER_SKIP, _OUTPUT, _EMBEDDING = "input_block_patch_after_skip", "output_block_patch", "emb_patch"
 

@@ -62,13 +62,6 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
         ),
     ),
     Stranger(
-        "AuraFlow",
-        (
-            _having("double_layers.0.attn.w1q"),
-            _having("joint_transformer_blocks", "time_step_proj"),
-        ),
-    ),
-    Stranger(
         "HunyuanImage or HunyuanVideo",
         (_having("txt_in.individual_token_refiner"), _having("context_embedder.token_refiner")),
     ),

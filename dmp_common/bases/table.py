@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from dmp_common.bases.anima import Anima
+from dmp_common.bases.auraflow import AuraFlow
 from dmp_common.bases.base import Base, Row
 from dmp_common.bases.chroma import Chroma
 from dmp_common.bases.ernie import ErnieImage
@@ -161,6 +162,7 @@ TABLE: tuple[Row, ...] = (
         hub_id="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     ),
     Wan("wan22-5b", 30, 3072, 14336, channels=48, hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    AuraFlow("auraflow", double=4, single=32, width=3072, hub_id="fal/AuraFlow-v0.3"),
 )
 
 _registered: dict[str, Base] = {}

@@ -16,11 +16,6 @@ OTHERS = {
     "ideogram4": ("Ideogram 4", "Ideogram4Transformer2DModel", ONE),
     "ltx": ("LTX-Video or LTX-2", "LTXVideoTransformer3DModel", ONE),
     "ltx2": ("LTX-Video or LTX-2", "LTX2VideoTransformer3DModel", ONE),
-    "auraflow": (
-        "AuraFlow",
-        "AuraFlowTransformer2DModel",
-        dict(num_mmdit_layers=1, num_single_dit_layers=1),
-    ),
     "hunyuan-image": (
         "HunyuanImage or HunyuanVideo",
         "HunyuanImageTransformer2DModel",
@@ -84,7 +79,6 @@ ORIGINAL_NAMES = {
     "HiDream-O1": ["t_embedder1.mlp.0.weight", "x_embedder.proj1.weight"],
     "Ideogram 4": ["embed_image_indicator.weight"],
     "LTX-Video or LTX-2": ["patchify_proj.weight", "adaln_single.linear.weight"],
-    "AuraFlow": ["double_layers.0.attn.w1q.weight"],
     "HunyuanImage or HunyuanVideo": ["txt_in.individual_token_refiner.blocks.0.norm1.weight"],
     "Hunyuan-DiT": ["mlp_t5.0.weight"],
     "Sana": ["attention_y_norm.weight"],
