@@ -53,8 +53,7 @@ def _auraflow() -> Tiny:
 
 def original_name(key: str) -> str:
     """The original name of a tensor."""
-    head, _, rest = key.partition(".")
-    single = head.startswith("single")
+    single = key.startswith("single")
     number = "1" if single else "2"
     parts = {
         "pos_embed.pos_embed": "positional_encoding",

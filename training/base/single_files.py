@@ -28,7 +28,7 @@ _PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
     "clip_l": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
     "clip_g": ("conditioner.embedders.1.", "text_encoders.clip_g."),
-    "t5xxl": ("text_encoders.t5xxl.", "text_encoders.umt5xxl."),
+    "t5xxl": ("text_encoders.t5xxl.", "text_encoders.umt5xxl.", "text_encoders.pile_t5xl."),
     "text_encoder": (
         "text_encoders.gemma2_2b.",
         "text_encoders.qwen3_4b.",

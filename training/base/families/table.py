@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dmp_common import Base, PatchError
+from training.base.families.auraflow import AURAFLOW
 from training.base.families.chroma import Chroma
 from training.base.families.dit import DiT
 from training.base.families.ernie import ErnieImage
@@ -231,6 +232,7 @@ _FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("wan-1.3b", "wan-14b", "wan22-5b"), WAN),
     "wan21-i2v-14b": WAN_PICTURE_CLIP,
     "wan22-i2v-14b": WAN_PICTURE,
+    "auraflow": AURAFLOW,
 }
 
 # Why the trainer does not know a base of ours, and where its patches are trained.
