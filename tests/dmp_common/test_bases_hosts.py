@@ -155,11 +155,10 @@ def test_comfyui(comfyui, name, monkeypatch):
     model = kind(**config).to("meta")
     model.eval().requires_grad_(False)
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if class_name in ("Flux", "Chroma"):  # newer releases rename norms as they load
-        own = {
-            key if key in shapes else key.replace(".weight", ".scale"): shape
-            for key, shape in own.items()
-        }
+    own = {  # newer releases rename norms as they load
+        key if key in shapes else key.replace(".weight", ".scale"): shape
+        for key, shape in own.items()
+    }
     if "pixart" in name:
         missing = set(shapes) - set(own)
     else:

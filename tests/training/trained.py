@@ -29,6 +29,8 @@ class Trained:
         in_file: by folder, what single files put before the names of a text encoder's tensors.
         length: whether the pipeline takes `max_sequence_length`.
         guided: arguments that the pipeline takes besides the prompt where it guides.
+        told: makes the pipeline guide by a scale; returns the argument that says it, if any. None:
+            `guidance_scale`.
         resumed: whether its caches and a resumed run are tried: not where they are those of another
             family.
     """
@@ -44,4 +46,5 @@ class Trained:
     in_file: Mapping[str, str] = field(default_factory=dict)
     length: bool = True
     guided: Mapping[str, Any] = field(default_factory=dict)
+    told: Callable[[Any, float], dict[str, Any]] | None = None
     resumed: bool = True

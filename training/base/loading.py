@@ -76,6 +76,8 @@ class Loader:
         """Returns the denoiser with its weights."""
         place, dtype = self.source.place, self.dtype
         if self.file is not None:
+            if not self._is_original():
+                self.file.require_reader(self.family.model, self.base.name)
             self.denoiser_config()  # first, for its own error: it may be on the hub
         with self._loading("denoiser", f"weights of a {self.family.model}", place, _WEIGHTS):
             if self.file is None:
@@ -85,11 +87,6 @@ class Loader:
                 return self._denoiser.from_pretrained(place, subfolder=self._subfolder(), **options)
             if self._is_original():
                 return self.file.original(self._denoiser, self.denoiser_config(), dtype)
-            if not self.family.pipeline:
-                raise PatchError(
-                    f"expected a diffusers folder, or an original checkpoint ending in .pt, for "
-                    f"base {self.base.name}, found {place}: diffusers reads no single files of it."
-                )
             return self.file.model(self._denoiser, self._config(), self.family.denoiser, dtype)
 
     def denoiser_config(self) -> dict[str, Any]:

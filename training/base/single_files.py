@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -69,6 +70,20 @@ class SingleFile:
     def is_original(self) -> bool:
         """Whether it is a DiT or PixArt in the naming of the original code."""
         return checkpoint.is_transformer(self.shapes)
+
+    def require_reader(self, model: str, base: str) -> None:
+        """Refuses the file if diffusers reads no single files of a denoiser's class.
+
+        Args:
+            model: name of the class in diffusers.
+            base: name of the base, for the error.
+        """
+        if model not in SINGLE_FILE_LOADABLE_CLASSES:
+            raise PatchError(
+                f"expected a diffusers folder or hub id, or a checkpoint of the original DiT or "
+                f"PixArt, for base {base}, found the file {self.path}: diffusers reads no single "
+                f"files of a {model}."
+            )
 
     def has(self, part: str) -> bool:
         """Whether it holds a part, which is named as the option that replaces it."""

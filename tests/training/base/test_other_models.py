@@ -8,10 +8,12 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.loaders import single_file_model
 from safetensors.torch import save_file
 
 from dmp_common import PatchError
 from tests.tiny import FAMILIES
+from tests.training import tinyfiles
 from tests.training.conftest import Folders
 from training.base.frozen import find_base, load_frozen
 from training.options.command_line import resolve
@@ -19,10 +21,21 @@ from training.options.command_line import resolve
 
 def test_a_file_of_a_family_without_support_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"attention_y_norm.weight": torch.zeros(2)}, path)
+    save_file({"ref_image_patch_embedder.weight": torch.zeros(2)}, path)
     config = resolve({"base": "auto", "pretrained_model_name_or_path": str(path)})
-    with pytest.raises(PatchError, match="found those of Sana, which is not supported, at"):
+    with pytest.raises(PatchError, match="found those of OmniGen2, which is not supported, at"):
         find_base(config)
+
+
+def test_a_file_that_diffusers_cannot_read_is_refused(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its configuration is looked for, which may be on the hub."""
+    path = tinyfiles.save_single(tmp_path / "a.safetensors", folders("sd3"), "sd3")
+    monkeypatch.delitem(single_file_model.SINGLE_FILE_LOADABLE_CLASSES, "SD3Transformer2DModel")
+    options = {"base": "tiny-sd3", "pretrained_model_name_or_path": str(path)}
+    with pytest.raises(PatchError, match="reads no single files of a SD3Transformer2DModel"):
+        load_frozen(resolve(options))
 
 
 def test_a_model_for_inpainting_is_refused(folders: Folders, tmp_path: Path) -> None:

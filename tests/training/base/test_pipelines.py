@@ -64,7 +64,11 @@ def from_pipeline(
         length["max_sequence_length"] = next(int(v) for v in given.values() if v.isdigit())
     if "system_prompt" in given:
         length["system_prompt"] = given["system_prompt"]
-    length["guidance_scale"] = scale - (name in ("z-image", "krea2"))  # which count from 0
+    told = OWN[name].told if name in OWN else None
+    if told is None:
+        length["guidance_scale"] = scale - (name in ("z-image", "krea2"))  # which count from 0
+    else:
+        length |= told(pipe, scale)
     if name in VIDEO:
         noise, more = as_video(noise), {"num_frames": frozen.frames, **more}
     latents = pack(noise) if name in PACKED else noise.clone()
