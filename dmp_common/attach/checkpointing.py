@@ -23,15 +23,15 @@ class BoundCheckpoint(Wrapping):
 
     owner: CallHooks
 
-    def __call__(self, module: Any, *args: Any) -> Any:
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         hooks = self.owner
         call = getattr(hooks.here, "call", None)
         if call is None or is_compiling():
-            return self.inner(module, *args)
+            return self.inner(module, *args, **kwargs)
         if call.context is None and not call.off:
             call.late("0", args[0])  # otherwise recomputation would make it
 
-        def run(*inputs: Any) -> Any:
+        def run(*inputs: Any, **more: Any) -> Any:
             if not hooks.active:
                 raise PatchError(
                     "expected the patch to be on the model until the backward pass of a "
@@ -42,11 +42,11 @@ class BoundCheckpoint(Wrapping):
             previous = getattr(hooks.here, "call", None)
             hooks.here.call = call
             try:
-                return module(*inputs)
+                return module(*inputs, **more)
             finally:
                 hooks.here.call = previous
 
-        return self.inner(run, *args)
+        return self.inner(run, *args, **kwargs)
 
 
 def bind(module: Any, hooks: CallHooks) -> None:

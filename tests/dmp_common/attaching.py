@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import diffusers
 import pytest
@@ -89,9 +91,19 @@ def base_output(tiny: Tiny, model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 def checkpoint(model: nn.Module) -> None:
     """Enables gradient checkpointing, where diffusers has it in the form that can be bound."""
-    model.enable_gradient_checkpointing()
+    enable_checkpointing(model)
     if not any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
         pytest.skip("diffusers before 0.33 checkpoints otherwise, which is refused (see below)")
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Enables it with a function that takes keywords: diffusers' own takes none, and some of its
+    models pass them."""
+    enable = model.enable_gradient_checkpointing
+    if "gradient_checkpointing_func" in inspect.signature(enable).parameters:
+        enable(partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
+    else:
+        enable()
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, object]]:

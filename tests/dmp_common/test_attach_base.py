@@ -9,6 +9,7 @@ from dmp_common import PatchError, Schedule, attach
 from dmp_common.bases.base import find_module
 from tests.dmp_common.attaching import (
     REPRESENTATIVES,
+    enable_checkpointing,
     make,
     same_weights,
     some,
@@ -36,7 +37,7 @@ def test_zero_patch_and_strength_zero_are_the_base(tiny, remember):
 
 def test_attach_then_remove_leaves_no_trace(tiny):
     model = tiny.model()
-    model.enable_gradient_checkpointing()
+    enable_checkpointing(model)
     base, before = tiny.run(model), weights(model)
     shape, versions = structure(model), [p._version for p in model.parameters()]
     patch = make(tiny, sites="all")

@@ -151,9 +151,9 @@ def test_checkpointing_function_of_the_user_is_given_back(kind):
     model, patch = kind.model(), make(kind)
     calls = []
 
-    def own(module, *args):
+    def own(module, *args, **kwargs):
         calls.append(module)
-        return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False, **kwargs)
 
     expected = gradients(kind, model, patch)
     checkpoint(model)

@@ -201,11 +201,10 @@ class FrozenBase:
 
     def enable_gradient_checkpointing(self) -> None:
         """Computes each block again in the backward pass, which saves what is kept for it."""
-        stored = any(p.dtype == memory.STORED for p in self.model.parameters())
+        whole = self.swapped or any(p.dtype == memory.STORED for p in self.model.parameters())
         model: Any = self.model
-        model.enable_gradient_checkpointing(
-            memory.whole_checkpoint if stored or self.swapped else None
-        )
+        function = memory.whole_checkpoint if whole else memory.keyword_checkpoint
+        model.enable_gradient_checkpointing(function)
 
     def release_encoders(self) -> None:
         """Gives the memory of the text encoders back, once every caption is encoded."""

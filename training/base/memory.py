@@ -145,14 +145,20 @@ def quantize_linear(
     quantize_(model, config, lambda _, name: name in chosen)
 
 
-def whole_checkpoint(module: nn.Module, *given: Any) -> Any:
+def keyword_checkpoint(module: nn.Module, *given: Any, **more: Any) -> Any:
+    """Gradient checkpointing of a block; diffusers' own function takes no keywords, which some of
+    its models pass."""
+    return checkpoint.checkpoint(module.__call__, *given, use_reentrant=False, **more)
+
+
+def whole_checkpoint(module: nn.Module, *given: Any, **more: Any) -> Any:
     """Gradient checkpointing of a block that runs it to its end when it computes it again.
 
     By default torch stops as soon as it has what the backward pass needs. What puts the weights of
     the block back in 8 bits, or gives their memory on the GPU back, would then not run.
     """
     with checkpoint.set_checkpoint_early_stop(False):
-        return checkpoint.checkpoint(module.__call__, *given, use_reentrant=False)
+        return keyword_checkpoint(module, *given, **more)
 
 
 def large_blocks(model: nn.Module, time: str) -> list[nn.Module]:
