@@ -45,6 +45,7 @@ TITLES = {
     "Wan 2.1, 2.2: text to video": ("wan-1.3b", "wan-14b", "wan22-5b"),
     "Wan 2.1, 2.2: picture to video": ("wan21-i2v-14b", "wan22-i2v-14b"),
     "AuraFlow, Pony V7": ("auraflow",),
+    "HunyuanImage 2.1": ("hunyuan-image",),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

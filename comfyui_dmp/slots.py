@@ -23,7 +23,7 @@ Prepare = Callable[[Tensor], AnyContext]  # from the time embeddings of items or
 SUPPORTED = (
     "SD 1.x, SD 2.x, SDXL base (and their inpainting models), DiT (ComfyUI_ExtraModels), "
     "PixArt, SD 3, SD 3.5, Flux.1, Flux.2, Qwen-Image, Z-Image, Lumina 2, "
-    "Chroma, ERNIE-Image, Krea 2, Anima, Wan 2.1, Wan 2.2, AuraFlow (Pony V7)"
+    "Chroma, ERNIE-Image, Krea 2, Anima, Wan 2.1, Wan 2.2, AuraFlow (Pony V7), HunyuanImage 2.1"
 )
 # The kind of slot, by the first part of the blocks' paths in the naming "ldm".
 _SLOTS: dict[str, Slot] = {

@@ -48,6 +48,18 @@ _MORE_THAN_WAN = (
     ),
 )
 
+# What these have besides the blocks of HunyuanImage: text that is pooled, pictures, another time.
+_HUNYUAN = (
+    ("time_text_embed", "cond_type_embed", "time_guidance_embed.timestep_embedder_r"),
+    ("vector_in", "vision_in", "cond_type_embedding", "time_r_in"),
+)
+
+
+def _refining(path: str) -> Probe:
+    """A fact of a model that takes the picture to refine beside the latent."""
+    return Probe(f"{path}.proj", "in_channels", 128)
+
+
 # Of each family its names in diffusers, and those of the original code, which ComfyUI has too.
 OTHER_FAMILIES: tuple[Stranger, ...] = (
     Stranger("HiDream", (_having("caption_projection.0.linear"),)),
@@ -62,8 +74,13 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
         ),
     ),
     Stranger(
-        "HunyuanImage or HunyuanVideo",
-        (_having("txt_in.individual_token_refiner"), _having("context_embedder.token_refiner")),
+        "HunyuanVideo, or a distilled or refining HunyuanImage",
+        (
+            *(_having("context_embedder.token_refiner", part) for part in _HUNYUAN[0]),
+            *(_having("txt_in.individual_token_refiner", part) for part in _HUNYUAN[1]),
+            (*_having("context_embedder.token_refiner"), _refining("x_embedder")),
+            (*_having("txt_in.individual_token_refiner"), _refining("img_in")),
+        ),
     ),
     Stranger("Hunyuan-DiT", (_having("mlp_t5"), _having("text_embedder", "time_extra_emb"))),
     Stranger(

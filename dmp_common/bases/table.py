@@ -10,6 +10,7 @@ from dmp_common.bases.base import Base, Row
 from dmp_common.bases.chroma import Chroma
 from dmp_common.bases.ernie import ErnieImage
 from dmp_common.bases.flux import Flux, Flux2
+from dmp_common.bases.hunyuanimage import HunyuanImage
 from dmp_common.bases.krea2 import Krea2
 from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
 from dmp_common.bases.qwenimage21 import QwenImage21
@@ -163,6 +164,13 @@ TABLE: tuple[Row, ...] = (
     ),
     Wan("wan22-5b", 30, 3072, 14336, channels=48, hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     AuraFlow("auraflow", double=4, single=32, width=3072, hub_id="fal/AuraFlow-v0.3"),
+    HunyuanImage(
+        "hunyuan-image",
+        double=20,
+        single=40,
+        width=3584,
+        hub_id="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+    ),
 )
 
 _registered: dict[str, Base] = {}

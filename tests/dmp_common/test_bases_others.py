@@ -11,15 +11,23 @@ from tests.dmp_common.test_bases_strangers import default, on_meta
 
 ONE = dict(num_layers=1)
 WAN = "Wan VACE, Fun, Camera, Animate, S2V or another sibling of Wan"
+HUNYUAN = "HunyuanVideo, or a distilled or refining HunyuanImage"
+HUNYUAN_SMALL = dict(num_layers=1, num_single_layers=1, num_refiner_layers=1)
 # Families of no base's kind: name, class of diffusers, and a small configuration.
 OTHERS = {
     "ideogram4": ("Ideogram 4", "Ideogram4Transformer2DModel", ONE),
     "ltx": ("LTX-Video or LTX-2", "LTXVideoTransformer3DModel", ONE),
     "ltx2": ("LTX-Video or LTX-2", "LTX2VideoTransformer3DModel", ONE),
-    "hunyuan-image": (
-        "HunyuanImage or HunyuanVideo",
-        "HunyuanImageTransformer2DModel",
-        dict(num_layers=1, num_single_layers=1, num_refiner_layers=1),
+    **{
+        f"hunyuan-image-{name}": (HUNYUAN, "HunyuanImageTransformer2DModel", HUNYUAN_SMALL | config)
+        for name, config in (
+            ("distilled", dict(use_meanflow=True, guidance_embeds=True)),
+            ("refiner", dict(in_channels=128, patch_size=(1, 1, 1), rope_axes_dim=(16, 56, 56))),
+        )
+    },
+    "hunyuan-video": (HUNYUAN, "HunyuanVideoTransformer3DModel", HUNYUAN_SMALL),
+    "hunyuan-video-1.5": (
+        HUNYUAN, "HunyuanVideo15Transformer3DModel", dict(num_layers=1, num_refiner_layers=1)
     ),
     "hunyuan-dit": (
         "Hunyuan-DiT",
@@ -79,7 +87,7 @@ ORIGINAL_NAMES = {
     "HiDream-O1": ["t_embedder1.mlp.0.weight", "x_embedder.proj1.weight"],
     "Ideogram 4": ["embed_image_indicator.weight"],
     "LTX-Video or LTX-2": ["patchify_proj.weight", "adaln_single.linear.weight"],
-    "HunyuanImage or HunyuanVideo": ["txt_in.individual_token_refiner.blocks.0.norm1.weight"],
+    HUNYUAN: ["txt_in.individual_token_refiner.blocks.0.norm1.weight", "time_r_in.mlp.0.weight"],
     "Hunyuan-DiT": ["mlp_t5.0.weight"],
     "Sana": ["attention_y_norm.weight"],
     "OmniGen2": ["ref_image_patch_embedder.weight", "time_caption_embed.caption_embedder.0.weight"],
