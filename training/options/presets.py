@@ -61,7 +61,7 @@ GUIDANCE: dict[str, float] = {
     "krea2": 5.5,
     **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), 4.0),  # distilled ones are refused
     **dict.fromkeys(_WANS, 5.0),
-    "auraflow": 3.5,
+    **dict.fromkeys(("auraflow", "hunyuan-image"), 3.5),
     **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
 }
 # What --method dmp is on a base where another variant than the paper's was shown to be better.

@@ -11,6 +11,7 @@ from training.base.families.dit import DiT
 from training.base.families.ernie import ErnieImage
 from training.base.families.family import Family
 from training.base.families.flux2 import Flux2, Flux2Klein
+from training.base.families.hunyuanimage import HUNYUAN_IMAGE
 from training.base.families.krea2 import Krea2
 from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.qwenimage21 import QwenImage21
@@ -233,6 +234,7 @@ _FAMILIES: dict[str, Family] = {
     "wan21-i2v-14b": WAN_PICTURE_CLIP,
     "wan22-i2v-14b": WAN_PICTURE,
     "auraflow": AURAFLOW,
+    "hunyuan-image": HUNYUAN_IMAGE,
 }
 
 # Why the trainer does not know a base of ours, and where its patches are trained.
