@@ -21,7 +21,7 @@ class Layer(NamedTuple):
     Args:
         name: the permanent name of its output site.
         width: channels of its output.
-        diffusers, ldm: path of the module in each naming.
+        diffusers, ldm: path of the module in each naming; None where there is no such naming.
         start: its first channel in the output of the module of the naming "ldm".
         kind: "linear" for attention and feed-forward, "modulation" for what computes scales,
             shifts and gates from the time embedding, "convolution" for convolutions.
@@ -31,19 +31,19 @@ class Layer(NamedTuple):
     name: str
     width: int
     diffusers: str
-    ldm: str
+    ldm: str | None
     start: int = 0
     kind: Kind = "linear"
     forms: Mapping[Naming, Form] | None = None
 
 
-def under(layers: Iterable[Layer], name: str, diffusers: str, ldm: str) -> Iterator[Layer]:
+def under(layers: Iterable[Layer], name: str, diffusers: str, ldm: str | None) -> Iterator[Layer]:
     """Yields layers with the name and the paths of the block that holds them put before theirs."""
     for layer in layers:
         yield layer._replace(
             name=f"{name}.{layer.name}",
             diffusers=f"{diffusers}.{layer.diffusers}",
-            ldm=f"{ldm}.{layer.ldm}",
+            ldm=None if ldm is None else f"{ldm}.{layer.ldm}",
         )
 
 
@@ -67,7 +67,7 @@ def output_sites(layers: Callable[[], Iterable[Layer]]) -> tuple[Site, ...]:
             layer.name,
             layer.width,
             1,
-            paths={"diffusers": layer.diffusers, "ldm": layer.ldm},
+            paths=_paths(layer),
             arguments={},
             place="output",
             starts={"ldm": layer.start} if layer.start else {},
@@ -76,6 +76,11 @@ def output_sites(layers: Callable[[], Iterable[Layer]]) -> tuple[Site, ...]:
         )
         for layer in layers()
     )
+
+
+def _paths(layer: Layer) -> dict[Naming, str]:
+    found: dict[Naming, str] = {"diffusers": layer.diffusers}
+    return found if layer.ldm is None else {**found, "ldm": layer.ldm}
 
 
 def output_sets(layers: Callable[[], Iterable[Layer]]) -> dict[str, tuple[str, ...]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch.nn as nn
 
-from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, Site, TimeSource
+from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, TimeSource
 from dmp_common.bases.outputs import Layer, output_sets, output_sites, under
 from dmp_common.bases.transformer import block_sites, depth_probes
 
@@ -40,16 +40,9 @@ def qwen21_layers(depth: int, width: int) -> Iterator[Layer]:
         "ff.gate": (3 * width, "img_mlp.gate_layer"),
         "ff.out": (width, "img_mlp.out"),
     }
-    block = [Layer(name, channels, path, path) for name, (channels, path) in paths.items()]
+    block = [Layer(name, channels, path, None) for name, (channels, path) in paths.items()]
     for n in range(depth):
-        here = f"transformer_blocks.{n}"
-        yield from under(block, f"block.{n}", here, here)
-
-
-def _outputs(depth: int, width: int) -> tuple[Site, ...]:
-    """Returns the output sites, in the naming of diffusers alone."""
-    sites = output_sites(partial(qwen21_layers, depth, width))
-    return tuple(replace(s, paths={"diffusers": s.paths["diffusers"]}) for s in sites)
+        yield from under(block, f"block.{n}", f"transformer_blocks.{n}", None)
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,7 @@ class QwenImage21:
     def base(self) -> Base:
         """Returns the base of these numbers."""
         time = "time_text_embed.timestep_embedder"
+        layers = partial(qwen21_layers, self.depth, self.width)
         return Base(
             name=self.name,
             sites=block_sites(
@@ -95,8 +89,8 @@ class QwenImage21:
             time_bias=False,
             architecture="qwen-image-2.1",
             hub_id=self.hub_id,
-            outputs=partial(_outputs, self.depth, self.width),
-            output_sets=partial(output_sets, partial(qwen21_layers, self.depth, self.width)),
+            outputs=partial(output_sites, layers),
+            output_sets=partial(output_sets, layers),
         )
 
 

@@ -144,7 +144,8 @@ def test_named_choices_of_outputs():
         assert sets["linear"] | modulation == sets["modulated"]
         assert not sets["linear"] & modulation
         assert base.default_outputs == "linear"
-        largest = "outputs" if base.layout == "map" else "modulated"
+        convolves = any(site.axis == 1 for site in base.outputs)
+        largest = "outputs" if convolves else "modulated"
         assert sets[largest] == set(base.output_depths)
         assert list(sets)[-1] == largest
         chosen = base.select("linear", "output")
