@@ -29,6 +29,7 @@ class Trained:
         in_file: by folder, what single files put before the names of a text encoder's tensors.
         length: whether the pipeline takes `max_sequence_length`.
         guided: arguments that the pipeline takes besides the prompt where it guides.
+        side: of a picture in pixels, where the pipeline takes another VAE for granted.
         told: makes the pipeline guide by a scale; returns the argument that says it, if any. None:
             `guidance_scale`.
         resumed: whether its caches and a resumed run are tried: not where they are those of another
@@ -46,5 +47,6 @@ class Trained:
     in_file: Mapping[str, str] = field(default_factory=dict)
     length: bool = True
     guided: Mapping[str, Any] = field(default_factory=dict)
+    side: int | None = None
     told: Callable[[Any, float], dict[str, Any]] | None = None
     resumed: bool = True

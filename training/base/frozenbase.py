@@ -18,8 +18,9 @@ from dmp_common.bases.timesteps import frequency_shift
 from training.base import memory
 from training.base.families import dit
 from training.base.families.family import Family
-from training.base.latents import LatentSpace, space_of
+from training.base.latents import LatentSpace
 from training.base.schedulers import is_flow
+from training.base.spaces import space_of
 from training.data.kind import DataKind
 
 

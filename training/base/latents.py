@@ -199,17 +199,3 @@ class OpaqueSpace(FrameSpace):
         drawn = super().picture(latent)
         colours, opacity = drawn[:, :3], (drawn[:, 3:] + 1) / 2
         return colours * opacity + (1 - opacity)
-
-
-def space_of(vae: Any) -> LatentSpace:
-    """The space of a VAE, by its class."""
-    return _SPACES.get(type(vae).__name__, LatentSpace)(vae)
-
-
-# The spaces of VAEs that are not `AutoencoderKL`, by the name of their class in diffusers.
-_SPACES: dict[str, type[LatentSpace]] = {
-    "AutoencoderKLQwenImage": FrameSpace,
-    "AutoencoderKLWan": FrameSpace,
-    "AutoencoderKLFlux2": PackedSpace,
-    "AutoencoderKLQwenImage21": OpaqueSpace,
-}

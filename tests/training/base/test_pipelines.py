@@ -36,6 +36,7 @@ GUIDED: dict[str, dict[str, Any]] = {
 }
 # The side of a picture, where the pipeline takes another VAE than the tiny one for granted.
 PICTURE = {"lumina2": 64, "qwen-image-2.1": 128}
+PICTURE |= {name: own.side for name, own in OWN.items() if own.side is not None}
 VIDEO = ("wan",)  # the pipeline takes and gives videos
 
 
