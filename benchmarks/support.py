@@ -46,6 +46,7 @@ TITLES = {
     "Wan 2.1, 2.2: picture to video": ("wan21-i2v-14b", "wan22-i2v-14b"),
     "AuraFlow, Pony V7": ("auraflow",),
     "HunyuanImage 2.1": ("hunyuan-image",),
+    "Sana": ("sana", "sana-0.6b"),
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]

@@ -83,9 +83,15 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
         ),
     ),
     Stranger("Hunyuan-DiT", (_having("mlp_t5"), _having("text_embedder", "time_extra_emb"))),
+    # ComfyUI does not know Sana, so there is no base in the naming of its original code.
     Stranger(
-        "Sana",
-        (_having("attention_y_norm"), _having("caption_norm", "caption_projection", "patch_embed")),
+        "Sana 1.5, Sprint or Video, or a file of Sana's original code",
+        (
+            _having("attention_y_norm"),
+            _having("caption_norm", "transformer_blocks.0.attn1.norm_q"),
+            _having("caption_norm", "time_embed.guidance_embedder"),
+        ),
+        classes=("SanaVideoTransformer3DModel",),
     ),
     Stranger("OmniGen2", (_having("ref_image_patch_embedder"),)),
     Stranger("Chroma Radiance", (_having("distilled_guidance_layer", "nerf_blocks"),)),

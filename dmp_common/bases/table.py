@@ -14,6 +14,7 @@ from dmp_common.bases.hunyuanimage import HunyuanImage
 from dmp_common.bases.krea2 import Krea2
 from dmp_common.bases.llm import Lumina2, QwenImage, ZImage
 from dmp_common.bases.qwenimage21 import QwenImage21
+from dmp_common.bases.sana import Sana
 from dmp_common.bases.transformer import SD3, DiT, PixArt
 from dmp_common.bases.unet import Unet
 from dmp_common.bases.wan import Wan
@@ -171,6 +172,8 @@ TABLE: tuple[Row, ...] = (
         width=3584,
         hub_id="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
     ),
+    Sana("sana", 20, 2240, hub_id="Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
+    Sana("sana-0.6b", 28, 1152, hub_id="Efficient-Large-Model/Sana_600M_1024px_diffusers"),
 )
 
 _registered: dict[str, Base] = {}

@@ -13,6 +13,7 @@ ONE = dict(num_layers=1)
 WAN = "Wan VACE, Fun, Camera, Animate, S2V or another sibling of Wan"
 HUNYUAN = "HunyuanVideo, or a distilled or refining HunyuanImage"
 HUNYUAN_SMALL = dict(num_layers=1, num_single_layers=1, num_refiner_layers=1)
+SANA = "Sana 1.5, Sprint or Video, or a file of Sana's original code"
 # Families of no base's kind: name, class of diffusers, and a small configuration.
 OTHERS = {
     "ideogram4": ("Ideogram 4", "Ideogram4Transformer2DModel", ONE),
@@ -47,7 +48,9 @@ OTHERS = {
             text_emb_dim=8, axes_dims_rope=(4, 6, 6), max_resolution=(8, 8), llama_layers=[0],
         ),
     ),
-    "sana": ("Sana", "SanaTransformer2DModel", ONE),
+    "sana-1.5": (SANA, "SanaTransformer2DModel", ONE | dict(qk_norm="rms_norm_across_heads")),
+    "sana-sprint": (SANA, "SanaTransformer2DModel", ONE | dict(guidance_embeds=True)),
+    "sana-video": (SANA, "SanaVideoTransformer3DModel", ONE),
     "cosmos": ("Cosmos", "CosmosTransformer3DModel", ONE),
     "cosmos-predict2-14b": (
         "Cosmos", "CosmosTransformer3DModel",
@@ -89,7 +92,7 @@ ORIGINAL_NAMES = {
     "LTX-Video or LTX-2": ["patchify_proj.weight", "adaln_single.linear.weight"],
     HUNYUAN: ["txt_in.individual_token_refiner.blocks.0.norm1.weight", "time_r_in.mlp.0.weight"],
     "Hunyuan-DiT": ["mlp_t5.0.weight"],
-    "Sana": ["attention_y_norm.weight"],
+    SANA: ["attention_y_norm.weight"],
     "OmniGen2": ["ref_image_patch_embedder.weight", "time_caption_embed.caption_embedder.0.weight"],
     "Chroma Radiance": ["distilled_guidance_layer.norms.0.scale", "nerf_blocks.0.norm.scale"],
     "Cosmos": ["blocks.0.mlp.layer1.weight", "t_embedder.1.linear_1.weight"],
