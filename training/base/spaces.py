@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from training.base.families.sana import DeepSpace
 from training.base.latents import FrameSpace, LatentSpace, OpaqueSpace, PackedSpace
 
 # The spaces of VAEs that are not `AutoencoderKL`, by the name of their class in diffusers.
@@ -12,6 +13,7 @@ _SPACES: dict[str, type[LatentSpace]] = {
     "AutoencoderKLWan": FrameSpace,
     "AutoencoderKLFlux2": PackedSpace,
     "AutoencoderKLQwenImage21": OpaqueSpace,
+    "AutoencoderDC": DeepSpace,
 }
 
 

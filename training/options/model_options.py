@@ -23,7 +23,7 @@ BASES = (
     "sd3, sd35-medium, sd35-large, flux, flux2, flux2-klein-4b, flux2-klein-9b, qwen-image, "
     "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1, "
     "wan-1.3b, wan-14b, wan22-5b, wan21-i2v-14b, wan22-i2v-14b, "
-    "auraflow, hunyuan-image"
+    "auraflow, hunyuan-image, sana, sana-0.6b"
 )
 
 

@@ -62,6 +62,7 @@ GUIDANCE: dict[str, float] = {
     **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), 4.0),  # distilled ones are refused
     **dict.fromkeys(_WANS, 5.0),
     **dict.fromkeys(("auraflow", "hunyuan-image"), 3.5),
+    **dict.fromkeys(("sana", "sana-0.6b"), 4.5),
     **{f"dit-{size}/{tokens}": 4.0 for size in ("s", "b", "l", "xl") for tokens in (2, 4, 8)},
 }
 # What --method dmp is on a base where another variant than the paper's was shown to be better.

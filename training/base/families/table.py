@@ -15,6 +15,7 @@ from training.base.families.hunyuanimage import HUNYUAN_IMAGE
 from training.base.families.krea2 import Krea2
 from training.base.families.language import Lumina2, QwenImage, ZImage
 from training.base.families.qwenimage21 import QwenImage21
+from training.base.families.sana import SANA
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
 from training.base.families.video import Wan, WanPicture
@@ -235,6 +236,7 @@ _FAMILIES: dict[str, Family] = {
     "wan22-i2v-14b": WAN_PICTURE,
     "auraflow": AURAFLOW,
     "hunyuan-image": HUNYUAN_IMAGE,
+    **dict.fromkeys(("sana", "sana-0.6b"), SANA),
 }
 
 # Why the trainer does not know a base of ours, and where its patches are trained.
