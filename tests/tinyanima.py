@@ -16,6 +16,7 @@ from dmp_common.bases.anima import Anima
 from tests.tinymodel import Tiny, noise
 
 TEXT = 5  # tokens of a caption
+WIDTH = 12  # of the text
 
 
 def is_known() -> bool:
@@ -57,7 +58,7 @@ def _anima() -> Tiny:
             num_attention_heads=2,
             attention_head_dim=16,
             num_layers=2,
-            text_embed_dim=12,
+            text_embed_dim=WIDTH,
             adaln_lora_dim=8,
             max_size=(4, 40, 40),
             rope_scale=(1.0, 4.0, 4.0),
@@ -70,7 +71,7 @@ def _anima() -> Tiny:
         return {
             "hidden_states": noise(seed, dtype, len(t), 4, 1, *size),
             "timestep": t / 1000,
-            "encoder_hidden_states": noise(seed + 1, dtype, len(t), TEXT, 12),
+            "encoder_hidden_states": noise(seed + 1, dtype, len(t), TEXT, WIDTH),
             "padding_mask": torch.zeros(1, 1, *size, dtype=dtype),
         }
 

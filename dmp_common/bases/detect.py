@@ -36,8 +36,8 @@ _PREDICTIONS = {
     "EPS": "epsilon",
 }
 
-# What checkpoints put before the names of the denoiser's tensors.
-PREFIXES = ("", "model.diffusion_model.")
+# What checkpoints put before the names of the denoiser's tensors; the last is of Cosmos and Anima.
+PREFIXES = ("", "model.diffusion_model.", "net.")
 _LONGEST_NAME = 300  # characters of a tensor's name
 
 

@@ -32,12 +32,6 @@ def call(
     """One call of the model, with the wrappers of its patcher; the denoised latent."""
     x, text, pooled = family.inputs(len(sigmas), size)
     model = patcher.model
-    options = copy.deepcopy(patcher.model_options["transformer_options"])
-    extension = comfy.patcher_extension
-    extension.merge_nested_dicts(
-        options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False
-    )
-    options["sigmas"] = sigmas
     if family.adm:
         conds["y"] = model.encode_adm(
             pooled_output=pooled, height=8 * x.shape[2], width=8 * x.shape[3]
@@ -46,13 +40,26 @@ def call(
         conds["y"] = pooled
     own = family.conds.items()
     conds = {name: made(len(x)) if callable(made) else made for name, made in own} | conds
+    x = x * sigmas.reshape(-1, *[1] * (x.dim() - 1)).clamp(max=15)
+    return call_with(patcher, x, sigmas, text, **conds)
+
+
+def call_with(patcher: Any, x: Tensor, sigmas: Tensor, text: Tensor, **conds: Any) -> Tensor:
+    """One call with a noisy latent and a caption; otherwise as `call`."""
+    model = patcher.model
+    options = copy.deepcopy(patcher.model_options["transformer_options"])
+    extension = comfy.patcher_extension
+    extension.merge_nested_dicts(
+        options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False
+    )
+    options["sigmas"] = sigmas
     object_patches = patcher.object_patches.get("model_sampling")
     before = model.model_sampling
     try:
         model.model_sampling = object_patches or before
         with torch.inference_mode():
             return model.apply_model(
-                x * sigmas.reshape(-1, *[1] * (x.dim() - 1)).clamp(max=15),
+                x,
                 sigmas,
                 c_crossattn=text,
                 transformer_options=options,

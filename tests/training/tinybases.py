@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.discovery import modules
 from tests.tiny import FAMILIES, Tiny
-from tests.training import tinyflux2, tinylanguage, tinywan
+from tests.training import tinyanimatext, tinyernie, tinyflux2, tinylanguage, tinywan
 from tests.training.tinykrea2 import qwen3_vl
 from tests.training.tinyqwen21 import opaque_vae, qwen3_vl_generating
 from tests.training.trained import Trained
@@ -59,6 +59,7 @@ TRAINED = {
     "chroma": (table.CHROMA, 4),
     "krea2": (table.KREA2, 4),
     "qwen-image-2.1": (table.QWEN_IMAGE21, 4),
+    "anima": (table.ANIMA, 4),
     "wan": (table.WAN, 4),
     **{name: (own.family, 4) for name, own in OWN.items()},
 }
@@ -66,7 +67,7 @@ TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
 for _name, (_family, _multiple) in TRAINED.items():
     register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple))
 
-_QWEN = ("qwen-image", "krea2", "qwen-image-2.1")
+_QWEN = ("qwen-image", "krea2", "qwen-image-2.1", "anima")
 # What each family needs on the command line besides its name.
 OPTIONS: dict[str, list[str]] = {
     **{
@@ -101,6 +102,10 @@ def make_base(folder: Path, name: str) -> Path:
         length = 77 if "T5" not in str(build()) else 512
         length = OWN[name].tokens.get(place, 512) if name in OWN else length
         _tokenizer(length).save_pretrained(folder / tokenizer)
+        word_tokenizer(77 if "T5" not in str(build()) else 512).save_pretrained(folder / tokenizer)
+    if name == "anima":
+        tinyanimatext.conditioner(len(WORDS) + 3).save_pretrained(folder / "text_conditioner")
+        word_tokenizer(512).save_pretrained(folder / "t5_tokenizer")
     (folder / "model_index.json").write_text(json.dumps(_index(folder, name)), encoding="utf-8")
     return folder
 
@@ -195,6 +200,7 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
     if name in OWN:
         return diffusers.FlowMatchEulerDiscreteScheduler(**OWN[name].scheduler)
     if name in ("sd3", "sd35", "z-image"):
+    if name in ("sd3", "sd35", "z-image", "ernie-image", "anima"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name in ("flux", "flux2", "chroma", *_QWEN):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -244,7 +250,7 @@ def _encoders(name: str) -> dict[str, Callable[[], nn.Module]]:
             return {"text_encoder": lambda: qwen3_vl(len(WORDS) + 3)}
         case "qwen-image-2.1":
             return {"text_encoder": lambda: qwen3_vl_generating(len(WORDS) + 3)}
-        case "z-image":
+        case "z-image" | "anima":
             return {"text_encoder": lambda: tinylanguage.qwen3(len(WORDS) + 3)}
         case "wan":
             return {"text_encoder": lambda: tinywan.text_encoder(len(WORDS) + 3)}
@@ -274,7 +280,7 @@ def _t5() -> nn.Module:
     )
 
 
-def _tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
+def word_tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
     """Whole words, with a begin and an end."""
     vocabulary = {word: number for number, word in enumerate([*WORDS, "<b>", "<e>", "<u>"])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<u>"))

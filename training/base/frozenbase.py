@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -183,11 +181,8 @@ class FrozenBase:
                 f"expected a base with a pipeline in diffusers, found {self.base.name}: use its "
                 "`model`."
             )
-        cls = getattr(diffusers, self.family.pipeline)
         own = {self.family.denoiser: self.model, "scheduler": self.scheduler, "vae": self.vae}
-        parameters = inspect.signature(cls).parameters.values()
-        needed = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
-        return cls(**{**needed, **own, **self.encoders, **self.vision})
+        return self.family.pipeline_of({**own, **self.encoders, **self.vision})
 
     def to(self, device: torch.device) -> FrozenBase:
         """Moves everything, except for the blocks that --blocks_to_swap keeps on the CPU."""

@@ -55,6 +55,7 @@ class Loader:
     ) -> None:
         self.config, self.base, self.family, self.source = config, base, family, source
         self.dtype = dtype
+        family.require_packages()
         self._said = said or (lambda line: None)
         in_file = source.kind in ("single", "original")
         self.file = SingleFile(Path(source.place)) if in_file else None
@@ -165,7 +166,7 @@ class Loader:
             what = " and ".join(inside)
             with self._loading(what, what, self.source.place, _WEIGHTS):
                 parts |= self.file.encoders(pipeline, inside, self._config(), self.dtype)
-        return parts
+        return parts | self._beside_encoders()
 
     def vision(self) -> dict[str, Any]:
         """Returns what looks at the first frame of a video, by folder; nothing for most bases."""
@@ -201,6 +202,35 @@ class Loader:
                     encoder = load_text_encoder(file, cls, config, self.dtype, prefix, layers)
             words = transformers.AutoTokenizer.from_pretrained(place, subfolder=tokenizer)
         return {name: encoder, tokenizer: self.family.reader(words)}
+
+    def _beside_encoders(self) -> dict[str, Any]:
+        """What else the captions of a family pass: a conditioner, and further tokenizers."""
+        parts, folder = {}, "text_conditioner"
+        if self.family.conditioner:
+            cls: Any = getattr(diffusers, self.family.conditioner)
+            place, file = self._place_of(folder), self.file
+            inside = file is not None and file.has(folder)
+            read = file.path if file is not None and inside else place
+            with self._loading(folder, f"a {cls.__name__}", place, "--base_config", read):
+                if file is not None and inside:
+                    parts[folder] = file.model(cls, place, folder, self.dtype)
+                else:
+                    parts[folder] = cls.from_pretrained(
+                        place, subfolder=folder, torch_dtype=self.dtype
+                    )
+        for name in self.family.words:
+            place = self._place_of(name)
+            with self._loading(name, f"the tokenizer {name}", place, "--base_config"):
+                parts[name] = transformers.AutoTokenizer.from_pretrained(place, subfolder=name)
+        return parts
+
+    def _place_of(self, part: str) -> str:
+        """Folder or repository of what belongs to the captions, which a folder may lack, as
+        --method full leaves it."""
+        around = self._around()
+        if around is None or (self.base.hub_id is not None and not _has(around, part)):
+            around = self.base.hub_id
+        return str(around)
 
     def _pooled_clip(self) -> dict[str, Any]:
         place = self.config.text_encoder or _CLIP

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmp_common import PatchError
+from dmp_common.bases.detect import PREFIXES
 from dmp_common.tools.modelfiles import tensor_shapes
 from training.base.families import checkpoint
 from training.base.families.dit import set_frequency_shift
@@ -38,7 +39,10 @@ _PREFIXES = {
         "text_encoders.qwen3_8b.",
         "text_encoders.mistral3_24b.",
         "text_encoders.ministral3_3b.",
+        "text_encoders.qwen3_06b.",
     ),
+    # Of Anima, inside of its transformer.
+    "text_conditioner": tuple(f"{prefix}llm_adapter." for prefix in sorted(PREFIXES, key=len)),
 }
 _UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
 
@@ -136,6 +140,10 @@ class SingleFile:
             given = {_PREFIX + name: value for name, value in load_file(given).items()}
         elif folder == "transformer" and any(name.startswith(_PREFIX) for name in self.shapes):
             given = _part(given, (_PREFIX,))  # diffusers does not know it of every transformer
+        if folder == "transformer" and self.has("text_conditioner"):
+            whole = given if isinstance(given, dict) else load_file(given)
+            inside = _PREFIXES["text_conditioner"]
+            given = {name: value for name, value in whole.items() if not name.startswith(inside)}
         model = cls.from_single_file(given, config=config, subfolder=folder, torch_dtype=dtype)
         # diffusers leaves weights that the file lacks without values.
         missing = [name for name, value in model.named_parameters() if value.is_meta]

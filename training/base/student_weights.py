@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from training.base.student_files import FP8, PREFIX, read_student, student_shape
 _OPTION = "--student_weights"
 _MOST_SHOWN = 5
 _MOST_SHARED = 0.8  # of an original's names
+_CONDITIONER = re.compile(r"(net\.)?llm_adapter\.")
 
 
 def load_student(frozen: FrozenBase, path: Path) -> nn.Module:
@@ -75,6 +77,8 @@ def _named_as(model: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str
         tensors: under its names, or those of the original code.
     """
     kind = type(model).__name__
+    # Anima's files hold the conditioner of its text as well.
+    tensors = {name: value for name, value in tensors.items() if not _CONDITIONER.match(name)}
     # Some originals share names with diffusers, up to two of three.
     shared = len(set(tensors) & set(model.state_dict()))
     if "x_embedder.proj.weight" not in tensors and shared > _MOST_SHARED * len(tensors):

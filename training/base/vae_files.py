@@ -1,4 +1,4 @@
-"""VAEs from single files: those that diffusers reads, and FLUX.2's, which it does not read."""
+"""Parts from single files that diffusers does not read: VAEs, and Anima's text conditioner."""
 
 from __future__ import annotations
 
@@ -33,20 +33,46 @@ def flux2_vae(
         PatchError: the tensors are not those of such a VAE; all problems at once.
     """
     named = _named_as_diffusers(tensors, config)
+    named.setdefault("bn.num_batches_tracked", torch.zeros((), dtype=torch.long))  # never read
+    return _filled(named, cls, config, path, "give the VAE of FLUX.2").to(dtype)
+
+
+def qwen_vae(
+    tensors: dict[str, Tensor], cls: Any, config: dict[str, Any], path: Path, dtype: torch.dtype
+) -> Any:
+    """Returns Qwen-Image's VAE, whose original names are those of Wan's; otherwise as
+    `flux2_vae`."""
+    if not any(name.startswith("encoder.down_blocks.") for name in tensors):
+        convert: Any = SINGLE_FILE_LOADABLE_CLASSES["AutoencoderKLWan"]["checkpoint_mapping_fn"]
+        tensors = convert(checkpoint=dict(tensors))
+    return _filled(tensors, cls, config, path, "give the VAE of Qwen-Image").to(dtype)
+
+
+def conditioner(
+    tensors: dict[str, Tensor], cls: Any, config: dict[str, Any], path: Path, dtype: torch.dtype
+) -> Any:
+    """Returns Anima's text conditioner, whose names are equal everywhere; otherwise as
+    `flux2_vae`."""
+    return _filled(tensors, cls, config, path, "give the transformer of Anima").to(dtype)
+
+
+def _filled(
+    tensors: dict[str, Tensor], cls: Any, config: dict[str, Any], path: Path, remedy: str
+) -> Any:
+    """Returns a model of exactly these tensors, in the naming of diffusers."""
     model = cls.from_config(config)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    named.setdefault("bn.num_batches_tracked", torch.zeros((), dtype=torch.long))  # never read
-    found = {name: tuple(value.shape) for name, value in named.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = sorted(name for name, shape in wanted.items() if found.get(name) != shape)
     wrong += sorted(found.keys() - wanted.keys())
     if wrong:
         raise file_error(
             path, f"the {len(wanted)} tensors of a {cls.__name__}",
             f"{len(wrong)} that are missing, unknown or of another size ({', '.join(wrong[:3])})",
-            "give the VAE of FLUX.2",
+            remedy,
         )  # fmt: skip
-    model.load_state_dict(named)
-    return model.to(dtype)
+    model.load_state_dict(tensors)
+    return model
 
 
 def _named_as_diffusers(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
@@ -65,4 +91,8 @@ def _named_as_diffusers(tensors: dict[str, Tensor], config: dict[str, Any]) -> d
 
 
 # By the name of the class in diffusers.
-READERS: dict[str, Callable[..., Any]] = {"AutoencoderKLFlux2": flux2_vae}
+READERS: dict[str, Callable[..., Any]] = {
+    "AutoencoderKLFlux2": flux2_vae,
+    "AutoencoderKLQwenImage": qwen_vae,
+    "AnimaTextConditioner": conditioner,
+}

@@ -24,6 +24,8 @@ BASES = (
     "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1, "
     "wan-1.3b, wan-14b, wan22-5b, wan21-i2v-14b, wan22-i2v-14b, "
     "auraflow, hunyuan-image, sana, sana-0.6b"
+    "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1, anima, "
+    "wan-1.3b, wan-14b, wan22-5b, wan21-i2v-14b, wan22-i2v-14b"
 )
 
 
@@ -158,7 +160,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
-        "z-image, qwen-image, flux2, krea2 and ernie-image. With "
+        "z-image, qwen-image, flux2, krea2, ernie-image and anima. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{name: {"train_batch_size": 1} for name in ("sdxl", "sd3", "sd35-medium", "sd35-large")},
     **{name: {"train_batch_size": 1} for name in ("flux", "qwen-image", "z-image", "lumina2")},
     "ernie-image": {"train_batch_size": 1},
-    **{name: {"train_batch_size": 1} for name in ("chroma", "krea2", "qwen-image-2.1")},
+    **{name: {"train_batch_size": 1} for name in ("chroma", "krea2", "qwen-image-2.1", "anima")},
     **{f"flux2{name}": {"train_batch_size": 1} for name in ("", "-klein-4b", "-klein-9b")},
     **{name: {"train_batch_size": 1} for name in _WANS},
     **{
@@ -55,7 +55,7 @@ GUIDANCE: dict[str, float] = {
     **dict.fromkeys(("sd15", "sd21", "sdxl"), 7.5),
     "pixart": 4.5,
     **dict.fromkeys(("sd3", "sd35-medium", "sd35-large"), 7.0),
-    **dict.fromkeys(("qwen-image", "lumina2"), 4.0),
+    **dict.fromkeys(("qwen-image", "lumina2", "anima"), 4.0),
     "ernie-image": 4.0,
     "chroma": 5.0,
     "krea2": 5.5,

@@ -123,7 +123,7 @@ def _base(config: TrainConfig, frozen: FrozenBase) -> list[str]:
 def _needs_loader(source: Source, frozen: FrozenBase) -> bool:
     """Whether diffusers alone cannot load the weights as the trainer does."""
     path, family = Path(source.place), frozen.family
-    if source.kind == "original":
+    if source.kind == "original" or family.conditioner:  # its pipeline loads parts by another call
         return True
     if source.kind == "single":
         with SingleFile(path) as file:

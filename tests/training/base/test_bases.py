@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from dmp_common import Patch, PatchError, attach, get_base
+from dmp_common import Patch, attach
 from tests.tiny import FAMILIES
 from tests.training.conftest import Folders, Train
 from tests.training.tinybases import TRAINED
-from training.base.families.table import family_of
 from training.run.metadata import git_revision
 
 
@@ -186,8 +185,3 @@ def test_compiled_base_trains_alike(train: Train) -> None:
     compiled = Patch.load(train("dit", "--overwrite", *compiling) / name)
     for key, tensor in plain.items():
         assert torch.allclose(tensor, compiled.tensors()[key], atol=1e-5), key
-
-
-def test_a_base_that_is_trained_elsewhere_is_refused_with_the_reason() -> None:
-    with pytest.raises(PatchError, match="found anima: diffusers has its text encoders in modular"):
-        family_of(get_base("anima"))

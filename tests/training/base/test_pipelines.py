@@ -49,6 +49,8 @@ def from_pipeline(
     frozen: FrozenBase, name: str, noise: Tensor, scale: float, **more: Any
 ) -> Tensor:
     """What the pipeline of a base draws in two steps."""
+    if name == "anima":
+        return from_modular_pipeline(frozen, noise, scale, **options_of(name))
     pipe = frozen.pipeline()
     pipe.set_progress_bar_config(disable=True)
     if name == "chroma":  # whose own mask of ones and zeros masks nothing, see its family
@@ -90,6 +92,24 @@ def from_pipeline(
         return made.transpose(1, 2).unflatten(2, (SIDE, SIDE))
     made = made.squeeze(2) if name in VIDEO and frozen.frames == 1 else made
     return unpack(made, SIDE, SIDE) if name in PACKED else made
+
+
+def from_modular_pipeline(
+    frozen: FrozenBase, noise: Tensor, scale: float, llm_max_token_length: str
+) -> Tensor:
+    """What Anima's pipeline draws, which is made of blocks and guides by a part of its own."""
+    pipe = frozen.pipeline()
+    pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=scale))
+    made: Tensor = pipe(
+        prompt="a red cat",
+        height=SIDE * frozen.factor,
+        width=SIDE * frozen.factor,
+        latents=noise.unsqueeze(2),
+        num_inference_steps=2,
+        max_sequence_length=int(llm_max_token_length),
+        output="latents",
+    )
+    return made.squeeze(2)
 
 
 @pytest.mark.parametrize(

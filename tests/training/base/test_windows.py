@@ -17,7 +17,7 @@ from training.options.command_line import resolve
         ("sd15", {}, 75), ("sd15", {"max_token_length": 225}, 225),
         ("sdxl", {"max_token_length": 150}, 150), ("pixart", {}, 299), ("sd3", {}, 255),
         ("flux", {}, 511), ("chroma", {}, 511),
-        ("krea2", {}, 507), ("qwen-image-2.1", {}, 504),
+        ("krea2", {}, 507), ("qwen-image-2.1", {}, 504), ("anima", {}, 511),
         ("flux", {"t5_max_token_length": 128}, 127),
         ("dit-b/2", {"text_conditional": True}, 75),
     ],

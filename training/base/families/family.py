@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import diffusers
 import torch.nn as nn
 from torch import Tensor
 
@@ -33,6 +35,9 @@ class Family:
             `text_encoder_2` is `tokenizer_2`, and so on.
         tokenizers: folders of tokenizers that are not named so, by that of the text encoder.
         files: by such a folder, the option that names a single file of that text encoder.
+        conditioner: the class in diffusers of what stands between text encoders and denoiser, in
+            the folder `text_conditioner`; "" for none.
+        words: folders of tokenizers that have no text encoder of their own.
         conditioning: what a sample is told besides the timestep.
         resolution: of the base in pixels, where its configuration does not tell.
         multiple: sides of images are multiples of it.
@@ -57,6 +62,8 @@ class Family:
     encoders: Mapping[str, str] = field(default_factory=dict)
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    conditioner: str = ""
+    words: tuple[str, ...] = ()
     conditioning: Literal["caption", "label"] = "caption"
     resolution: int = 1024
     multiple: int = 64
@@ -78,6 +85,20 @@ class Family:
     def of_weights(self, source: Source) -> Family:
         """The family with what its weights tell of themselves, where siblings share a structure."""
         return self
+
+    def require_packages(self) -> None:
+        """Checks that the packages are there which its model needs besides diffusers.
+
+        Raises:
+            PatchError: one is missing.
+        """
+
+    def pipeline_of(self, parts: Mapping[str, Any]) -> Any:
+        """Returns its pipeline in diffusers, made of parts by folder."""
+        cls = getattr(diffusers, self.pipeline)
+        parameters = inspect.signature(cls).parameters.values()
+        needed = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
+        return cls(**{**needed, **parts})
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """The model's output (B, C or 2C, H, W).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dmp_common import Base, PatchError
+from training.base.families.anima import Anima
 from training.base.families.auraflow import AURAFLOW
 from training.base.families.chroma import Chroma
 from training.base.families.dit import DiT
@@ -182,6 +183,18 @@ ERNIE_IMAGE = ErnieImage(
     even=True,
 )
 
+ANIMA = Anima(
+    denoiser="transformer",
+    model="CosmosTransformer3DModel",
+    pipeline="AnimaModularPipeline",
+    autoencoder="AutoencoderKLQwenImage",
+    encoders={"text_encoder": "Qwen3Model"},
+    files={"text_encoder": "text_encoder"},
+    conditioner="AnimaTextConditioner",
+    words=("t5_tokenizer",),
+    guidance=4.0,
+    even=True,
+)
 WAN = Wan(
     denoiser="transformer",
     model="WanTransformer3DModel",
@@ -231,18 +244,13 @@ _FAMILIES: dict[str, Family] = {
     "chroma": CHROMA,
     "krea2": KREA2,
     "qwen-image-2.1": QWEN_IMAGE21,
+    "anima": ANIMA,
     **dict.fromkeys(("wan-1.3b", "wan-14b", "wan22-5b"), WAN),
     "wan21-i2v-14b": WAN_PICTURE_CLIP,
     "wan22-i2v-14b": WAN_PICTURE,
     "auraflow": AURAFLOW,
     "hunyuan-image": HUNYUAN_IMAGE,
     **dict.fromkeys(("sana", "sana-0.6b"), SANA),
-}
-
-# Why the trainer does not know a base of ours, and where its patches are trained.
-_ELSEWHERE = {
-    "anima": "diffusers has its text encoders in modular blocks only, which are not loaded here; "
-    "use Train DMP Patch in ComfyUI",
 }
 
 
@@ -258,9 +266,8 @@ def family_of(base: Base) -> Family:
         PatchError: the trainer knows none.
     """
     if base.name not in _FAMILIES:
-        remedy = _ELSEWHERE.get(base.name, "add it to training/base/families/table.py")
         raise PatchError(
             f"expected a base the trainer knows ({', '.join(_FAMILIES)}), found {base.name}: "
-            f"{remedy}."
+            "add it to training/base/families/table.py."
         )
     return _FAMILIES[base.name]
