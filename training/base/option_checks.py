@@ -12,7 +12,6 @@ from training.base.latents import LatentSpace
 from training.options.config import TrainConfig
 
 _CAPTION = 512  # tokens, in the attention of Wan 2.1's model of picture to video
-_UNDISTILLED = "name those from before the distillation, such as FLUX.2-klein-base-4B"
 
 
 def weights_warnings(config: TrainConfig, family: Family) -> list[str]:
@@ -26,9 +25,13 @@ def weights_warnings(config: TrainConfig, family: Family) -> list[str]:
         return []
     return [
         f"the weights of base {config.base} are distilled to draw in a few steps, and --objective "
-        f"{config.objective} trains them as if they were not, which can undo it: {_UNDISTILLED}; a "
-        "patch that is trained on those runs on both."
+        f"{config.objective} trains them as if they were not, which can undo it: "
+        f"{_before(family)}; a patch that is trained on those runs on both."
     ]
+
+
+def _before(family: Family) -> str:
+    return f"name those from before the distillation, such as {family.undistilled}"
 
 
 def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> None:
@@ -140,7 +143,8 @@ def _about_conditions(config: TrainConfig, family: Family, trained_text: bool) -
     if asked and family.distilled:
         problems.append(
             f"expected weights that draw with guidance for {asked}, found weights of base "
-            f"{config.base} that are distilled and draw without: {_UNDISTILLED}, or leave it out."
+            f"{config.base} that are distilled and draw without: {_before(family)}, or leave it "
+            "out."
         )
     if config.unconditional and not is_dit:
         problems.append(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
@@ -41,6 +41,16 @@ class Source:
 
     place: str
     kind: Literal["pipeline", "denoiser", "single", "original"]
+
+    @property
+    def name(self) -> str:
+        """What the weights are called: a file, a repository, or the folder of a pipeline."""
+        path = PurePath(self.place)
+        if path.name in ("transformer", "unet"):
+            path = path.parent
+        if path.parent.name == "snapshots":  # of the hub's cache
+            path = path.parent.parent
+        return path.name
 
     @cached_property
     def facts(self) -> dict[str, Any]:

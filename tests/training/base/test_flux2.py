@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import pytest
@@ -21,7 +20,6 @@ from training.base.encoders import FrozenEncoders
 from training.base.families import table
 from training.base.frozen import FrozenBase, load_frozen
 from training.base.option_checks import weights_warnings
-from training.base.places import Source
 from training.base.schedulers import token_side
 from training.base.single_files import SingleFile
 from training.objective.noising import process_of
@@ -106,22 +104,6 @@ def test_distilled_klein_draws_without_guidance(klein: Klein) -> None:
         load_frozen(guided)
     repair = config_of(folder, objective="distill", student_quantization="rtn4")
     assert weights_warnings(repair, load_frozen(repair).family) == []
-
-
-@pytest.mark.parametrize(
-    ("place", "kind", "distilled"),
-    [
-        ("models/flux-2-klein-4b.safetensors", "single", True),
-        ("base/FLUX.2-klein-9B-fp8.safetensors", "single", True),
-        ("models/flux-2-klein-base-4b.safetensors", "single", False),
-        ("models/mine.safetensors", "single", False),
-        ("FLUX.2-klein-4B/transformer", "denoiser", True),
-        ("FLUX.2-klein-base-4B/transformer", "denoiser", False),
-    ],
-)
-def test_names_tell_klein_from_its_base(place: str, kind: Any, distilled: bool) -> None:
-    assert table.FLUX2_KLEIN.of_weights(Source(place, kind)).distilled is distilled
-    assert table.FLUX2.of_weights(Source(place, kind)) is table.FLUX2
 
 
 def test_the_pipeline_tells_more_than_its_name(klein: Klein, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_captions_have_a_clip_score(folders: Folders, tmp_path: Path) -> None:
     assert data["models"]["ours"]["loss"] != data["models"]["base"]["loss"]
 
 
-@pytest.mark.parametrize("name", ["dit", "flux", "sdxl"])
+@pytest.mark.parametrize("name", ["dit", "flux", "anima"])
 def test_other_families(name: str, folders: Folders, tmp_path: Path) -> None:
     data = evaluate_tiny(
         name, folders, tmp_path, "--samples", "3", "--metrics", "none", "--images", "4"

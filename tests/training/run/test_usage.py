@@ -111,6 +111,7 @@ def denoiser_of(result: dict[str, Any], frozen: FrozenBase) -> torch.nn.Module:
         *((name, pipeline, "lora") for name in ("sdxl", "flux", "pixart", "dit")),
         *((name, pipeline, "full") for name in ("sd15", "flux", "pixart", "dit")),
         *((name, pipeline, "dmp") for name in ("flux2", "wan", "krea2", "anima")),
+        ("anima", pipeline, "lora"),
         ("dit", pipeline, "joint"),
         *((name, rounded, method) for name in ("sd15", "dit") for method in ("dmp", "lora")),
         ("sd15", alone, "dmp"),

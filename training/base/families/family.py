@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from training.options.config import TrainConfig
 
 Given = Mapping[str, Tensor]
+# Names of weights whose distillation was trained away again, as in "Z-Image-De-Turbo".
+_UNDONE = re.compile(r"(?<![a-z])(de|un)[-_. ]?(turbo|distill|schnell)")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Family:
         vision: the class in transformers of what looks at that picture, besides the VAE; "" for
             none. Its folder is `image_encoder`.
         distilled: the weights were distilled to draw in a few steps without guidance.
+        fast: a pattern of the names of such weights, where siblings share a structure; "" for none.
+        undistilled: the name of those from before, for messages.
     """
 
     denoiser: Literal["unet", "transformer"]
@@ -76,6 +81,8 @@ class Family:
     video: bool = False
     first_frame: bool = False
     vision: str = ""
+    fast: str = ""
+    undistilled: str = ""
 
     @property
     def encoder_layers(self) -> int | None:
@@ -83,8 +90,17 @@ class Family:
         return None
 
     def of_weights(self, source: Source) -> Family:
-        """The family with what its weights tell of themselves, where siblings share a structure."""
-        return self
+        """The family with what its weights tell of themselves, where siblings share a structure.
+
+        The configuration of a pipeline says whether they are distilled, or else their name; weights
+        that tell nothing count as undistilled.
+        """
+        if not self.fast:
+            return self
+        name = source.name.lower()
+        named = bool(re.search(self.fast, name)) and not _UNDONE.search(name)
+        told = source.facts.get("is_distilled", named)
+        return replace(self, distilled=True, guidance=1.0) if told else self
 
     def require_packages(self) -> None:
         """Checks that the packages are there which its model needs besides diffusers.
@@ -96,8 +112,12 @@ class Family:
     def pipeline_of(self, parts: Mapping[str, Any]) -> Any:
         """Returns its pipeline in diffusers, made of parts by folder."""
         cls = getattr(diffusers, self.pipeline)
-        parameters = inspect.signature(cls).parameters.values()
-        needed = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
+        parameters = inspect.signature(cls).parameters
+        needed: dict[str, Any] = {
+            name: None for name, p in parameters.items() if p.default is inspect.Parameter.empty
+        }
+        if "is_distilled" in parameters:
+            needed["is_distilled"] = self.distilled
         return cls(**{**needed, **parts})
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import PurePath
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -12,11 +11,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from training.base.families.family import Family, Given, like
+from training.base.families.family import Given, like
 from training.base.families.language import LanguageFamily
 
 if TYPE_CHECKING:
-    from training.base.places import Source
     from training.options.config import TrainConfig
 
 
@@ -87,13 +85,6 @@ class Flux2Klein(Flux2):
 
     taps: tuple[int, ...] = (9, 18, 27)
     template = 12
-
-    def of_weights(self, source: Source) -> Family:
-        """See `Family.of_weights`; weights that tell nothing count as those of klein-base."""
-        path = PurePath(source.place)
-        named = (path.parent if path.name == self.denoiser else path).name.lower()
-        told = source.facts.get("is_distilled", "klein" in named and "base" not in named)
-        return replace(self, distilled=True, guidance=1.0) if told else self
 
 
 def _positions(rows: int, columns: int, text: int) -> Tensor:

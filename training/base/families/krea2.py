@@ -17,14 +17,15 @@ from training.base.families.transformer import pack, unpack
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
 
+_DISTILLED_SHIFT = 1.15  # of diffusers' pipeline
+
 
 class Krea2(LanguageFamily):
     """Krea 2: the language half of Qwen3-VL, its hidden states after every third layer.
 
     The chat template ends after the padding, which is masked, and no token of the text has a
     position: padding that is no item's may be left out. The scale of guidance is the usual one,
-    which is 1 more than that of the pipeline. Previews of the distilled checkpoint have the shift
-    of their size, as those of the base: its weights do not tell it.
+    which is 1 more than that of the pipeline.
     """
 
     template = 5
@@ -45,6 +46,10 @@ class Krea2(LanguageFamily):
             encoder_attention_mask=mask[:, used],
         ).sample
         return unpack(packed, height, width)
+
+    def shift(self, scheduler: Any, steps: int, tokens: int) -> float:
+        """See `Family.shift`; that of distilled weights is the same for every size."""
+        return _DISTILLED_SHIFT if self.distilled else super().shift(scheduler, steps, tokens)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

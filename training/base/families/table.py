@@ -94,6 +94,8 @@ FLUX = Flux(
     files={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
     guidance=1.0,  # told to the model, see Previews
     even=True,
+    fast="^(?!.*dev).*schnell",  # merges of both are told a scale
+    undistilled="FLUX.1-dev",
 )
 CHROMA = Chroma(
     denoiser="transformer",
@@ -111,8 +113,10 @@ KREA2 = Krea2(
     autoencoder="AutoencoderKLQwenImage",
     encoders={"text_encoder": "Qwen3VLModel"},
     files={"text_encoder": "text_encoder"},
-    guidance=5.5,
+    guidance=5.5,  # 1 where it is distilled
     even=True,
+    fast="turbo|tdm",
+    undistilled="Krea-2-Raw",
 )
 FLUX2 = Flux2(
     denoiser="transformer",
@@ -133,6 +137,8 @@ FLUX2_KLEIN = Flux2Klein(
     files={"text_encoder": "text_encoder"},
     guidance=4.0,  # 1 where it is distilled
     even=True,
+    fast="^(?!.*base).*klein",
+    undistilled="FLUX.2-klein-base-4B",
 )
 QWEN_IMAGE21 = QwenImage21(
     denoiser="transformer",
@@ -171,6 +177,8 @@ Z_IMAGE = ZImage(
     files={"text_encoder": "text_encoder"},
     guidance=1.0,  # Turbo, the usual weights, is distilled
     even=True,
+    fast="turbo",
+    undistilled="Z-Image",
 )
 ERNIE_IMAGE = ErnieImage(
     denoiser="transformer",
@@ -179,8 +187,10 @@ ERNIE_IMAGE = ErnieImage(
     autoencoder="AutoencoderKLFlux2",
     encoders={"text_encoder": "Ministral3Model"},
     files={"text_encoder": "text_encoder"},
-    guidance=4.0,
+    guidance=4.0,  # 1 where it is distilled
     even=True,
+    fast="turbo",
+    undistilled="ERNIE-Image",
 )
 
 ANIMA = Anima(
