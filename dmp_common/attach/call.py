@@ -22,7 +22,7 @@ from dmp_common.attach.forms import as_given, as_tokens
 from dmp_common.attach.modulation import Part
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
 from dmp_common.attach.regions import uncompile
-from dmp_common.bases.parts import ModelCall, Site, TimeSource
+from dmp_common.bases.parts import Argument, ModelCall, Site, TimeSource
 from dmp_common.compat import function_transform, is_compiling
 from dmp_common.errors import PatchError
 
@@ -37,17 +37,31 @@ class InCall:
     active: bool
     enabled: bool
     source: TimeSource
+    kept: tuple[Argument, ...]
     sites: list[SiteHook]
     regions: list[Callable[[], Any]]
     checkpointing: list[Callable[[], Any]]
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Records the arguments of the call. Must not read weights: they may be offloaded here."""
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Records the arguments of the call. Must not read weights: they may be offloaded here.
+
+        Returns:
+            The arguments, where some are left out, see `Base.kept`: also while the patch is off,
+            because a later call may be one with it.
+        """
         if not self.active:
-            return
+            return None
+        if self.kept:
+            args, kwargs = ModelCall(args, kwargs).without(self.kept)
         call = self.here.call = Call(self, args, kwargs)  # type: ignore[arg-type]
-        if is_compiling():
-            return
+        if not is_compiling():
+            self._settle(call)
+        return (args, kwargs) if self.kept else None
+
+    def _settle(self, call: Call) -> None:
+        """Makes the hooks fit what became of the model's modules since the last call."""
         call.off = not self.enabled
         for site in self.sites:
             place = site.module()

@@ -48,6 +48,7 @@ class CallHooks(InCall):
         settings, dials: how the patch is used, as numbers and as tensors.
         item_strengths: factors of the strength of each item (B,), None where all are 1.
         conditional: tells which of B items are conditional, for guidance patches.
+        kept: arguments that calls do not get, see `Base.kept`.
         watch: looks whether the patch is on the expert that it was made for, if it is for one.
         enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
         calls: the number of forward calls in which the model embedded its timestep, without those
@@ -71,6 +72,7 @@ class CallHooks(InCall):
         self.watch = None if expert is None else ExpertWatch(patch.variant)
         self.base = patch.base
         self.source = patch.base.times[naming]
+        self.kept = patch.base.kept if patch.modulates else ()
         self.no_label = _no_label(denoiser, self.source)
         self.sums_labels = patch.variant.condition == "t+y"
         self._time = _module(denoiser, self.source.path)

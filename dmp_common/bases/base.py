@@ -93,6 +93,8 @@ class Base:
         default_outputs: the choice that a new modulating patch takes.
         switch: for a model that may be one of two experts of one architecture, the timestep below
             which the one for low noise takes over; None for others.
+        kept: arguments of a call that keep keys and values of other tokens from one step to the
+            next; calls with a modulating patch, which changes them at every step, get None there.
         positions, caption_mask: arguments of earlier versions, which are refused.
     """
 
@@ -126,6 +128,7 @@ class Base:
     time_net: TimeNet | None = None
     sines_first: bool = False
     switch: float | None = None
+    kept: tuple[Argument, ...] = ()
 
     def __post_init__(self, positions: Argument | None, caption_mask: Argument | None) -> None:
         for name, value in (("positions", positions), ("caption_mask", caption_mask)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -112,6 +112,15 @@ class ModelCall:
         if len(self.args) > argument.index:
             return self.args[argument.index]
         return self.kwargs.get(argument.name)
+
+    def without(self, arguments: Sequence[Argument]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns positional and keyword arguments with None in place of these."""
+        indices = {argument.index for argument in arguments}
+        names = {argument.name for argument in arguments}
+        return (
+            tuple(None if n in indices else value for n, value in enumerate(self.args)),
+            {name: None if name in names else value for name, value in self.kwargs.items()},
+        )
 
 
 @dataclass(frozen=True)

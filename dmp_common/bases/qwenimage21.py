@@ -53,7 +53,8 @@ class QwenImage21:
     timestep 0, so that their keys and values can be kept from the first step on. The gate sees the
     pure time embedding of the items, without that of timestep 0. A patch that adds acts on the
     picture alone, so what is kept stays right. A modulating patch changes the keys and values of
-    the text as well: the pipeline draws as it was trained with `use_kv_cache=False` only.
+    the text as well, at each timestep otherwise: with it nothing is kept, as with
+    `use_kv_cache=False`.
     """
 
     name: str
@@ -87,6 +88,7 @@ class QwenImage21:
             latent={"diffusers": target_latent},
             shared=True,
             time_bias=False,
+            kept=(Argument("kv_cache", 8), Argument("kv_cache_mode", 9)),
             architecture="qwen-image-2.1",
             hub_id=self.hub_id,
             outputs=partial(output_sites, layers),

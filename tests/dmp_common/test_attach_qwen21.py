@@ -55,3 +55,20 @@ def test_what_is_kept_from_the_first_step_stays_right(reference: bool):
     plain = model(**given).sample[:, -16:]
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
     assert (slow - plain).norm() > 0.01 * plain.norm()
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_with_a_modulating_patch_nothing_is_kept(reference: bool):
+    """It changes keys and values of the text at each step: those of the first would be wrong."""
+    tiny = FAMILIES["qwen-image-2.1"]
+    model, patch = tiny.model(), tiny.patch(mix="modulate", sites="all")
+    kept = diffusers.models.transformers.transformer_qwenimage21.QwenImage21KVCache(2)
+    given = inputs(300.0, reference)
+    with attach(model, patch) as attachment, torch.no_grad():
+        model(**inputs(900.0, reference), kv_cache=kept, kv_cache_mode="extract")
+        fast = model(**given, kv_cache=kept, kv_cache_mode="cached").sample
+        assert torch.equal(fast, model(**given).sample)
+        attachment.enabled = False
+        plain = model(**given, kv_cache=kept, kv_cache_mode="cached").sample
+    assert torch.equal(plain, model(**given).sample)
+    assert (fast - plain).norm() > 0.01 * plain.norm()

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from torch import Tensor
 
 from dmp_common import attach
@@ -139,3 +140,21 @@ def test_the_pipeline_draws_as_the_trainer_does(name: str, frames: int, folders:
             made = from_pipeline(frozen, name, noise, scale, **more)
             assert float((drawn - made).abs().max()) < 1e-4 * float(made.abs().max()), scale
     assert float((drawn - draw(scale)).abs().max()) > 1e-3  # the patch acts
+
+
+@pytest.mark.skipif("qwen-image-2.1" not in TRAINED, reason="needs a diffusers that knows it")
+def test_a_modulating_patch_draws_alike_with_the_cache_of_the_pipeline(folders: Folders) -> None:
+    """The pipeline keeps keys and values of the text from its first step, unless told not to."""
+    name = "qwen-image-2.1"
+    config = config_of(name, folders(name), **options_of(name))
+    frozen = load_frozen(config)
+    noise, _ = noises([name], (frozen.channels, SIDE, SIDE))
+    told = condition(frozen, FrozenEncoders(frozen, config), "a red cat", (16, 16), 1.0)
+    patch = FAMILIES[name].patch(0, mix="modulate", sites="all")
+    with attach(frozen.model, patch):
+        drawn = draw_latents(frozen, noise, told, None, steps=2, scale=1.0)
+        made = [
+            from_pipeline(frozen, name, noise, 1.0, use_kv_cache=kept) for kept in (True, False)
+        ]
+    assert torch.equal(*made)
+    assert float((drawn - made[0]).abs().max()) < 1e-4 * float(drawn.abs().max())
