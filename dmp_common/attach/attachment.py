@@ -22,7 +22,7 @@ from dmp_common.attach.experts import denoisers_of, expert_for
 from dmp_common.attach.hooks import CallHooks, Conditional
 from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
-from dmp_common.bases.detect import find_denoiser
+from dmp_common.bases.detect import find_denoiser, require_known_pipeline
 from dmp_common.bases.schedule import ALWAYS, Schedule
 from dmp_common.errors import PatchError
 from dmp_common.patch.noise import unlike_noise
@@ -90,6 +90,7 @@ def attach(
             strength, as_schedule(schedule), temperature, chosen, tuple(named.items())
         )
     settings.require_sites(tuple(patch.sites))
+    require_known_pipeline(*(kind.__name__ for kind in type(model).__mro__))
     denoiser = find_denoiser(expert_for(model, patch.variant))
     scheduler = getattr(model, "scheduler", None)
     prediction = prediction or prediction_of_scheduler(scheduler)

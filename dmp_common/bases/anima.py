@@ -59,8 +59,9 @@ class Anima:
 
     The naming "ldm" is the original's and ComfyUI's, whose model contains the adapter. diffusers
     keeps it apart, so that there the model is that of Cosmos-Predict2 2B for text to image, from
-    which Anima was trained: structure cannot tell the two from each other. Wider models, and those
-    of videos, are others.
+    which Anima was trained: neither structure nor configuration tells the two from each other. A
+    pipeline does, so that one of Cosmos is refused; where the transformer alone is given, nothing
+    does. Wider models, and those of videos, are others.
 
     The gate sees what the time embedding's two layers make of the sinusoid: three vectors side by
     side, which all modulations of the blocks share. Besides them the normalised sinusoid itself

@@ -11,7 +11,7 @@ import torch.nn as nn
 from dmp_common.bases.base import NAMINGS, Base, Naming, Probe, find_module
 from dmp_common.bases.layerfacts import attribute_of, attribute_of_shape
 from dmp_common.bases.otherfamilies import Stranger
-from dmp_common.bases.strangers import find_stranger, holds, stranger_of
+from dmp_common.bases.strangers import find_stranger, holds, stranger_of, stranger_of_pipeline
 from dmp_common.bases.table import known_bases
 from dmp_common.errors import PatchError
 
@@ -85,6 +85,7 @@ def detect_base(model: Any) -> Base:
     Raises:
         PatchError: no base fits; the message says what was seen.
     """
+    require_known_pipeline(*(kind.__name__ for kind in type(model).__mro__))
     denoiser = find_denoiser(model)
     for base in known_bases():
         if naming_of(denoiser, base) is not None:
@@ -94,6 +95,25 @@ def detect_base(model: Any) -> Base:
         f"{describe(denoiser)}, which is not supported: use a model of one of these bases, or add "
         "a base (CONTRIBUTING.md)."
     )
+
+
+def require_known_pipeline(*names: str) -> None:
+    """Refuses a pipeline whose denoiser has the structure of a base, but is another model.
+
+    Args:
+        names: of the pipeline's class, and of those that it is derived from.
+
+    Raises:
+        PatchError: it is such a pipeline.
+    """
+    for name in names:
+        stranger = stranger_of_pipeline(name)
+        if stranger is not None:
+            raise PatchError(
+                f"expected a pipeline of a base ({', '.join(b.name for b in known_bases())}), "
+                f"found {stranger.name} ({name}), which is not supported though its denoiser has "
+                "the structure of a base: load a pipeline of one of these bases."
+            )
 
 
 def bases_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Base]:

@@ -19,11 +19,14 @@ class Stranger:
         name: the family's name, as users know it, with an article where it needs one.
         signs: how it is recognised. One sign is enough; all probes of a sign must hold.
         classes: names of classes of the denoiser that are always of this family.
+        pipelines: how the names of its pipelines' classes begin, where the denoiser itself cannot
+            be told from that of a base.
     """
 
     name: str
     signs: tuple[tuple[Probe, ...], ...] = ()
     classes: tuple[str, ...] = ()
+    pipelines: tuple[str, ...] = ()
 
 
 def _having(*paths: str) -> tuple[Probe, ...]:
@@ -100,12 +103,14 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
         (
             (*_having("blocks.0.mlp.layer1", "t_embedder"), Probe("llm_adapter", None, False)),
             _having("blocks.block0.blocks.0.block.attn"),
-            # In diffusers the model of Anima is that of Cosmos-Predict2 2B for text to image.
+            # In diffusers the model of Anima is that of Cosmos-Predict2 2B for text to image: of
+            # that one the pipeline tells.
             _having("time_embed.t_embedder", "learnable_pos_embed"),
             _having("time_embed.t_embedder", "crossattn_proj"),
             (*_having("time_embed.t_embedder"), Probe("patch_embed.proj", "out_features", 5120)),
             (*_having("time_embed.t_embedder"), Probe("patch_embed.proj", "in_features", 72)),
         ),
+        pipelines=("Cosmos",),
     ),
     # They have Wan's blocks, and more that a patch would not know of: controls, references, sound.
     Stranger(

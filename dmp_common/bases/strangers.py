@@ -116,6 +116,14 @@ def stranger_of(denoiser: nn.Module) -> Stranger | None:
     return find_stranger(lambda probe: holds(denoiser, probe), type(denoiser).__name__)
 
 
+def stranger_of_pipeline(pipeline: str) -> Stranger | None:
+    """Returns the unsupported family that a pipeline is of, by the name of its class in diffusers;
+    None where only its denoiser tells."""
+    if not pipeline.endswith("Pipeline"):
+        return None
+    return next((s for s in STRANGERS if pipeline.startswith(s.pipelines)), None)
+
+
 def holds(denoiser: nn.Module, probe: Probe) -> bool:
     """Tells whether a probe holds for a denoiser."""
     module = find_module(denoiser, probe.path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 
-from dmp_common import PatchError, detect_base, get_base
+from dmp_common import PatchError, attach, detect_base, get_base
 from dmp_common.bases.detect import PREFIXES, bases_of_shapes, require_base, stranger_of_shapes
 from dmp_common.bases.otherfamilies import OTHER_FAMILIES
 from tests.dmp_common.test_bases_strangers import default, on_meta
+from tests.tiny import FAMILIES
 
 ONE = dict(num_layers=1)
 WAN = "Wan VACE, Fun, Camera, Animate, S2V or another sibling of Wan"
@@ -82,6 +84,20 @@ def test_another_family_is_named_by_its_modules_and_by_its_files(name: str):
             refuse(model)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert stranger_of_shapes(shapes).name == family
+
+
+def test_the_pipeline_tells_cosmos_from_anima():
+    """Their transformers are equal, so that of the pipeline alone the class tells."""
+    tiny = FAMILIES.get("anima") or pytest.skip("needs a diffusers that knows it")
+
+    class Mine(diffusers.Cosmos2TextToImagePipeline):
+        def __init__(self) -> None:  # without its safety checker
+            self.transformer = tiny.model()
+
+    for refuse in (detect_base, lambda pipe: attach(pipe, tiny.patch())):
+        with pytest.raises(PatchError, match="found Cosmos .Cosmos2TextToImagePipeline., which is"):
+            refuse(Mine())
+    assert detect_base(tiny.model()) is tiny.base
 
 
 # A few tensors of each as its original code, and so ComfyUI, names them.

@@ -13,7 +13,7 @@ from dmp_common.bases.detect import bases_of_shapes, stranger_of_shapes
 from dmp_common.bases.otherfamilies import Stranger
 from dmp_common.tools.modelfiles import tensor_shapes
 from training.base.families.checkpoint import read_shapes
-from training.base.places import Source, explained
+from training.base.places import Source, explained, require_known
 
 
 def detect_source(source: Source) -> Base:
@@ -22,6 +22,7 @@ def detect_source(source: Source) -> Base:
     Raises:
         PatchError: weights of no known base, or a hub id whose configuration tells nothing.
     """
+    require_known(source)
     path = Path(source.place)
     if not path.exists():
         return _of_repository(source.place)

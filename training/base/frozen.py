@@ -18,7 +18,7 @@ from training.base.families.table import family_of
 from training.base.frozenbase import FrozenBase as FrozenBase  # where all others import it
 from training.base.loading import Loader, Said
 from training.base.option_checks import require_fitting, require_frames, require_plain_inputs
-from training.base.places import find_source
+from training.base.places import find_source, require_known
 from training.base.precision import DTYPES
 from training.base.schedulers import adjusted
 from training.data.kind import DataKind
@@ -68,6 +68,7 @@ def base_kind(config: TrainConfig) -> DataKind:
 def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> FrozenBase:
     base = find_base(config) if config.base == "auto" else get_base(config.base)
     source = find_source(config, base)
+    require_known(source)
     family = family_of(base).of_weights(source)
     dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
     text = text_facts(Path(source.place))

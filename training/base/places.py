@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from dmp_common import Base, PatchError
+from dmp_common.bases.detect import require_known_pipeline
 from dmp_common.tools.hub import is_repository
 from training.options.config import TrainConfig
 
@@ -65,6 +66,15 @@ class Source:
             return dict(DiffusionPipeline.load_config(self.place))
         except OSError:
             return {}
+
+
+def require_known(source: Source) -> None:
+    """Refuses a pipeline of a family whose denoiser alone looks like that of a base.
+
+    Raises:
+        PatchError: it is one.
+    """
+    require_known_pipeline(str(source.facts.get("_class_name", "")))
 
 
 def find_source(config: TrainConfig, base: Base | None) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -50,4 +51,18 @@ def test_a_model_for_inpainting_is_refused(folders: Folders, tmp_path: Path) -> 
         "pretrained_model_name_or_path": str(tmp_path / "base"),
     }
     with pytest.raises(PatchError, match="in 4 channels, found one with 9 input channels"):
+        load_frozen(resolve(options))
+
+
+@pytest.mark.skipif("anima" not in FAMILIES, reason="needs a diffusers that knows it")
+@pytest.mark.parametrize("base", ["auto", "tiny-anima"])
+def test_a_pipeline_of_cosmos_is_not_taken_for_anima(
+    base: str, folders: Folders, tmp_path: Path
+) -> None:
+    """Whose transformer is equal."""
+    shutil.copytree(folders("anima"), tmp_path / "base")
+    index = {"_class_name": "Cosmos2TextToImagePipeline"}
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    options = {"base": base, "pretrained_model_name_or_path": str(tmp_path / "base")}
+    with pytest.raises(PatchError, match="found Cosmos .Cosmos2TextToImagePipeline., which is not"):
         load_frozen(resolve(options))
