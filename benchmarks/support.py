@@ -16,6 +16,7 @@ from dmp_common.bases.detect import namings_of
 from dmp_common.bases.otherfamilies import OTHER_FAMILIES
 from dmp_common.bases.strangers import STRANGERS
 from dmp_common.bases.table import TABLE
+from training.base.families.family import Family
 from training.base.families.table import family_of
 from training.experiments.cheap import cheap_tables
 
@@ -106,7 +107,8 @@ def _trained(base: Base) -> tuple[str, str]:
         family = family_of(base)
     except PatchError:
         return _NO, _NO
-    return "yes", _NO if family.first_frame else "yes"
+    yes = "yes" if family.since == Family.since else f"yes (diffusers {family.since})"
+    return yes, _NO if family.first_frame else yes
 
 
 def updated(text: str) -> str:

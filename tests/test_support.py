@@ -7,6 +7,7 @@ import pytest
 from benchmarks.support import PAGE, TITLES, updated
 from dmp_common import PatchError, get_base
 from dmp_common.bases.table import TABLE
+from training.base.families.family import Family
 from training.base.families.table import family_of
 from training.options import model_options
 
@@ -29,6 +30,11 @@ def test_the_options_name_every_base_of_the_trainer() -> None:
             assert f" {row.name}," not in f" {model_options.BASES},"
         else:
             assert f" {row.name}," in f" {model_options.BASES},"
+
+
+def test_the_lowest_diffusers_is_that_of_the_packaging() -> None:
+    packaging = (PAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"diffusers>={Family.since}"' in packaging
 
 
 def test_every_base_is_in_the_table_once() -> None:

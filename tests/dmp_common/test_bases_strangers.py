@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,9 @@ def default(name: str, **config: object) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         if not hasattr(diffusers, name):
             pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+        unknown = config.keys() - inspect.signature(getattr(diffusers, name)).parameters.keys()
+        if unknown:
+            pytest.skip(f"the {name} of diffusers {diffusers.__version__} has no {unknown}")
         with warnings.catch_warnings():  # some use what diffusers itself deprecates
             warnings.simplefilter("ignore", FutureWarning)
             return getattr(diffusers, name)(**config)

@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from PIL import Image
 
 from dmp_common import Patch, bases, register_base
+from tests.releases import LACKING
 from tests.tiny import FAMILIES
-from tests.training.tinybases import OPTIONS, make_base, make_classes, make_pictures
+from tests.training.tinybases import OPTIONS, TRAINED, make_base, make_classes, make_pictures
 from training.base.families.table import DIGITS, register_family
 from training.methods.patch import PatchMethod
 from training.options.command_line import resolve
@@ -151,8 +152,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
     def folder(name: str) -> Path:
         path = root / name
+        make = {"pictures": make_pictures, "classes": make_classes}.get(name)
+        if make is None and name not in TRAINED:
+            pytest.skip(LACKING)
         if not path.exists():
-            make = {"pictures": make_pictures, "classes": make_classes}.get(name)
             make(path) if make else make_base(path, name)
         return path
 
@@ -167,8 +170,8 @@ def train(folders: Folders, tmp_path: Path) -> Train:
     """Runs the command for a base with a few more options; returns the folder of its output."""
 
     def train(name: str, *options: str, data: str | None = None, code: int = 0) -> Path:
-        if name not in FAMILIES:
-            pytest.skip("this diffusers has no such model")
+        if name not in TRAINED:
+            pytest.skip(LACKING)
         chosen = ("classes" if name == "dit" else "pictures") if data is None else data
         arguments = {
             "--base": FAMILIES[name].base.name,

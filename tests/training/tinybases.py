@@ -16,6 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.discovery import modules
+from tests.releases import trainable
 from tests.tiny import FAMILIES, Tiny
 from tests.training import tinyanimatext, tinyernie, tinyflux2, tinylanguage, tinywan
 from tests.training.tinykrea2 import qwen3_vl
@@ -63,7 +64,11 @@ TRAINED = {
     "wan": (table.WAN, 4),
     **{name: (own.family, 4) for name, own in OWN.items()},
 }
-TRAINED = {name: facts for name, facts in TRAINED.items() if name in FAMILIES}
+TRAINED = {
+    name: facts
+    for name, facts in TRAINED.items()
+    if name in FAMILIES and trainable(FAMILIES[name].base, facts[0])
+}
 for _name, (_family, _multiple) in TRAINED.items():
     register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple))
 

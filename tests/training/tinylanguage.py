@@ -29,6 +29,7 @@ def qwen2_vl(vocabulary: int) -> nn.Module:
                 **size, "vocab_size": vocabulary, "num_hidden_layers": 3,
                 "num_key_value_heads": 1, "rope_parameters": rope, "rope_scaling": rope,
             },
+            vision_start_token_id=vocabulary,  # older releases of transformers know it from files
             vision_config={
                 "hidden_size": 8, "out_hidden_size": 12, "intermediate_size": 16, "depth": 1,
                 "num_heads": 2, "fullatt_block_indexes": [0],

@@ -21,6 +21,7 @@ from dmp_common import Base, PatchError
 from training.base.experts import denoiser_folder
 from training.base.families.family import Family
 from training.base.places import Source, explained
+from training.base.releases import require_releases
 from training.base.schedulers import schedule_of
 from training.base.single_files import SingleFile, vae_of_file
 from training.base.text_files import load_text_encoder, text_encoder_of_folder
@@ -55,16 +56,11 @@ class Loader:
     ) -> None:
         self.config, self.base, self.family, self.source = config, base, family, source
         self.dtype = dtype
-        family.require_packages()
+        require_releases(base, family)
         self._said = said or (lambda line: None)
         in_file = source.kind in ("single", "original")
         self.file = SingleFile(Path(source.place)) if in_file else None
-        self._denoiser: Any = getattr(diffusers, family.model, None)
-        if self._denoiser is None:
-            raise PatchError(
-                f"expected a release of diffusers with {family.model} for base {base.name}, found "
-                f"{diffusers.__version__}: pip install -U diffusers."
-            )
+        self._denoiser: Any = getattr(diffusers, family.model)
 
     def __enter__(self) -> Loader:
         return self

@@ -16,7 +16,8 @@ from training.base.families.language import LanguageFamily, Lumina2
 from training.base.families.table import family_of
 from training.base.families.transformer import Flux
 from training.base.frozen import find_base
-from training.base.places import find_source
+from training.base.places import find_source, require_known
+from training.base.releases import require_releases
 from training.options.command_line import Resolved, with_base
 from training.options.config import TrainConfig
 from training.options.data_options import named_sources, several_sources
@@ -154,8 +155,13 @@ def _on_cpu(config: TrainConfig) -> bool:
 
 
 def _base(config: TrainConfig) -> None:
-    """A base that is known, and a place of its weights that exists, as far as this disk tells."""
-    find_source(config, get_base(config.base))
+    """A base that the trainer and the installed packages know, and a place of its weights that
+    exists, as far as this disk tells."""
+    base = get_base(config.base)
+    require_releases(base, family_of(base))
+    source = find_source(config, base)
+    if Path(source.place).exists():
+        require_known(source)
 
 
 def _variant(config: TrainConfig) -> None:

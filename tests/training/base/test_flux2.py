@@ -13,8 +13,10 @@ from torch import Tensor
 
 from dmp_common import Patch, PatchError, attach
 from tests.randomness import randomise
+from tests.releases import LACKING
 from tests.training import tinyfiles
 from tests.training.conftest import Folders
+from tests.training.tinybases import TRAINED
 from tests.training.tinyflux2 import KLEIN, TAPS, make_klein
 from training.base.encoders import FrozenEncoders
 from training.base.families import table
@@ -31,6 +33,7 @@ from training.options.loss_options import ObjectiveOptions
 
 SIDE = 8  # cells of a latent
 Klein = Callable[..., Path]
+pytestmark = pytest.mark.skipif("flux2" not in TRAINED, reason=LACKING)
 
 
 @pytest.fixture

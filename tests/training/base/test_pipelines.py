@@ -119,6 +119,10 @@ def from_modular_pipeline(
 )
 def test_the_pipeline_draws_as_the_trainer_does(name: str, frames: int, folders: Folders) -> None:
     """So texts, masks, timesteps, predictions and noise levels agree, with a patch at work."""
+    if name == "z-image" and not hasattr(
+        diffusers.pipelines.z_image.pipeline_z_image, "get_default_z_image_sigmas"
+    ):
+        pytest.skip("before diffusers 0.39 its pipeline takes other noise levels")
     config = config_of(name, folders(name), **options_of(name), frames=frames)
     frozen = load_frozen(config)
     encoders = FrozenEncoders(frozen, config)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
+from dmp_common import PatchError, get_base
+from training.base.families import table
+from training.base.releases import require_releases
 from training.options.command_line import Resolved, parse_arguments, read_options
 from training.run import checking, optimisers
 from training.run.checking import check_run
+from training.train_dmp import main
 
 
 def checked(tmp_path: Path, **options: object) -> Resolved:
@@ -44,6 +50,25 @@ def test_problems_of_every_part_are_one_report(tmp_path: Path) -> None:
 def test_a_good_line_has_no_problems(tmp_path: Path) -> None:
     found = checked(tmp_path)
     assert (found.problems, found.warnings) == ([], [])
+
+
+def test_a_base_that_cannot_be_trained_is_refused_before_anything_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And told with all other problems."""
+    monkeypatch.setattr(diffusers, "__version__", "0.35.9")
+    line = ["--base", "chroma", "--train_data_dir", "nowhere", "--output_dir", str(tmp_path)]
+    assert main(line) == 1
+    said = capsys.readouterr()
+    assert "recipe" not in said.out
+    assert "expected diffusers 0.36 or later for base chroma, found 0.35.9: pip" in said.err
+    assert "a folder of images at nowhere" in said.err
+
+
+def test_a_text_encoder_that_transformers_does_not_know_is_named() -> None:
+    family = replace(table.LUMINA2, encoders={"text_encoder": "Gemma9Model"})
+    with pytest.raises(PatchError, match="transformers with Gemma9Model for base lumina2, found"):
+        require_releases(get_base("lumina2"), family)
 
 
 def test_a_cpu_takes_bf16_and_plain_optimisers(tmp_path: Path) -> None:

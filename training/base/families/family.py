@@ -32,6 +32,7 @@ class Family:
         denoiser: folder of the denoiser in a diffusers pipeline.
         model: its class in diffusers.
         autoencoder: the class of its VAE in diffusers.
+        since: the first release of diffusers that knows it and computes it as later ones do.
         pipeline: the class that reads single files with everything in them; "" for none.
         vae: whether the family works on latents.
         encoders: text encoders by folder, with their classes in transformers. The tokenizer of
@@ -61,6 +62,7 @@ class Family:
 
     denoiser: Literal["unet", "transformer"]
     model: str
+    since: str = "0.35"
     pipeline: str = ""
     vae: bool = True
     autoencoder: str = "AutoencoderKL"
