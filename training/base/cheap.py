@@ -11,7 +11,7 @@ from dmp_common.patch.file import file_hash
 from dmp_common.tools.weighttypes import weight_types
 from training.base.frozen import FrozenBase, load_frozen
 from training.base.layers import linear_layers
-from training.base.loading import Said
+from training.base.places import Said
 from training.base.quantizing import quantized
 from training.base.student_files import FLOATS, stored_types
 from training.base.student_weights import load_student

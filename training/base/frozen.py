@@ -16,9 +16,9 @@ from training.base.dit_folders import set_time_embedding, text_dit, text_facts
 from training.base.families import dit
 from training.base.families.table import family_of
 from training.base.frozenbase import FrozenBase as FrozenBase  # where all others import it
-from training.base.loading import Loader, Said
+from training.base.loading import Loader
 from training.base.option_checks import require_fitting, require_frames, require_plain_inputs
-from training.base.places import find_source, require_known
+from training.base.places import Said, find_source, require_known
 from training.base.precision import DTYPES
 from training.base.schedulers import adjusted
 from training.data.kind import DataKind

@@ -6,9 +6,7 @@ the weights (--pretrained_model_name_or_path), --base_config, the usual reposito
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from dmp_common import Base, PatchError
 from training.base.experts import denoiser_folder
 from training.base.families.family import Family
-from training.base.places import Source, explained
+from training.base.places import Said, Source, explained, loading
 from training.base.releases import require_releases
 from training.base.schedulers import schedule_of
 from training.base.single_files import SingleFile, vae_of_file
@@ -28,7 +26,6 @@ from training.base.text_files import load_text_encoder, text_encoder_of_folder
 from training.base.vae_files import READERS
 from training.options.config import TrainConfig
 
-Said = Callable[[str], None]
 _CLIP = "openai/clip-vit-large-patch14"  # the "CLIP-L" of Stable Diffusion
 _WEIGHTS = "--pretrained_model_name_or_path or --base_config"
 
@@ -57,7 +54,7 @@ class Loader:
         self.config, self.base, self.family, self.source = config, base, family, source
         self.dtype = dtype
         require_releases(base, family)
-        self._said = said or (lambda line: None)
+        self._loading = partial(loading, said or (lambda line: None))
         in_file = source.kind in ("single", "original")
         self.file = SingleFile(Path(source.place)) if in_file else None
         self._denoiser: Any = getattr(diffusers, family.model)
@@ -220,14 +217,6 @@ class Loader:
                 parts[name] = transformers.AutoTokenizer.from_pretrained(place, subfolder=name)
         return parts
 
-    def _place_of(self, part: str) -> str:
-        """Folder or repository of what belongs to the captions, which a folder may lack, as
-        --method full leaves it."""
-        around = self._around()
-        if around is None or (self.base.hub_id is not None and not _has(around, part)):
-            around = self.base.hub_id
-        return str(around)
-
     def _pooled_clip(self) -> dict[str, Any]:
         place = self.config.text_encoder or _CLIP
         with self._loading("CLIP", "CLIP's text encoder and tokenizer", place, "--text_encoder"):
@@ -293,23 +282,6 @@ class Loader:
         if around is not None and _has(around, "vae"):
             return around, "vae"
         return (usual, None) if usual is not None else (str(self.base.hub_id), "vae")
-
-    @contextlib.contextmanager
-    def _loading(
-        self, what: str, expected: str, place: str, options: str, read: object = None
-    ) -> Iterator[None]:
-        """Says what is loaded and how long it took, and explains what goes wrong.
-
-        Args:
-            what, expected: the part, and its description in an error.
-            place, options: see `explained`.
-            read: where the weights are, if not at that place.
-        """
-        self._said(f"loading the {what} from {read or place}")
-        start = time.perf_counter()
-        with explained(expected, place, options):
-            yield
-        self._said(f"loaded the {what} in {time.perf_counter() - start:.1f} s")
 
 
 def _has(place: str, part: str) -> bool:

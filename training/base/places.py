@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -19,6 +20,7 @@ from dmp_common.bases.detect import require_known_pipeline
 from dmp_common.tools.hub import is_repository
 from training.options.config import TrainConfig
 
+Said = Callable[[str], None]
 DIGITS_BASE = Path(__file__).resolve().parent / "digits"
 ORIGINAL = (".pt", ".pth")
 _SINGLE = (".safetensors", ".sft", ".ckpt")
@@ -144,3 +146,22 @@ def explained(expected: str, place: str, options: str) -> Iterator[None]:
             f"expected {expected} at {place}, found something that does not load ({found}): check "
             f"{options}."
         ) from error
+
+
+@contextlib.contextmanager
+def loading(
+    said: Said, what: str, expected: str, place: str, options: str, read: object = None
+) -> Iterator[None]:
+    """Says what is loaded and how long it took, and explains what goes wrong.
+
+    Args:
+        said: is called with a line before and after.
+        what, expected: the part, and its description in an error.
+        place, options: see `explained`.
+        read: where the weights are, if not at that place.
+    """
+    said(f"loading the {what} from {read or place}")
+    start = time.perf_counter()
+    with explained(expected, place, options):
+        yield
+    said(f"loaded the {what} in {time.perf_counter() - start:.1f} s")
