@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tests.discovery import modules
 from tests.releases import trainable
 from tests.tiny import FAMILIES, Tiny
-from tests.training import tinyanimatext, tinyernie, tinyflux2, tinylanguage, tinywan
+from tests.training import tinyanimatext, tinyflux2, tinylanguage, tinywan
 from tests.training.tinykrea2 import qwen3_vl
 from tests.training.tinyqwen21 import opaque_vae, qwen3_vl_generating
 from tests.training.trained import Trained
@@ -106,8 +106,7 @@ def make_base(folder: Path, name: str) -> Path:
         tokenizer = "processor" if name == "qwen-image-2.1" else tokenizer
         length = 77 if "T5" not in str(build()) else 512
         length = OWN[name].tokens.get(place, 512) if name in OWN else length
-        _tokenizer(length).save_pretrained(folder / tokenizer)
-        word_tokenizer(77 if "T5" not in str(build()) else 512).save_pretrained(folder / tokenizer)
+        word_tokenizer(length).save_pretrained(folder / tokenizer)
     if name == "anima":
         tinyanimatext.conditioner(len(WORDS) + 3).save_pretrained(folder / "text_conditioner")
         word_tokenizer(512).save_pretrained(folder / "t5_tokenizer")
@@ -204,8 +203,7 @@ def _scheduler(name: str) -> diffusers.SchedulerMixin:
         return tinywan.scheduler()
     if name in OWN:
         return diffusers.FlowMatchEulerDiscreteScheduler(**OWN[name].scheduler)
-    if name in ("sd3", "sd35", "z-image"):
-    if name in ("sd3", "sd35", "z-image", "ernie-image", "anima"):
+    if name in ("sd3", "sd35", "z-image", "anima"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name in ("flux", "flux2", "chroma", *_QWEN):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)

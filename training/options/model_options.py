@@ -21,11 +21,9 @@ Quantization = Literal[
 BASES = (
     "digits, sd15, sd21, sdxl, dit-s/2, dit-b/2, dit-l/2, dit-xl/2 (also with /4 and /8), pixart, "
     "sd3, sd35-medium, sd35-large, flux, flux2, flux2-klein-4b, flux2-klein-9b, qwen-image, "
-    "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1, "
+    "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1, anima, "
     "wan-1.3b, wan-14b, wan22-5b, wan21-i2v-14b, wan22-i2v-14b, "
     "auraflow, hunyuan-image, sana, sana-0.6b"
-    "z-image, lumina2, ernie-image, chroma, krea2, qwen-image-2.1, anima, "
-    "wan-1.3b, wan-14b, wan22-5b, wan21-i2v-14b, wan22-i2v-14b"
 )
 
 

@@ -12,8 +12,8 @@ from tests.training.conftest import Train
 from tests.training.tinybases import OWN, make_pictures
 from training.run.state import find_states
 
-LANGUAGE = ["lumina2", "z-image", "qwen-image", "qwen-image-2.1", "chroma", "krea2", "flux2", "wan"]
-LANGUAGE = ["lumina2", "z-image", "qwen-image", "qwen-image-2.1", "anima"]
+LANGUAGE = ["lumina2", "z-image", "qwen-image", "qwen-image-2.1", "anima", "chroma", "krea2"]
+LANGUAGE += ["flux2", "wan"]
 CACHED = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 
 
