@@ -70,7 +70,8 @@ TRAINED = {
     if name in FAMILIES and trainable(FAMILIES[name].base, facts[0])
 }
 for _name, (_family, _multiple) in TRAINED.items():
-    register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple))
+    _first = replace(table.WAN_FIRST, multiple=_multiple) if _name == "wan" else None
+    register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple), _first)
 
 _QWEN = ("qwen-image", "krea2", "qwen-image-2.1", "anima")
 # What each family needs on the command line besides its name.

@@ -28,6 +28,8 @@ class FrozenEncoders:
         self.image_fingerprint = fingerprint(frozen.vae) if frozen.vae is not None else "none"
         if frozen.frames != 1:  # so that caches of pictures stay valid
             self.image_fingerprint += f" of {frozen.frames} frames, stills {frozen.stills}"
+        if frozen.family.first_frame:
+            self.image_fingerprint += ", the first one given"
         if frozen.vision:
             self.image_fingerprint += f" and {fingerprint(frozen.vision['image_encoder'])}"
         settings = (config.max_token_length, config.clip_skip, config.t5_max_token_length)

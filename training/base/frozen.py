@@ -70,6 +70,7 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
     source = find_source(config, base)
     require_known(source)
     family = family_of(base).of_weights(source)
+    family = family_of(base, config.first_frames).of_weights(source)
     dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
     text = text_facts(Path(source.place))
     require_fitting(config, family, trained_text=text is not None)

@@ -88,6 +88,9 @@ def encode(
     if masks is not None:
         masks = interpolate(masks, clean.shape[-2:], mode="area")
         masks = masks if clean.ndim == 4 else masks.unsqueeze(2)  # the same for all frames
+    counted = frozen.family.counted(clean)
+    if counted is not None:
+        masks = counted if masks is None else masks * counted
     draws = shaped(draws, clean, config)
     return Inputs(
         clean, draws, conditions(batch, encoders, config), batch.weights, batch.keys, masks

@@ -169,7 +169,8 @@ def draw_latents(
     tokens = token_count(noise.shape[2:], token_side(frozen.base))
     made = make_sampler(frozen.scheduler, steps, tokens, sampler, frozen.family)
     with torch.no_grad():
-        return denoise(predict, made, noise, conditional, unconditional, scale, generators, guided)
+        x = denoise(predict, made, noise, conditional, unconditional, scale, generators, guided)
+    return frozen.family.whole(x, conditional)
 
 
 def draw_images(

@@ -92,7 +92,8 @@ class Trajectories:
         steps = config.state_steps + below(config.state_steps + 1, *names[0], "steps")
         tokens = token_count(shape[1:], token_side(frozen.base))
         sampler = make_sampler(frozen.scheduler, steps, tokens, config.state_sampler, frozen.family)
-        return denoise(predict, sampler, noise.to(self.device), given, None, 1.0)
+        drawn = denoise(predict, sampler, noise.to(self.device), given, None, 1.0)
+        return frozen.family.whole(drawn, given)
 
     def _walked(self, x: Tensor, t: Tensor, given: Given, target: Tensor) -> Tensor:
         """The prediction that the sampler follows from a state on."""

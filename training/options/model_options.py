@@ -60,6 +60,11 @@ class ModelOptions(Options):
         "one frame of, such as 81. A picture is a video of one frame.",
         ge=1,
     )
+    first_frames: bool = option(
+        "model",
+        False,
+        "Train wan22-5b as a model of picture to video: the first frame of each video is given.",
+    )
     base_config: str | None = option(
         "model",
         None,

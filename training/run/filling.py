@@ -35,7 +35,8 @@ _NOT = (
     *("importance_weight", "load_weight", "gate_noise", "balancing_timesteps"),
     *("loss_type", "huber_c", "huber_schedule", "huber_scale", "variational_weight"),
     *("cache_teacher", "verify_images", "max_broken", "skip_broken"),
-    "frames",  # named with the images, so that stores made before there were videos stay valid
+    # Named with the images, so that stores made before there were videos stay valid.
+    *("frames", "first_frames"),
 )
 
 

@@ -40,6 +40,12 @@ def made(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> PictureB
 
 
 @pytest.fixture(scope="module")
+def given(folders: Folders) -> PictureBase:
+    """A base like Wan 2.2 TI2V-5B's, of which --first_frames makes one of picture to video."""
+    return PictureBase(FAMILIES["wan"].base, folders("wan"))
+
+
+@pytest.fixture(scope="module")
 def plain(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> PictureBase:
     """A base like Wan 2.2's, without them."""
     return picture_base(tmp_path_factory.mktemp("plain") / "base", folders("wan"), clip=False)
@@ -57,13 +63,14 @@ def line(made: PictureBase, pictures: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("clip", [False, True], ids=["2.2", "2.1"])
-def test_the_pipeline_draws_as_the_trainer_does(
-    clip: bool, made: PictureBase, plain: PictureBase
-) -> None:
+@pytest.mark.parametrize("kind", ["made", "plain", "given"])
+def test_the_pipeline_draws_as_the_trainer_does(kind: str, request: pytest.FixtureRequest) -> None:
     """So mask, latent of the first frame and what CLIP sees agree, with a patch at work."""
-    made = made if clip else plain
-    config = config_of("wan", made.folder, base=made.base.name, frames=FRAMES)
+    made, first = request.getfixturevalue(kind), kind == "given"
+    options = {"base": made.base.name, "frames": FRAMES, "first_frames": first}
+    if first:
+        options["t5_max_token_length"] = 6
+    config = config_of("wan", made.folder, **options)
     frozen = load_frozen(config)
     encoders = FrozenEncoders(frozen, config)
     side = 16 * frozen.factor
@@ -143,6 +150,27 @@ def test_first_frames_come_from_caches(made: PictureBase, folders: Folders, tmp_
         assert (value - found[1][key]).norm() < 1e-3 * value.norm(), key
 
 
+def test_the_given_frame_counts_in_no_loss(
+    given: PictureBase, folders: Folders, tmp_path: Path
+) -> None:
+    """Neither what is predicted there nor what the data have there changes the patch."""
+    out = tmp_path / "out"
+    first = ["--first_frames", "--t5_max_token_length", "6"]
+    assert main(line(given, folders("pictures"), out, *first)) == 0
+    tensors = Patch.load(out / f"{given.base.name}-dmp.safetensors").tensors()
+    assert all(bool(tensor.any()) for tensor in tensors.values())
+    frozen = load_frozen(config_of("wan", given.folder, frames=FRAMES, first_frames=True))
+    clean, noise = torch.randn(2, 1, 4, 3, 8, 8).unbind()
+    told = {"first": torch.randn(1, 4, 1, 8, 8), "prompt": torch.randn(1, 6, 12)}
+    drawn = frozen.family.predict(frozen.model, clean, torch.tensor([500.0]), told)
+    other = torch.cat([noise[:, :, :1], clean[:, :, 1:]], dim=2)
+    assert torch.equal(
+        frozen.family.predict(frozen.model, other, torch.tensor([500.0]), told), drawn
+    )
+    assert not drawn[:, :, 0].any()
+    assert frozen.family.counted(clean).flatten(2).mean(2).item() == pytest.approx(2 / 3)
+
+
 def test_what_such_a_base_lacks_is_told(
     made: PictureBase, folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +185,8 @@ def test_what_such_a_base_lacks_is_told(
     for message, more in wrong.items():
         assert main(line(made, pictures, out, *more)) == 1
         assert message in capsys.readouterr().err
+    assert main(["--base", "sd15", "--first_frames", "--train_data_dir", str(pictures)]) == 1
+    assert "with --first_frames, found sd15: leave it out" in capsys.readouterr().err
     place = ["--base", made.base.name, "--pretrained_model_name_or_path", str(made.folder)]
     asked = ["--train_data_dir", str(pictures), "--model", "a=base:@steps=2", "--metrics", "none"]
     assert evaluate([*place, *asked]) == 1

@@ -55,6 +55,7 @@ class Family:
         first_frame: it goes on from a picture, the first frame of a video.
         vision: the class in transformers of what looks at that picture, besides the VAE; "" for
             none. Its folder is `image_encoder`.
+        settings: of its pipeline in diffusers, besides the parts.
         distilled: the weights were distilled to draw in a few steps without guidance.
         fast: a pattern of the names of such weights, where siblings share a structure; "" for none.
         undistilled: the name of those from before, for messages.
@@ -85,6 +86,7 @@ class Family:
     vision: str = ""
     fast: str = ""
     undistilled: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def encoder_layers(self) -> int | None:
@@ -172,6 +174,15 @@ class Family:
             frames: of a video.
         """
         raise NotImplementedError
+
+    def whole(self, drawn: Tensor, given: Given) -> Tensor:
+        """What was drawn, with the frames that were given in their places."""
+        return drawn
+
+    def counted(self, clean: Tensor) -> Tensor | None:
+        """How much each place of clean data (B, C, ...) counts in the loss, (B, 1, ...) in [0, 1];
+        None where all count alike."""
+        return None
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

@@ -19,7 +19,7 @@ from training.base.families.qwenimage21 import QwenImage21
 from training.base.families.sana import SANA
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
-from training.base.families.video import Wan, WanPicture
+from training.base.families.video import Wan, WanFirst, WanPicture
 
 _LINEAR = {
     "_class_name": "DDPMScheduler",
@@ -240,6 +240,8 @@ WAN_PICTURE = WanPicture(
     first_frame=True,
 )
 WAN_PICTURE_CLIP = replace(WAN_PICTURE, vision="CLIPVisionModel")
+# Wan 2.2 TI2V-5B with --first_frames.
+WAN_FIRST = WanFirst(**vars(WAN_PICTURE) | {"settings": {"expand_timesteps": True}})
 
 _FAMILIES: dict[str, Family] = {
     "digits": DIGITS,
@@ -272,21 +274,51 @@ _FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("sana", "sana-0.6b"), SANA),
 }
 
+# Families of models of text that can also be told of first frames (--first_frames).
+_FIRST: dict[str, Family] = {"wan22-5b": WAN_FIRST}
 
-def register_family(base: Base | str, family: Family) -> None:
-    """Says of which family a base is that was added with `register_base`."""
-    _FAMILIES[base if isinstance(base, str) else base.name] = family
+# Why the trainer does not know a base of ours, and where its patches are trained.
+_ELSEWHERE = {
+    "anima": "diffusers has its text encoders in modular blocks only, which are not loaded here; "
+    "use Train DMP Patch in ComfyUI",
+}
 
 
-def family_of(base: Base) -> Family:
+def register_family(base: Base | str, family: Family, first: Family | None = None) -> None:
+    """Says of which family a base is that was added with `register_base`.
+
+    Args:
+        base: or its name.
+        family: of it.
+        first: with --first_frames; None where it cannot be told of first frames.
+    """
+    name = base if isinstance(base, str) else base.name
+    _FAMILIES[name] = family
+    if first is not None:
+        _FIRST[name] = first
+
+
+def family_of(base: Base, first_frames: bool = False) -> Family:
     """The family of a base.
 
+    Args:
+        base: the base.
+        first_frames: as a model that is told of the first frame of a video.
+
     Raises:
-        PatchError: the trainer knows none.
+        PatchError: the trainer knows none, or none that is told of first frames.
     """
     if base.name not in _FAMILIES:
         raise PatchError(
             f"expected a base the trainer knows ({', '.join(_FAMILIES)}), found {base.name}: "
             "add it to training/base/families/table.py."
         )
-    return _FAMILIES[base.name]
+    family = _FAMILIES[base.name]
+    if not first_frames or family.first_frame:
+        return family
+    if base.name not in _FIRST:
+        raise PatchError(
+            f"expected a base that can be told of first frames ({', '.join(_FIRST)}) with "
+            f"--first_frames, found {base.name}: leave it out."
+        )
+    return _FIRST[base.name]

@@ -19,6 +19,8 @@ from training.base.latents import LatentSpace, as_video
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
 
+_PATCH = 2  # cells of the latent in a side of a token
+
 
 class Wan(Family):
     """Wan 2.1 and 2.2, text to video: UMT5, whose padding the model sees as zeros."""
@@ -55,6 +57,41 @@ class Wan(Family):
                 "Wan's captions, found none: pip install ftfy, or a later diffusers."
             ) from error
         return {"prompt": prompt}
+
+
+class WanFirst(Wan):
+    """Wan 2.2 TI2V-5B, going on from a picture: the first frame of the latent is given, without
+    noise and at timestep 0. Nothing is predicted there: it counts as 0."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
+        """See `Family.predict`; needs "prompt" (B, L, D) and what `look` says."""
+        batch, _, frames, height, width = noisy.shape
+        cells = (height // _PATCH) * (width // _PATCH)
+        times = t[:, None, None].expand(batch, frames, cells).clone()
+        times[:, 0] = 0
+        output = model(
+            self.whole(noisy, given),
+            timestep=times.flatten(1),
+            encoder_hidden_states=like(given["prompt"], noisy),
+        ).sample
+        return torch.cat([torch.zeros_like(output[:, :, :1]), output[:, :, 1:]], dim=2)
+
+    def look(
+        self, space: LatentSpace, vision: Mapping[str, Any], pictures: Tensor, frames: int
+    ) -> dict[str, Tensor]:
+        """{"first": (B, C, 1, h, w), the latent of the first frame}."""
+        mean, _ = space.moments(as_video(pictures)).chunk(2, dim=1)
+        return {"first": space.scaled(mean)}
+
+    def whole(self, drawn: Tensor, given: Given) -> Tensor:
+        """See `Family.whole`."""
+        return torch.cat([like(given["first"], drawn), drawn[:, :, 1:]], dim=2)
+
+    def counted(self, clean: Tensor) -> Tensor:
+        """See `Family.counted`: all frames but the one that is given."""
+        counted = torch.ones_like(clean[:, :1])
+        counted[:, :, 0] = 0
+        return counted
 
 
 class WanPicture(Wan):
