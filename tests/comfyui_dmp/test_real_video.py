@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,11 +79,13 @@ def test_a_repair_of_videos_on_one_expert(real, run, host, train):
     family = real.FAMILIES.get("wan") or pytest.skip("this release of diffusers does not know it")
     cheap = run.rounded(family)
     cheap.cached_patcher_init = (None, ("models/wan2.2_t2v_High_Noise_14B.safetensors",))
-    asked = run.repair(family, model=cheap, length=5)
+    vae = SimpleNamespace(decode=lambda latents: latents[:, :3].movedim(1, -1).sigmoid())
+    asked = run.repair(family, model=cheap, length=5, vae=vae)
     outcome = train.train(asked)
     patch = outcome.record.loaded.patch
     assert (patch.variant.expert, patch.variant.timesteps) == ("high", (875, 1000))
     assert patch.metadata["ss_dmp_frames"] == "5"
+    assert outcome.pictures.shape == (3, 8, 16, 3)  # one frame of each video
     how = {"steps": 1, "cfg": 1.0}  # the first step, which is this expert's
     before, target = (run.sample(model, family, **how) for model in (cheap, asked.teacher))
     after = run.sample(host.attach(cheap, outcome.record), family, **how)

@@ -111,20 +111,20 @@ def open_image(file: BinaryIO, name: str, channels: int = 3) -> Image.Image:
 def open_frames(
     file: BinaryIO, name: str, channels: int, count: int, stills: bool
 ) -> list[Image.Image]:
-    """The first frames of an animation, each as `open_image` has a picture.
+    """The first frames of an animation, each as `open_image` has a picture; one frame of a picture
+    that stands still.
 
     Args:
         count: of frames.
-        stills: a picture is a video that stands still.
+        stills: whether pictures may do so.
 
     Raises:
         BrokenImageError: the image does not decode.
         PatchError: it has fewer frames.
     """
     with _reading(file, name) as image:
-        if _frames_of(image, name, count, stills) == 1:
-            return [_plain(_frame(image, 0), channels)] * count
-        return [_plain(_frame(image, number), channels) for number in range(count)]
+        found = min(_frames_of(image, name, count, stills), count)
+        return [_plain(_frame(image, number), channels) for number in range(found)]
 
 
 def require_frames_in(file: BinaryIO, name: str, count: int, stills: bool) -> None:

@@ -206,8 +206,10 @@ class Recipe:
         frames = [crop_and_resize(frame, how, left, top) for frame in frames]
         if colored is not None:
             frames = [vary_color(frame, *colored) for frame in frames]
-        pixels = [to_tensor(frame) for frame in frames]
-        return pixels[0] if self.kind.frames == 1 else torch.stack(pixels, dim=1)
+        if self.kind.frames == 1:
+            return to_tensor(frames[0])
+        video = torch.stack([to_tensor(frame) for frame in frames], dim=1)
+        return video.expand(-1, self.kind.frames, -1, -1)
 
     def _frames(self, file: BinaryIO, name: str) -> list[Image.Image]:
         """The frames of a video, or the picture alone."""
