@@ -183,9 +183,6 @@ class FrozenBase:
             )
         own = {self.family.denoiser: self.model, "scheduler": self.scheduler, "vae": self.vae}
         return self.family.pipeline_of({**own, **self.encoders, **self.vision})
-        parameters = inspect.signature(cls).parameters.values()
-        needed = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
-        return cls(**{**needed, **own, **self.encoders, **self.vision, **self.family.settings})
 
     def to(self, device: torch.device) -> FrozenBase:
         """Moves everything, except for the blocks that --blocks_to_swap keeps on the CPU."""

@@ -122,7 +122,7 @@ class Family:
         }
         if "is_distilled" in parameters:
             needed["is_distilled"] = self.distilled
-        return cls(**{**needed, **parts})
+        return cls(**{**needed, **parts, **self.settings})
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """The model's output (B, C or 2C, H, W).
