@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
@@ -97,17 +99,24 @@ class Server:
     def state(self) -> Any:
         return self.get("/dmp-test/state")
 
-    def wait_until(self, path: str = "/sdapi/v1/progress", seconds: float = 120.0) -> None:
-        """Waits until the server answers again."""
+    def wait_for_restart(self, seconds: float = 120.0) -> None:
+        """Waits until a server that restarts answers again.
+
+        A1111 ends with an error where a request comes while it adds its API to the new server, so
+        this only connects until the new server has had time for that.
+        """
+        place = urllib.parse.urlsplit(self.url)
+        time.sleep(3)
         end = time.monotonic() + seconds
         while True:
             try:
-                self.get(path)
-                return
-            except (urllib.error.URLError, OSError):
+                socket.create_connection((place.hostname, place.port or 80), 5).close()
+                break
+            except OSError:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.5)
+        time.sleep(10)
 
     def while_making(self, action: str, *patch: Any, **settings: Any) -> Made:
         """Starts a generation, does something once it samples, and gives what comes of it."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -752,8 +751,7 @@ def test_memory_and_hooks_over_many_generations(server, plain):
 def test_reloading_the_interface(server, plain):
     made = server.make(A)
     server.post("/dmp-test/reload")
-    time.sleep(3)
-    server.wait_until("/dmp-test/state")
+    server.wait_for_restart()
     assert server.state()["path"] == []
     same(server.make(), plain)
     again, calls = server.log(A)
