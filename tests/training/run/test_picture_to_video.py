@@ -185,8 +185,9 @@ def test_what_such_a_base_lacks_is_told(
     for message, more in wrong.items():
         assert main(line(made, pictures, out, *more)) == 1
         assert message in capsys.readouterr().err
-    assert main(["--base", "sd15", "--first_frames", "--train_data_dir", str(pictures)]) == 1
-    assert "with --first_frames, found sd15: leave it out" in capsys.readouterr().err
+    other = PictureBase(FAMILIES["sd15"].base, folders("sd15"))
+    assert main(line(other, pictures, out, "--first_frames", "--frames", "1")) == 1
+    assert "with --first_frames, found tiny-sd15: leave it out" in capsys.readouterr().err
     place = ["--base", made.base.name, "--pretrained_model_name_or_path", str(made.folder)]
     asked = ["--train_data_dir", str(pictures), "--model", "a=base:@steps=2", "--metrics", "none"]
     assert evaluate([*place, *asked]) == 1
