@@ -56,8 +56,7 @@ class ModelOptions(Options):
     frames: int = option(
         "image size",
         1,
-        "Train on videos of this many frames, for wan: one, and then as many more as its VAE makes "
-        "one frame of, such as 81. A picture is a video of one frame.",
+        "Train on videos of so many frames, for wan: 1 and a multiple of 4.",
         ge=1,
     )
     first_frames: bool = option(

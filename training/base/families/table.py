@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dmp_common import Base, PatchError
 from training.base.families.anima import Anima
 from training.base.families.auraflow import AURAFLOW
@@ -19,7 +17,7 @@ from training.base.families.qwenimage21 import QwenImage21
 from training.base.families.sana import SANA
 from training.base.families.transformer import SD3, Flux, PixArt
 from training.base.families.unet import UNet, UNetXL
-from training.base.families.video import Wan, WanFirst, WanPicture
+from training.base.families.video import WAN, WAN_FIRST, WAN_PICTURE, WAN_PICTURE_CLIP
 
 _LINEAR = {
     "_class_name": "DDPMScheduler",
@@ -214,35 +212,6 @@ ANIMA = Anima(
     guidance=4.0,
     even=True,
 )
-WAN = Wan(
-    denoiser="transformer",
-    model="WanTransformer3DModel",
-    pipeline="WanPipeline",
-    autoencoder="AutoencoderKLWan",
-    encoders={"text_encoder": "UMT5EncoderModel"},
-    files={"text_encoder": "t5xxl"},
-    resolution=640,  # about the area of 832 x 480
-    guidance=5.0,
-    video=True,
-)
-
-# The models of picture to video: Wan 2.2's, and Wan 2.1's, which reads what CLIP sees besides.
-WAN_PICTURE = WanPicture(
-    denoiser="transformer",
-    model="WanTransformer3DModel",
-    pipeline="WanImageToVideoPipeline",
-    autoencoder="AutoencoderKLWan",
-    encoders={"text_encoder": "UMT5EncoderModel"},
-    files={"text_encoder": "t5xxl"},
-    resolution=640,
-    guidance=5.0,
-    video=True,
-    first_frame=True,
-)
-WAN_PICTURE_CLIP = replace(WAN_PICTURE, vision="CLIPVisionModel")
-# Wan 2.2 TI2V-5B with --first_frames.
-WAN_FIRST = WanFirst(**vars(WAN_PICTURE) | {"settings": {"expand_timesteps": True}})
-
 _FAMILIES: dict[str, Family] = {
     "digits": DIGITS,
     "cifar10": DIGITS,

@@ -134,3 +134,22 @@ def _seen(vision: Mapping[str, Any], pictures: Tensor) -> Tensor:
     with torch.no_grad():
         states = encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True)
     return states.hidden_states[-2]
+
+
+WAN = Wan(
+    denoiser="transformer",
+    model="WanTransformer3DModel",
+    pipeline="WanPipeline",
+    autoencoder="AutoencoderKLWan",
+    encoders={"text_encoder": "UMT5EncoderModel"},
+    files={"text_encoder": "t5xxl"},
+    resolution=640,  # about the area of 832 x 480
+    guidance=5.0,
+    video=True,
+)
+_FROM_PICTURE = vars(WAN) | {"pipeline": "WanImageToVideoPipeline", "first_frame": True}
+# The models of picture to video: Wan 2.2's, and Wan 2.1's, which reads what CLIP sees besides.
+WAN_PICTURE = WanPicture(**_FROM_PICTURE)
+WAN_PICTURE_CLIP = WanPicture(**_FROM_PICTURE | {"vision": "CLIPVisionModel"})
+# Wan 2.2 TI2V-5B with --first_frames.
+WAN_FIRST = WanFirst(**_FROM_PICTURE | {"settings": {"expand_timesteps": True}})
