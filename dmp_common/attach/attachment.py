@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType, TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dmp_common.attach.compatibility import (
@@ -19,7 +17,8 @@ from dmp_common.attach.compatibility import (
     zero_terminal_snr_of_scheduler,
 )
 from dmp_common.attach.experts import denoisers_of, expert_for
-from dmp_common.attach.hooks import CallHooks, Conditional
+from dmp_common.attach.guided import Conditional, calls_twice, halves_of
+from dmp_common.attach.hooks import CallHooks
 from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
 from dmp_common.bases.detect import find_denoiser, require_known_pipeline
@@ -100,26 +99,9 @@ def attach(
     if other is not None:
         warnings.warn(f"DMP: {other}.", stacklevel=2)
     hooks = CallHooks(denoiser, runtime_of(patch), naming, settings)
-    hooks.conditional = _second_half(model)
+    hooks.conditional = halves_of(model, patch.base)
+    hooks.twice = patch.variant.guidance is not None and calls_twice(model, patch.base)
     return Attachment(hooks, scheduler)
-
-
-def _second_half(model: Any) -> Conditional | None:
-    """Returns what tells the conditional items of a pipeline's calls, None where nothing does.
-
-    Pipelines of diffusers put the unconditional items before the conditional ones. Those with
-    class labels do not, but there the labels tell.
-    """
-    if not hasattr(type(model), "do_classifier_free_guidance"):
-        return None
-    pipeline = weakref.ref(model)
-
-    def conditional(items: int) -> Tensor | None:
-        # Before the pipeline's first call it has no guidance scale yet.
-        guided = getattr(pipeline(), "do_classifier_free_guidance", False)
-        return torch.arange(items) >= items // 2 if guided and items % 2 == 0 else None
-
-    return conditional
 
 
 def as_schedule(schedule: ScheduleLike) -> Schedule:
@@ -237,8 +219,10 @@ class Attachment:
     def conditional(self) -> Conditional | None:
         """Tells from the number of items B which are conditional (B,), for guidance patches.
 
-        It may be set. `attach` sets it for a pipeline of diffusers; where it is None, or returns
-        None, class labels tell, and without them all items count as conditional.
+        It may be set. `attach` sets it for a pipeline of diffusers that guides within one call;
+        where it is None, or returns None, class labels tell, and without them all items count as
+        conditional. Of a pipeline that makes two calls for a step the second is the unconditional
+        one, except in compiled code, which cannot tell.
         """
         return self._hooks.conditional
 

@@ -16,6 +16,7 @@ from dmp_common.attach.atsite import copied_reference
 from dmp_common.attach.call import InCall, OutputHook, SiteHook
 from dmp_common.attach.checkpointing import unbind
 from dmp_common.attach.experts import ExpertWatch
+from dmp_common.attach.guided import Conditional
 from dmp_common.attach.innertime import InnerTime
 from dmp_common.attach.marking import mark, unmark
 from dmp_common.attach.modulation import parts_of
@@ -26,9 +27,6 @@ from dmp_common.attach.settings import Dials, Settings
 from dmp_common.bases.base import find_module
 from dmp_common.bases.parts import Naming, TimeSource
 from dmp_common.errors import PatchError
-
-# From the number of items B to which of them are conditional (B,), or None where all are.
-Conditional = Callable[[int], "Tensor | None"]
 
 
 class CallHooks(InCall):
@@ -48,6 +46,7 @@ class CallHooks(InCall):
         settings, dials: how the patch is used, as numbers and as tensors.
         item_strengths: factors of the strength of each item (B,), None where all are 1.
         conditional: tells which of B items are conditional, for guidance patches.
+        twice: whether the second call of a step is the unconditional one, for guidance patches.
         kept: arguments that calls do not get, see `Base.kept`.
         watch: looks whether the patch is on the expert that it was made for, if it is for one.
         enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
@@ -68,6 +67,7 @@ class CallHooks(InCall):
         self.compiled = False
         self.item_strengths: Tensor | None = None
         self.conditional: Conditional | None = None
+        self.twice = False
         expert = patch.variant.expert
         self.watch = None if expert is None else ExpertWatch(patch.variant)
         self.base = patch.base

@@ -119,6 +119,7 @@ class Anima:
                 ),
             },
             prediction="flow",
+            guided="calls",
             architecture="anima",
             hub_id=self.hub_id,
             outputs=partial(output_sites, outputs),

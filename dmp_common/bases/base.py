@@ -34,6 +34,7 @@ __all__ = [
     "Argument",
     "Base",
     "ByNaming",
+    "Guided",
     "Latent",
     "LatentOf",
     "Layout",
@@ -51,6 +52,7 @@ __all__ = [
 
 Layout = Literal["map", "tokens"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+Guided = Literal["unconditional first", "conditional first", "calls"]
 LatentOf = Callable[["Base", ModelCall, nn.Module], Latent]
 
 
@@ -95,6 +97,8 @@ class Base:
             which the one for low noise takes over; None for others.
         kept: arguments of a call that keep keys and values of other tokens from one step to the
             next; calls with a modulating patch, which changes them at every step, get None there.
+        guided: how its pipelines in diffusers guide: in one call, with the unconditional or the
+            conditional items first, or in two calls, of which the conditional one comes first.
         positions, caption_mask: arguments of earlier versions, which are refused.
     """
 
@@ -129,6 +133,7 @@ class Base:
     sines_first: bool = False
     switch: float | None = None
     kept: tuple[Argument, ...] = ()
+    guided: Guided = "unconditional first"
 
     def __post_init__(self, positions: Argument | None, caption_mask: Argument | None) -> None:
         for name, value in (("positions", positions), ("caption_mask", caption_mask)):

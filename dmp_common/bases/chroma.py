@@ -117,6 +117,7 @@ class Chroma:
                 ),
             },
             prediction="flow",
+            guided="calls",
             latent={"diffusers": packed_latent, "ldm": padded_latent},
             shared=True,
             architecture="chroma",

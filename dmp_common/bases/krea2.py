@@ -148,6 +148,7 @@ class Krea2:
                 ),
             },
             prediction="flow",
+            guided="calls",
             latent={"diffusers": packed_latent, "ldm": padded_latent},
             shared=True,
             architecture="krea-2",

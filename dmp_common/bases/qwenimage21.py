@@ -85,6 +85,7 @@ class QwenImage21:
                 ),
             },
             prediction="flow",
+            guided="calls",
             latent={"diffusers": target_latent},
             shared=True,
             time_bias=False,

@@ -158,6 +158,7 @@ class Wan:
                 ),
             },
             prediction="flow",
+            guided="calls",
             latent={"diffusers": video_latent, "ldm": host_latent},
             architecture="wan",
             switch=self.switch,

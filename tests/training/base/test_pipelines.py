@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmp_common import attach
+from dmp_common import Patch, attach
 from tests.tiny import FAMILIES
 from tests.training.base.test_memory import config_of
 from tests.training.conftest import Folders
@@ -19,8 +20,16 @@ from training.base.encoders import FrozenEncoders
 from training.base.families.transformer import pack, unpack
 from training.base.frozen import FrozenBase, load_frozen
 from training.base.latents import as_video
-from training.base.schedulers import is_flow
-from training.objective.sampling import condition, draw_latents, is_guided, noises
+from training.base.schedulers import is_flow, token_side
+from training.objective.sampling import (
+    condition,
+    denoise,
+    draw_latents,
+    is_guided,
+    make_sampler,
+    noises,
+    token_count,
+)
 
 PIPELINES = [name for name, (family, _) in TRAINED.items() if family.pipeline]
 PACKED = ("flux", "qwen-image", "chroma", "krea2")  # the pipeline takes and gives tokens
@@ -28,6 +37,9 @@ GIVES_TOKENS = ("flux2",)  # of one cell each
 FLAT = ("qwen-image-2.1",)  # a token is a cell; the pipeline does not guide, nor cut captions off
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
 SIDE = 8  # cells of a latent
+# Of each way in which pipelines make their guided calls. Others guide by a scale
+# of which they do not tell (true_cfg_scale), or tell nowhere that they guide (PixArt).
+GUIDING = ("sd15", "sd3", "ernie-image", "z-image", "lumina2", "chroma", "krea2", "anima", "wan")
 # What a pipeline is told besides the prompt, without guidance and with it.
 PLAIN: dict[str, dict[str, Any]] = {"flux2": {"text_encoder_out_layers": TAPS}}
 GUIDED: dict[str, dict[str, Any]] = {
@@ -47,12 +59,27 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def from_pipeline(
-    frozen: FrozenBase, name: str, noise: Tensor, scale: float, **more: Any
+    frozen: FrozenBase,
+    name: str,
+    noise: Tensor,
+    scale: float,
+    patch: Patch | None = None,
+    prompt: str | list[str] = "a red cat",
+    **more: Any,
 ) -> Tensor:
-    """What the pipeline of a base draws in two steps."""
-    if name == "anima":
-        return from_modular_pipeline(frozen, noise, scale, **options_of(name))
+    """What the pipeline of a base draws in two steps, maybe with a patch on it."""
     pipe = frozen.pipeline()
+    with nullcontext() if patch is None else attach(pipe, patch):
+        return drawn_by(pipe, frozen, name, noise, scale, prompt=prompt, **more)
+
+
+def drawn_by(
+    pipe: Any, frozen: FrozenBase, name: str, noise: Tensor, scale: float, **more: Any
+) -> Tensor:
+    """What a pipeline draws in two steps."""
+    if name == "anima":
+        length = int(options_of(name)["llm_max_token_length"])
+        return drawn_by_blocks(pipe, noise, scale, max_sequence_length=length, **more)
     pipe.set_progress_bar_config(disable=True)
     if name == "chroma":  # whose own mask of ones and zeros masks nothing, see its family
         masked = pipe._prepare_attention_mask
@@ -80,7 +107,6 @@ def from_pipeline(
         length, latents = {}, noise.flatten(2).transpose(1, 2)
     side = PICTURE.get(name, SIDE * frozen.factor)
     made = pipe(
-        prompt="a red cat",
         height=side,
         width=side,
         latents=latents,
@@ -95,21 +121,12 @@ def from_pipeline(
     return unpack(made, SIDE, SIDE) if name in PACKED else made
 
 
-def from_modular_pipeline(
-    frozen: FrozenBase, noise: Tensor, scale: float, llm_max_token_length: str
-) -> Tensor:
+def drawn_by_blocks(pipe: Any, noise: Tensor, scale: float, **more: Any) -> Tensor:
     """What Anima's pipeline draws, which is made of blocks and guides by a part of its own."""
-    pipe = frozen.pipeline()
     pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=scale))
-    made: Tensor = pipe(
-        prompt="a red cat",
-        height=SIDE * frozen.factor,
-        width=SIDE * frozen.factor,
-        latents=noise.unsqueeze(2),
-        num_inference_steps=2,
-        max_sequence_length=int(llm_max_token_length),
-        output="latents",
-    )
+    side = noise.shape[-1] * pipe.vae_scale_factor
+    size = {"height": side, "width": side, "latents": noise.unsqueeze(2)}
+    made: Tensor = pipe(**size, num_inference_steps=2, output="latents", **more)
     return made.squeeze(2)
 
 
@@ -162,3 +179,34 @@ def test_a_modulating_patch_draws_alike_with_the_cache_of_the_pipeline(folders: 
         ]
     assert torch.equal(*made)
     assert float((drawn - made[0]).abs().max()) < 1e-4 * float(drawn.abs().max())
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDING if name in TRAINED])
+def test_a_guidance_patch_acts_on_the_conditional_side_alone(name: str, folders: Folders) -> None:
+    """As in training, however the pipeline makes its calls; here of two pictures at once."""
+    config = config_of(name, folders(name), **options_of(name))
+    frozen = load_frozen(config)
+    side = SIDE * frozen.factor
+    noise, _ = noises([name, "another"], frozen.latent_shape(side, side))
+    encoders, scale = FrozenEncoders(frozen, config), 3.0
+
+    def told(text: str) -> dict[str, Tensor]:
+        given = condition(frozen, encoders, text, (side, side), scale)
+        return {key: value.expand(2, *value.shape[1:]) for key, value in given.items()}
+
+    sides = {"a red cat": told("a red cat"), "": told("")}
+    patch = FAMILIES[name].patch(0, guidance=4.0, prediction=frozen.prediction)
+    tokens = token_count(noise.shape[2:], token_side(frozen.base))
+    with attach(frozen.model, patch) as attachment:
+
+        def predict(x: Tensor, step: Tensor, text: str) -> Tensor:
+            attachment.enabled = text != ""
+            return frozen.family.predict(frozen.model, x, step.expand(len(x)), sides[text])
+
+        sampler = make_sampler(frozen.scheduler, 2, tokens, "default", frozen.family)
+        with torch.no_grad():
+            ours = denoise(predict, sampler, noise, "a red cat", "", scale)
+    made = from_pipeline(
+        frozen, name, noise, scale, patch=patch, prompt=["a red cat"] * 2, **GUIDED.get(name, {})
+    )
+    assert float((ours - made).abs().max()) < 1e-4 * float(made.abs().max())
