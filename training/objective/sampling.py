@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from dmp_common import PatchError
+from dmp_common import PatchError, attached
 from training.base.encoders import FrozenEncoders
 from training.base.families.family import Family
 from training.base.frozen import FrozenBase
@@ -160,17 +160,33 @@ def draw_latents(
         guided: the number of channels that are guided, see `denoise`.
     """
     dtype = frozen.dtype
+    guiding = {
+        each: each.conditional
+        for each in attached(frozen.model)
+        if each.patch.variant.guidance is not None
+    }
 
     def predict(x: Tensor, step: Tensor, given: Given) -> Tensor:
         moved = {name: value.to(x.device) for name, value in given.items()}
         t = step.to(x.device).expand(len(x))
+        for patch, told in guiding.items():  # the unconditional side stays plain, as in all hosts
+            patch.conditional = _none if given is unconditional else told
         return frozen.family.predict(frozen.model, x.to(dtype), t, moved)
 
     tokens = token_count(noise.shape[2:], token_side(frozen.base))
     made = make_sampler(frozen.scheduler, steps, tokens, sampler, frozen.family)
-    with torch.no_grad():
-        x = denoise(predict, made, noise, conditional, unconditional, scale, generators, guided)
+    try:
+        with torch.no_grad():
+            x = denoise(predict, made, noise, conditional, unconditional, scale, generators, guided)
+    finally:
+        for patch, told in guiding.items():
+            patch.conditional = told
     return frozen.family.whole(x, conditional)
+
+
+def _none(items: int) -> Tensor:
+    """No item is conditional, see `Attachment.conditional`."""
+    return torch.zeros(items, dtype=torch.bool)
 
 
 def draw_images(

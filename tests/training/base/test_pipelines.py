@@ -206,6 +206,9 @@ def test_a_guidance_patch_acts_on_the_conditional_side_alone(name: str, folders:
         sampler = make_sampler(frozen.scheduler, 2, tokens, "default", frozen.family)
         with torch.no_grad():
             ours = denoise(predict, sampler, noise, "a red cat", "", scale)
+        attachment.enabled = True
+        previewed = draw_latents(frozen, noise, *sides.values(), steps=2, scale=scale)
+    assert torch.equal(previewed, ours)
     made = from_pipeline(
         frozen, name, noise, scale, patch=patch, prompt=["a red cat"] * 2, **GUIDED.get(name, {})
     )
