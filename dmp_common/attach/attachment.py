@@ -17,7 +17,7 @@ from dmp_common.attach.compatibility import (
     zero_terminal_snr_of_scheduler,
 )
 from dmp_common.attach.experts import denoisers_of, expert_for
-from dmp_common.attach.guided import Conditional, calls_twice, halves_of
+from dmp_common.attach.guided import Conditional, halves_of, sign_of
 from dmp_common.attach.hooks import CallHooks
 from dmp_common.attach.runtime import runtime_of
 from dmp_common.attach.settings import Settings
@@ -100,7 +100,8 @@ def attach(
         warnings.warn(f"DMP: {other}.", stacklevel=2)
     hooks = CallHooks(denoiser, runtime_of(patch), naming, settings)
     hooks.conditional = halves_of(model, patch.base)
-    hooks.twice = patch.variant.guidance is not None and calls_twice(model, patch.base)
+    if patch.variant.guidance is not None:
+        hooks.sign = sign_of(model, patch.base)
     return Attachment(hooks, scheduler)
 
 
@@ -222,7 +223,8 @@ class Attachment:
         It may be set. `attach` sets it for a pipeline of diffusers that guides within one call;
         where it is None, or returns None, class labels tell, and without them all items count as
         conditional. Of a pipeline that makes two calls for a step the second is the unconditional
-        one, except in compiled code, which cannot tell.
+        one, and of one that does not say whether it guides the first half of latents that are
+        there twice, except in compiled code, which cannot tell.
         """
         return self._hooks.conditional
 

@@ -19,7 +19,7 @@ from dmp_common.attach.atsite import AtSite
 from dmp_common.attach.checkpointing import bind
 from dmp_common.attach.context import Context
 from dmp_common.attach.forms import as_given, as_tokens
-from dmp_common.attach.guided import LastCall
+from dmp_common.attach.guided import LastCall, Sign, is_doubled
 from dmp_common.attach.modulation import Part
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
 from dmp_common.attach.regions import uncompile
@@ -39,7 +39,7 @@ class InCall:
     enabled: bool
     source: TimeSource
     kept: tuple[Argument, ...]
-    twice: bool
+    sign: Sign
     sites: list[SiteHook]
     regions: list[Callable[[], Any]]
     checkpointing: list[Callable[[], Any]]
@@ -59,7 +59,9 @@ class InCall:
             args, kwargs = ModelCall(args, kwargs).without(self.kept)
         call = self.here.call = Call(self, args, kwargs)  # type: ignore[arg-type]
         if not is_compiling():
-            if self.twice:
+            if self.sign == "doubled":
+                call.doubled = is_doubled(args, kwargs)
+            elif self.sign == "order":
                 this, last = LastCall(args, kwargs), getattr(self.here, "last", None)
                 call.second = last is not None and last.is_first_of(this)
                 self.here.last = this
@@ -106,7 +108,8 @@ class Call:
     def __init__(self, hooks: CallHooks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.hooks = hooks
         self.args, self.kwargs = args, kwargs
-        self.second = False  # whether it is the unconditional call of a step, see `guided.py`
+        # Whether it is the unconditional call of a step, or has both sides, see `guided.py`.
+        self.second = self.doubled = False
         self.off = False  # whether the attachment was disabled when the call began
         self.context: Context | None = None
         # The gate sees the sum of the embeddings: how many are missing yet, and the sum so far.
@@ -186,6 +189,8 @@ class Call:
                 return told
         if self.second:
             return torch.zeros(items, dtype=torch.bool)
+        if self.doubled:
+            return torch.arange(items) >= items // 2
         labels = ModelCall(self.args, self.kwargs).get(hooks.base.labels)
         if hooks.no_label is None or not isinstance(labels, Tensor):
             return None

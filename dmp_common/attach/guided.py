@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from dmp_common.bases.parts import Argument, ModelCall
 
 # From the number of items B to which of them are conditional (B,), or None where all are.
 Conditional = Callable[[int], "Tensor | None"]
+
+# What in a call's arguments tells: its place after another call, or latents that are there twice.
+Sign = Literal["order", "doubled"] | None
 
 _LATENT, _TEXT = Argument("hidden_states", 0), Argument("encoder_hidden_states", 1)
 
@@ -45,9 +48,21 @@ def halves_of(model: Any, base: Base) -> Conditional | None:
     return conditional
 
 
-def calls_twice(model: Any, base: Base) -> bool:
-    """Tells whether a patch is attached to a pipeline that makes a call for each side."""
-    return base.guided == "calls" and hasattr(type(model), "components")
+def sign_of(model: Any, base: Base) -> Sign:
+    """Returns what in a call's arguments tells its conditional items, if a pipeline does not."""
+    if not hasattr(type(model), "components"):  # no pipeline
+        return None
+    if base.guided == "calls":
+        return "order"
+    silent = not hasattr(type(model), "do_classifier_free_guidance") and base.labels is None
+    return "doubled" if silent and base.guided == "unconditional first" else None
+
+
+def is_doubled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the latents of a call are there twice, as a pipeline gives them that guides."""
+    latent = ModelCall(args, kwargs).get(_LATENT)
+    even = isinstance(latent, Tensor) and len(latent) % 2 == 0
+    return even and torch.equal(*latent.chunk(2))
 
 
 class LastCall:

@@ -16,7 +16,7 @@ from dmp_common.attach.atsite import copied_reference
 from dmp_common.attach.call import InCall, OutputHook, SiteHook
 from dmp_common.attach.checkpointing import unbind
 from dmp_common.attach.experts import ExpertWatch
-from dmp_common.attach.guided import Conditional
+from dmp_common.attach.guided import Conditional, Sign
 from dmp_common.attach.innertime import InnerTime
 from dmp_common.attach.marking import mark, unmark
 from dmp_common.attach.modulation import parts_of
@@ -46,7 +46,7 @@ class CallHooks(InCall):
         settings, dials: how the patch is used, as numbers and as tensors.
         item_strengths: factors of the strength of each item (B,), None where all are 1.
         conditional: tells which of B items are conditional, for guidance patches.
-        twice: whether the second call of a step is the unconditional one, for guidance patches.
+        sign: what else tells them, see `guided.py`.
         kept: arguments that calls do not get, see `Base.kept`.
         watch: looks whether the patch is on the expert that it was made for, if it is for one.
         enabled, timed: whether the patch acts, and whether its strength depends on the timestep.
@@ -67,7 +67,7 @@ class CallHooks(InCall):
         self.compiled = False
         self.item_strengths: Tensor | None = None
         self.conditional: Conditional | None = None
-        self.twice = False
+        self.sign: Sign = None
         expert = patch.variant.expert
         self.watch = None if expert is None else ExpertWatch(patch.variant)
         self.base = patch.base

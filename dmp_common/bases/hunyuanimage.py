@@ -111,6 +111,7 @@ class HunyuanImage:
                 ),
             },
             prediction="flow",
+            guided="calls",
             shared=True,
             latent={"ldm": host_latent},
             architecture="hunyuan-image",

@@ -37,9 +37,9 @@ GIVES_TOKENS = ("flux2",)  # of one cell each
 FLAT = ("qwen-image-2.1",)  # a token is a cell; the pipeline does not guide, nor cut captions off
 RESCALED = ("qwen-image",)  # the pipeline always rescales what it guides
 SIDE = 8  # cells of a latent
-# Of each way in which pipelines make their guided calls. Others guide by a scale
-# of which they do not tell (true_cfg_scale), or tell nowhere that they guide (PixArt).
-GUIDING = ("sd15", "sd3", "ernie-image", "z-image", "lumina2", "chroma", "krea2", "anima", "wan")
+# Of each way in which pipelines make their guided calls.
+GUIDING = ("sd15", "auraflow", "ernie-image", "z-image", "lumina2", "chroma", "anima", "wan")
+GUIDING += ("krea2", "hunyuan-image")
 # What a pipeline is told besides the prompt, without guidance and with it.
 PLAIN: dict[str, dict[str, Any]] = {"flux2": {"text_encoder_out_layers": TAPS}}
 GUIDED: dict[str, dict[str, Any]] = {

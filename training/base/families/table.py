@@ -246,12 +246,6 @@ _FAMILIES: dict[str, Family] = {
 # Families of models of text that can also be told of first frames (--first_frames).
 _FIRST: dict[str, Family] = {"wan22-5b": WAN_FIRST}
 
-# Why the trainer does not know a base of ours, and where its patches are trained.
-_ELSEWHERE = {
-    "anima": "diffusers has its text encoders in modular blocks only, which are not loaded here; "
-    "use Train DMP Patch in ComfyUI",
-}
-
 
 def register_family(base: Base | str, family: Family, first: Family | None = None) -> None:
     """Says of which family a base is that was added with `register_base`.
