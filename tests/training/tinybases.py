@@ -300,4 +300,5 @@ def word_tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
         unk_token="<u>",
         model_max_length=length,
         chat_template=_CHAT,
+        model_input_names=["input_ids", "attention_mask"],
     )

@@ -54,6 +54,7 @@ class HunyuanImage(LanguageFamily):
 HUNYUAN_IMAGE = HunyuanImage(
     denoiser="transformer",
     model="HunyuanImageTransformer2DModel",
+    since="0.36",
     pipeline="HunyuanImagePipeline",
     autoencoder="AutoencoderKLHunyuanImage",
     encoders={"text_encoder": "Qwen2_5_VLModel", "text_encoder_2": "T5EncoderModel"},
