@@ -19,7 +19,7 @@ from dmp_common.attach.atsite import AtSite
 from dmp_common.attach.checkpointing import bind
 from dmp_common.attach.context import Context
 from dmp_common.attach.forms import as_given, as_tokens
-from dmp_common.attach.guided import LastCall, Sign, is_doubled
+from dmp_common.attach.guided import Sign, is_doubled, is_second
 from dmp_common.attach.modulation import Part
 from dmp_common.attach.places import COMPILED, REGISTRY, moved, settle
 from dmp_common.attach.regions import uncompile
@@ -62,9 +62,7 @@ class InCall:
             if self.sign == "doubled":
                 call.doubled = is_doubled(args, kwargs)
             elif self.sign == "order":
-                this, last = LastCall(args, kwargs), getattr(self.here, "last", None)
-                call.second = last is not None and last.is_first_of(this)
-                self.here.last = this
+                call.second = is_second(self.here, args, kwargs)
             self._settle(call)
         return (args, kwargs) if self.kept else None
 

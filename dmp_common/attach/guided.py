@@ -6,6 +6,7 @@ unconditional items before the conditional ones, the other way round, or twice.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -63,6 +64,13 @@ def is_doubled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     latent = ModelCall(args, kwargs).get(_LATENT)
     even = isinstance(latent, Tensor) and len(latent) % 2 == 0
     return even and torch.equal(*latent.chunk(2))
+
+
+def is_second(here: threading.local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is the second of a step; `here` keeps it for the next one of its thread."""
+    this, last = LastCall(args, kwargs), getattr(here, "last", None)
+    here.last = this
+    return last is not None and last.is_first_of(this)
 
 
 class LastCall:
