@@ -261,7 +261,9 @@ class Loader:
 
     def _is_original(self) -> bool:
         assert self.file is not None
-        return self.source.kind == "original" or self.file.is_original
+        if self.file.is_original:  # Sana's looks like PixArt's, and diffusers reads it
+            return self.family.model not in SINGLE_FILE_LOADABLE_CLASSES
+        return self.source.kind == "original"
 
     def _file_has(self, part: str) -> bool:
         if self.file is None or not (part and self.family.pipeline):

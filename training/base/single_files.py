@@ -110,7 +110,7 @@ class SingleFile:
     @cached_property
     def readable(self) -> str:
         """The path of a file that diffusers reads: a pickled one is rewritten as safetensors."""
-        if self.path.suffix != ".ckpt":
+        if self.path.suffix not in (*ORIGINAL, ".ckpt"):
             return str(self.path)
         folder = self._stack.enter_context(tempfile.TemporaryDirectory())
         copy = Path(folder) / f"{self.path.stem}.safetensors"
