@@ -162,7 +162,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
-        "z-image, qwen-image, flux2, krea2, ernie-image and anima. With "
+        "z-image, qwen-image, flux2, krea2, ernie-image, anima and sana. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -11,11 +12,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from training.base.families.family import Given, like
+from dmp_common import PatchError
+from training.base.families.family import Family, Given, like
 from training.base.families.language import LanguageFamily
 from training.base.latents import LatentSpace
+from training.base.single_files import SingleFile
 
 if TYPE_CHECKING:
+    from training.base.places import Source
     from training.options.config import TrainConfig
 
 
@@ -25,6 +29,22 @@ class Sana(LanguageFamily):
 
     longest = 300
     template = 2  # the mark of the beginning, and one token of the instruction
+
+    def of_weights(self, source: Source) -> Family:
+        """Refuses a file of Sana 1.5, whose norms diffusers would leave out without a word.
+
+        Raises:
+            PatchError: the weights are those of such a file.
+        """
+        path = Path(source.place)
+        if path.is_file():
+            with SingleFile(path) as file:
+                if any(".q_norm." in name for name in file.shapes):
+                    raise PatchError(
+                        f"expected weights of Sana, found those of Sana 1.5 at {path}, which is "
+                        "not supported: choose other weights."
+                    )
+        return self
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D) and "mask" (B, L)."""
