@@ -32,7 +32,7 @@ def model_of(depth: int, width: int, channels: int, text: int) -> nn.Module:
         num_attention_heads=2,
         joint_attention_dim=text,
         caption_projection_dim=width,
-        pos_embed_max_size=256,
+        pos_embed_max_size=400,
     )
 
 

@@ -49,7 +49,7 @@ def _auraflow() -> Family:
         "global_conddim": 64,
         "n_heads": 2,
         "cond_seq_dim": 16,
-        "max_seq": 256,
+        "max_seq": 400,
     }
 
     def call(x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Any]:

@@ -299,6 +299,7 @@ def word_tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
         pad_token="<e>",
         unk_token="<u>",
         model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],  # older releases gave types of tokens
         chat_template=_CHAT,
         model_input_names=["input_ids", "attention_mask"],
     )
