@@ -61,4 +61,5 @@ HUNYUAN_IMAGE = HunyuanImage(
     resolution=2048,
     guidance=3.5,
     even=True,
+    since="0.36",
 )

@@ -44,7 +44,7 @@ class Sana(LanguageFamily):
                         f"expected weights of Sana, found those of Sana 1.5 at {path}, which is "
                         "not supported: choose other weights."
                     )
-        return self
+        return super().of_weights(source)
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D) and "mask" (B, L)."""
