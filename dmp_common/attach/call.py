@@ -132,7 +132,7 @@ class Call:
             timesteps = hooks.source.timesteps(self.timesteps(e))
         if hooks.base.layout == "tokens":
             call = ModelCall(self.args, self.kwargs)
-            latent = hooks.base.latent[hooks.naming](hooks.base, call, hooks.denoiser())
+            latent = hooks.latent_of(hooks.base, call, hooks.denoiser())
             # Wan 2.2 may embed a timestep for each token. Qwen-Image-Edit embeds timestep 0 too,
             # after the items.
             e = latent.rows(e.flatten(0, 1)) if e.dim() == 3 else e[: latent.batch * latent.frames]

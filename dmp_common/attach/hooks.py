@@ -72,6 +72,8 @@ class CallHooks(InCall):
         self.watch = None if expert is None else ExpertWatch(patch.variant)
         self.base = patch.base
         self.source = patch.base.times[naming]
+        # Older compilers cannot look it up in the base's table.
+        self.latent_of: Any = patch.base.latent.get(naming)
         self.kept = patch.base.kept if patch.modulates else ()
         self.no_label = _no_label(denoiser, self.source)
         self.sums_labels = patch.variant.condition == "t+y"

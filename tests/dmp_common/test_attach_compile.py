@@ -33,6 +33,7 @@ def dynamo():
 
 # Older compilers do not know all that hooks do; they fall back to several graphs.
 ONE_GRAPH = torch.__version__ >= (2, 4)
+GUARDS_LITTLE = torch.__version__ >= (2, 7)  # 2.6 compiles anew for each strength
 COMPILED = [small_unet(), *(FAMILIES[n] for n in ("dit", "sd3", "flux"))]
 
 
@@ -59,7 +60,7 @@ def test_compile_after_attach(tiny, dynamo):
         second = check(500.0, 20.0)  # the graph holds no weights of a step
         patch.pool(next(iter(patch.sites))).prompts.mul_(-2.0)
         assert not close(check(500.0, 20.0), second, 1e-3)
-        if ONE_GRAPH:
+        if GUARDS_LITTLE:
             check_no_recompilation(attachment, check)
         attachment.remove()
         assert close(check(10.0, 900.0), base)
@@ -83,6 +84,7 @@ def check_no_recompilation(attachment: Attachment, check: Callable[..., Tensor])
         attachment.enabled = True
 
 
+@pytest.mark.skipif(not ONE_GRAPH, reason="before torch 2.4 guards do not tell marked modules")
 @some(FAMILIES["sd3"], FLUX)
 def test_a_model_in_several_graphs_that_was_compiled_before(tiny, dynamo):
     """Graphs of the plain model, and those of patches that are gone, are not used again.

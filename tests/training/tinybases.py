@@ -301,5 +301,4 @@ def word_tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
         model_max_length=length,
         model_input_names=["input_ids", "attention_mask"],  # older releases gave types of tokens
         chat_template=_CHAT,
-        model_input_names=["input_ids", "attention_mask"],
     )

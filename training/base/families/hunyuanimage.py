@@ -61,5 +61,4 @@ HUNYUAN_IMAGE = HunyuanImage(
     resolution=2048,
     guidance=3.5,
     even=True,
-    since="0.36",
 )
