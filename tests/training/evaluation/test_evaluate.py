@@ -19,7 +19,7 @@ from dmp_common import Patch
 from tests.randomness import randomise
 from tests.tiny import FAMILIES
 from tests.training.conftest import Folders
-from tests.training.tinybases import OPTIONS
+from tests.training.tinybases import OPTIONS, TRAINED
 from training.evaluate import main
 from training.train_dmp import main as train
 
@@ -223,11 +223,8 @@ def make_clip(folder: Path, base: Path) -> Path:
 
 def evaluate_tiny(name: str, folders: Folders, out: Path, *more: str) -> dict[str, Any]:
     tiny = FAMILIES[name]
-    facts: dict[str, Any] = {"prediction": {"flux": "flow", "sd3": "flow"}.get(name, "epsilon")}
-    if name == "dit":
-        facts["frequency_shift"] = 1.0
     path = out / "patch.safetensors"
-    randomise(Patch.create(tiny.base, **facts), 0, 0.1).save(path)
+    randomise(Patch.create(tiny.base), 0, 0.1).save(path)
     data = folders("classes" if name == "dit" else "pictures")
     line = [
         *("--base", tiny.base.name, "--pretrained_model_name_or_path", str(folders(name))),
@@ -257,8 +254,8 @@ def test_captions_have_a_clip_score(folders: Folders, tmp_path: Path) -> None:
     assert data["models"]["ours"]["loss"] != data["models"]["base"]["loss"]
 
 
-@pytest.mark.parametrize("name", ["dit", "flux", "anima"])
-def test_other_families(name: str, folders: Folders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_family(name: str, folders: Folders, tmp_path: Path) -> None:
     data = evaluate_tiny(
         name, folders, tmp_path, "--samples", "3", "--metrics", "none", "--images", "4"
     )
