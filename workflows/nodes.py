@@ -48,6 +48,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sampler_name": "euler",
         "scheduler": "normal",
         "sampling_steps": 20,
+        "gradient_checkpointing": False,
+        "expert": "auto",
+        "length": 1,
     },
     "KSampler": {
         "seed": 42,
