@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, TimeSource
-from dmp_common.bases.flux import stream_sites, tokens_latent
+from dmp_common.bases.flux import stream_depths, stream_sites, tokens_latent
 from dmp_common.bases.layers import flux_layers
 from dmp_common.bases.outputs import Layer, output_sets, output_sites
 from dmp_common.bases.timenet import Read, TimeNet
-from dmp_common.bases.transformer import depth_probes, latent_with_references
+from dmp_common.bases.transformer import latent_with_references
 
 _NETWORK = "distilled_guidance_layer"
 
@@ -87,6 +87,7 @@ class Chroma:
         """Returns the base of these numbers."""
         layers = partial(_layers, self.double, self.single, self.width)
         network = partial(TimeSource, mlp=_NETWORK, scale=1000.0, row=0)
+        depths = stream_depths(self.double, self.single)
         probes = (Probe(f"{_NETWORK}.out_proj", "out_features", self.width),)
         return Base(
             name=self.name,
@@ -106,14 +107,12 @@ class Chroma:
                 "diffusers": (
                     *probes,
                     Probe("x_embedder", "out_features", self.width),
-                    *depth_probes("transformer_blocks", self.double),
-                    *depth_probes("single_transformer_blocks", self.single),
+                    *depths["diffusers"],
                 ),
                 "ldm": (
                     *probes,
                     Probe("img_in", "out_features", self.width),
-                    *depth_probes("double_blocks", self.double),
-                    *depth_probes("single_blocks", self.single),
+                    *depths["ldm"],
                 ),
             },
             prediction="flow",

@@ -9,12 +9,25 @@ from typing import Any
 import torch.nn as nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, Site, TimeSource
+from dmp_common.bases.base import (
+    NAMINGS,
+    Argument,
+    Base,
+    Latent,
+    ModelCall,
+    Naming,
+    Probe,
+    Site,
+    TimeSource,
+)
 from dmp_common.bases.layers import flux2_layers, flux_layers
 from dmp_common.bases.outputs import output_sets, output_sites
 from dmp_common.bases.transformer import block_sites, depth_probes, latent_with_references
 from dmp_common.compat import is_compiling
 
+# The two lists of blocks.
+_DOUBLE: dict[Naming, str] = {"diffusers": "transformer_blocks", "ldm": "double_blocks"}
+_SINGLE: dict[Naming, str] = {"diffusers": "single_transformer_blocks", "ldm": "single_blocks"}
 # Version, rows and columns of position ids. Reading them makes the processor wait for the GPU, and
 # pipelines give the same tensor at every step.
 _GRIDS = WeakTensorKeyDictionary()
@@ -76,6 +89,7 @@ class Flux:
     def base(self) -> Base:
         """Returns the base of these numbers."""
         layers = partial(flux_layers, self.double, self.single, self.width)
+        depths = stream_depths(self.double, self.single)
         return Base(
             name=self.name,
             sites=stream_sites(self.double, self.single, self.width, stride=2),
@@ -96,15 +110,13 @@ class Flux:
                 "diffusers": (
                     Probe("x_embedder", "out_features", self.width),
                     Probe("time_text_embed.timestep_embedder", None, True),
-                    *depth_probes("transformer_blocks", self.double),
-                    *depth_probes("single_transformer_blocks", self.single),
+                    *depths["diffusers"],
                 ),
                 "ldm": (
                     Probe("img_in", "out_features", self.width),
                     Probe("time_in", None, True),
                     Probe("double_stream_modulation_img", None, False),
-                    *depth_probes("double_blocks", self.double),
-                    *depth_probes("single_blocks", self.single),
+                    *depths["ldm"],
                 ),
             },
             prediction="flow",
@@ -141,6 +153,7 @@ class Flux2:
         """Returns the base of these numbers."""
         time = "time_guidance_embed.timestep_embedder"
         layers = partial(flux2_layers, self.double, self.single, self.width)
+        depths = stream_depths(self.double, self.single)
         return Base(
             name=self.name,
             sites=stream_sites(self.double, self.single, self.width, stride=1),
@@ -161,15 +174,13 @@ class Flux2:
                 "diffusers": (
                     Probe("x_embedder", "out_features", self.width),
                     Probe(time, None, True),
-                    *depth_probes("transformer_blocks", self.double),
-                    *depth_probes("single_transformer_blocks", self.single),
+                    *depths["diffusers"],
                 ),
                 "ldm": (
                     Probe("img_in", "out_features", self.width),
                     Probe("time_in", None, True),
                     Probe("double_stream_modulation_img", None, True),
-                    *depth_probes("double_blocks", self.double),
-                    *depth_probes("single_blocks", self.single),
+                    *depths["ldm"],
                 ),
             },
             prediction="flow",
@@ -186,17 +197,19 @@ class Flux2:
 
 def stream_sites(double: int, single: int, width: int, stride: int) -> tuple[Site, ...]:
     """Returns the inputs of the double blocks, then those of the single blocks."""
-    blocks, singles = "transformer_blocks", "single_transformer_blocks"
+    places = partial(block_sites, width=width, stride=stride)
     image = Argument("img", 0)
+    blocks, ldm = _DOUBLE["diffusers"], _DOUBLE["ldm"]
+    singles, ldm_singles = _SINGLE["diffusers"], _SINGLE["ldm"]
     return (
-        *block_sites(
-            "double",
-            double,
-            width,
-            stride,
-            diffusers=blocks,
-            ldm="double_blocks",
-            ldm_argument=image,
-        ),
-        *block_sites("single", single, width, stride, diffusers=singles, ldm="single_blocks"),
+        *places("double", double, diffusers=blocks, ldm=ldm, ldm_argument=image),
+        *places("single", single, diffusers=singles, ldm=ldm_singles),
     )
+
+
+def stream_depths(double: int, single: int) -> dict[Naming, tuple[Probe, ...]]:
+    """Returns for each naming the probes for the numbers of double and single blocks."""
+    return {
+        naming: (*depth_probes(_DOUBLE[naming], double), *depth_probes(_SINGLE[naming], single))
+        for naming in NAMINGS
+    }

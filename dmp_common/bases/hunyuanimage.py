@@ -18,10 +18,9 @@ from dmp_common.bases.base import (
     find_module,
     x_latent,
 )
-from dmp_common.bases.flux import stream_sites
+from dmp_common.bases.flux import stream_depths, stream_sites
 from dmp_common.bases.layers import flux_layers
 from dmp_common.bases.outputs import Layer, attention_layers, output_sets, output_sites, under
-from dmp_common.bases.transformer import depth_probes
 
 
 def host_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
@@ -82,6 +81,7 @@ class HunyuanImage:
         """Returns the base of these numbers."""
         time = "time_guidance_embed.timestep_embedder"
         layers = partial(hunyuan_layers, self.double, self.single, self.width, self.refiners)
+        depths = stream_depths(self.double, self.single)
         return Base(
             name=self.name,
             sites=stream_sites(self.double, self.single, self.width, stride=1),
@@ -99,15 +99,13 @@ class HunyuanImage:
                     Probe("x_embedder.proj", "out_channels", self.width),
                     Probe("x_embedder.proj", "in_channels", self.channels),
                     Probe("context_embedder.token_refiner", None, True),
-                    *depth_probes("transformer_blocks", self.double),
-                    *depth_probes("single_transformer_blocks", self.single),
+                    *depths["diffusers"],
                 ),
                 "ldm": (
                     Probe("img_in.proj", "out_channels", self.width),
                     Probe("img_in.proj", "in_channels", self.channels),
                     Probe("txt_in.individual_token_refiner", None, True),
-                    *depth_probes("double_blocks", self.double),
-                    *depth_probes("single_blocks", self.single),
+                    *depths["ldm"],
                 ),
             },
             prediction="flow",
