@@ -162,17 +162,13 @@ def new_patch(model: Any, base: Base, guidance: float | None, expert: str | None
         expert: "high" or "low" for one of a base's two models, at whose timesteps alone the patch
             acts; None for a base of one.
     """
-    timesteps = EVERYWHERE
-    if expert is not None and base.switch is not None:
-        switch = round(base.switch)
-        timesteps = (switch, 1000) if expert == "high" else (0, switch)
     patch = Patch.create(
         base,
         mix="modulate",
         sites="modulated",
         guidance=guidance,
         expert=expert,
-        timesteps=timesteps,
+        timesteps=EVERYWHERE if expert is None else base.timesteps_of(expert),
         prediction=prediction_of(model.get_model_object("model_sampling")),
         frequency_shift=frequency_shift(denoiser_of(model.model), base, "ldm"),
     )

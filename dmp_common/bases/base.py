@@ -165,6 +165,13 @@ class Base:
         """Maps each output site's name to its position i in the full list of outputs."""
         return {site.name: depth for depth, site in enumerate(self.outputs)}
 
+    def timesteps_of(self, expert: str) -> tuple[int, int]:
+        """Returns the timesteps of an expert, "high" or "low"; all of a base without experts."""
+        if self.switch is None:
+            return 0, 1000
+        switch = round(self.switch)
+        return (switch, 1000) if expert == "high" else (0, switch)
+
     def select(self, choice: str | int | Sequence[str], place: Place = "input") -> tuple[Site, ...]:
         """Returns the sites of a choice, in order of depth.
 

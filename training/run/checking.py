@@ -139,9 +139,10 @@ def _suit_base(config: TrainConfig) -> tuple[TrainConfig, str | None]:
 def _suit_expert(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     """An expert is trained at the timesteps that its pipeline gives it, if no others are named."""
     with suppress(PatchError):
-        switch = get_base(config.base).switch
-        if config.expert and switch and (config.min_timestep, config.max_timestep) == EVERYWHERE:
-            own = (round(switch), 1000) if config.expert == "high" else (0, round(switch))
+        base = get_base(config.base)
+        asked = config.min_timestep, config.max_timestep
+        if config.expert and base.switch is not None and asked == EVERYWHERE:
+            own = base.timesteps_of(config.expert)
             limits = dict(zip(("min_timestep", "max_timestep"), own, strict=True))
             return config.model_copy(update=limits), (
                 f"--expert {config.expert} trains at timesteps {own[0]} to {own[1]}, which are its "
