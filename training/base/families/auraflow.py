@@ -9,15 +9,17 @@ import diffusers
 import torch.nn as nn
 from torch import Tensor
 
-from training.base.families.family import Family, Given, like
-from training.base.families.transformer import t5_window
+from training.base.families.family import Given, like
+from training.base.families.transformer import T5Family
 
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
 
 
-class AuraFlow(Family):
+class AuraFlow(T5Family):
     """AuraFlow and Pony V7: Pile-T5-XL, which transformers knows as UMT5."""
+
+    longest = 256
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D)."""
@@ -27,10 +29,6 @@ class AuraFlow(Family):
             timestep=t / 1000,  # the model multiplies by 1000
         ).sample
         return output
-
-    def window(self, config: TrainConfig) -> int:
-        """Tokens of a caption that T5 reads, without its mark of the end."""
-        return t5_window(config, 256)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from training.base.families.family import Family, Given, like
-from training.base.families.transformer import image_ids, pack, t5_window, unpack
+from training.base.families.family import Given, like
+from training.base.families.transformer import T5Family, image_ids, pack, unpack
 
 if TYPE_CHECKING:
     from training.options.config import TrainConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PADDING = -200.0
 
 
-class Chroma(Family):
+class Chroma(T5Family):
     """Chroma: every token of the caption and one of padding, in a sequence with the picture.
 
     This is the mask of the original code and of ComfyUI. diffusers' own pipeline hands the model a
@@ -49,10 +49,6 @@ class Chroma(Family):
             attention_mask=bias,
         ).sample
         return unpack(packed, height, width)
-
-    def window(self, config: TrainConfig) -> int:
-        """Tokens of a caption that T5 reads, without its mark of the end."""
-        return t5_window(config, 512)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig

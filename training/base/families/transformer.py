@@ -16,8 +16,20 @@ if TYPE_CHECKING:
     from training.options.config import TrainConfig
 
 
-class PixArt(Family):
+class T5Family(Family):
+    """A family whose captions T5 reads, alone or beside others."""
+
+    longest = 512  # tokens that the pipeline reads of a caption, with the mark of its end
+
+    def window(self, config: TrainConfig) -> int:
+        """Tokens of a caption that T5 reads, without its mark of the end."""
+        return (config.t5_max_token_length or self.longest) - 1
+
+
+class PixArt(T5Family):
     """PixArt-alpha and Sigma: T5 with its mask; alpha at 1024 also sees the size."""
+
+    longest = 300
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D), "mask" (B, L) and "sizes" (B, 6)."""
@@ -35,10 +47,6 @@ class PixArt(Family):
         ).sample
         return output
 
-    def window(self, config: TrainConfig) -> int:
-        """Tokens of a caption that T5 reads, without its mark of the end."""
-        return t5_window(config, 300)
-
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
@@ -54,8 +62,10 @@ class PixArt(Family):
         return {"prompt": prompt, "mask": mask}
 
 
-class SD3(Family):
+class SD3(T5Family):
     """Stable Diffusion 3 and 3.5: two CLIPs and T5 in one sequence, pooled text of the CLIPs."""
+
+    longest = 256
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
         """See `Family.predict`; needs "prompt" (B, L, D) and "pooled" (B, P)."""
@@ -66,10 +76,6 @@ class SD3(Family):
             pooled_projections=like(given["pooled"], noisy),
         ).sample
         return output
-
-    def window(self, config: TrainConfig) -> int:
-        """Tokens of a caption that T5 reads, without its mark of the end."""
-        return t5_window(config, 256)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
@@ -88,7 +94,7 @@ class SD3(Family):
         return {"prompt": prompt, "pooled": pooled}
 
 
-class Flux(Family):
+class Flux(T5Family):
     """FLUX.1: pooled CLIP, T5; the latent is packed 2 x 2."""
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
@@ -107,10 +113,6 @@ class Flux(Family):
         ).sample
         return unpack(packed, height, width)
 
-    def window(self, config: TrainConfig) -> int:
-        """Tokens of a caption that T5 reads, without its mark of the end."""
-        return t5_window(config, 512)
-
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
     ) -> dict[str, Tensor]:
@@ -124,16 +126,6 @@ class Flux(Family):
             max_sequence_length=self.window(config) + 1,
         )
         return {"prompt": prompt, "pooled": pooled}
-
-
-def t5_window(config: TrainConfig, usual: int) -> int:
-    """Tokens of a caption that T5 reads, without its mark of the end.
-
-    Args:
-        config: of the run, which may say how many there are with the mark.
-        usual: how many there are otherwise.
-    """
-    return (config.t5_max_token_length or usual) - 1
 
 
 def image_ids(height: int, width: int) -> Tensor:

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from dmp_common import PatchError
-from training.base.families.family import Family, Given, like
-from training.base.families.transformer import t5_window
+from training.base.families.family import Given, like
+from training.base.families.transformer import T5Family
 from training.base.latents import LatentSpace, as_video
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PATCH = 2  # cells of the latent in a side of a token
 
 
-class Wan(Family):
+class Wan(T5Family):
     """Wan 2.1 and 2.2, text to video: UMT5, whose padding the model sees as zeros."""
 
     def predict(self, model: nn.Module, noisy: Tensor, t: Tensor, given: Given) -> Tensor:
@@ -33,10 +33,6 @@ class Wan(Family):
             encoder_hidden_states=like(given["prompt"], noisy),
         ).sample
         return output.reshape(noisy.shape)
-
-    def window(self, config: TrainConfig) -> int:
-        """Tokens of a caption that UMT5 reads, without its mark of the end."""
-        return t5_window(config, 512)
 
     def encode_text(
         self, parts: Mapping[str, Any], captions: list[str], config: TrainConfig
