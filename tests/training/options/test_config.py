@@ -193,22 +193,23 @@ def test_every_kohya_flag_of_the_guide_is_known() -> None:
     assert not set(names.split()) - set(TrainConfig.model_fields)
 
 
-def test_help_is_fast_and_needs_no_torch() -> None:
+def test_help_is_fast_since_it_imports_little() -> None:
+    # The packages say it, seconds would be those of the machine.
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from training.options.command_line import parse_arguments\n"
         "try: parse_arguments(['--help'])\n"
         "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules\n"
-        "print('SECONDS', time.process_time())"  # not the clock: other tests run beside this one
+        "print('PACKAGES', *{name.partition('.')[0] for name in sys.modules})"
     )
-    root = Path(__file__).resolve().parents[3]
-    seconds = []
-    for _ in range(3):  # the best of three: a busy machine is no fault of ours
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-        )
-        seconds.append(float(done.stdout.rpartition("SECONDS")[2]))
-        if seconds[-1] < 0.5:
-            break
-    assert min(seconds) < 0.5
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    packages = set(done.stdout.rpartition("PACKAGES")[2].split())
+    assert "pydantic" in packages  # the list is one
+    heavy = "torch numpy PIL safetensors diffusers transformers accelerate huggingface_hub tqdm"
+    assert not packages & set(heavy.split())
