@@ -48,7 +48,8 @@ class Tiny:
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model in evaluation mode, without gradients for its own weights."""
-        return _copied(_built(self.build, seed), {}).to(dtype)
+        model = _copied(_built(self.build, seed), {})
+        return model if dtype is torch.float32 else model.to(dtype)
 
     def run(
         self,

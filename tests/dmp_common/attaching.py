@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -110,9 +111,9 @@ def structure(model: nn.Module) -> dict[str, dict[str, object]]:
     """Every attribute of every module: dictionaries and lists by content, the rest by identity."""
 
     def content(value: object) -> object:
-        if isinstance(value, dict):
-            return list(value.items())
-        return [id(part) for part in value] if isinstance(value, list) else id(value)
+        if type(value) in (dict, OrderedDict):
+            return list(value.items()) if value else ()  # most are empty
+        return [id(part) for part in value] if type(value) is list else id(value)
 
     return {
         name: {key: content(value) for key, value in vars(module).items()}

@@ -134,7 +134,7 @@ def test_classifier_learns_two_colours_and_its_file_gives_it_back(tmp_path):
     labels = torch.arange(256) % 2
     images = (labels * 200)[:, None, None, None].expand(-1, 3, 32, 32).to(torch.uint8)
     data = cifar.ImageSplit(images.contiguous(), labels)
-    model = train_cifar_classifier(data, epochs=30)
+    model = train_cifar_classifier(data, epochs=22)
     features = features_of(model, data.images)
     assert features.shape == (256, FEATURES)
     assert (model.classify(features).argmax(1) == labels).all()
