@@ -104,21 +104,7 @@ class Runtime:
                 items=items,
                 conditional=conditional,
             )
-        columns: Mapping[str, int] = self._columns
-        if settings.sites is not None or settings.site_strengths:
-            columns = settings.active(columns)
-        strength: float | Tensor
-        site_strengths: Mapping[str, float | Tensor]
-        if dials is None:
-            strength, site_strengths = settings.strength, dict(settings.site_strengths)
-            if not settings.steady or self._within != EVERYWHERE:
-                strength = settings.strengths(timesteps, self._within)
-            if isinstance(strength, float) and strength == 0.0:
-                columns = {}  # exactly the base
-        else:
-            assert timesteps is not None
-            strength = dials.strengths(timesteps, self._within)
-            site_strengths = dials.site_strengths(settings, self._columns)
+        columns, strength, site_strengths = self._acting(settings, timesteps, dials)
         if conditional is not None and patch.variant.guidance is not None:
             acting = conditional.to(e.device, torch.float32)
             items = acting if items is None else items.to(e.device) * acting
@@ -160,6 +146,24 @@ class Runtime:
             not transforming,
             table,
         )
+
+    def _acting(
+        self, settings: Settings, timesteps: Tensor | None, dials: Dials | None
+    ) -> tuple[Mapping[str, int], float | Tensor, Mapping[str, float | Tensor]]:
+        """Returns the columns of the sites that act, the strength, and factors of single sites."""
+        columns: Mapping[str, int] = self._columns
+        if settings.sites is not None or settings.site_strengths:
+            columns = settings.active(columns)
+        if dials is not None:
+            assert timesteps is not None
+            strengths = dials.strengths(timesteps, self._within)
+            return columns, strengths, dials.site_strengths(settings, self._columns)
+        strength: float | Tensor = settings.strength
+        if not settings.steady or self._within != EVERYWHERE:
+            strength = settings.strengths(timesteps, self._within)
+        if isinstance(strength, float) and strength == 0.0:
+            columns = {}  # exactly the base
+        return columns, strength, dict(settings.site_strengths)
 
     def needs_timesteps(self, settings: Settings) -> bool:
         """Tells whether the strength of the patch differs between timesteps."""

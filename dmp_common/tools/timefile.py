@@ -117,33 +117,7 @@ def _embed_from_disk(
     files: ModelFiles, patch: Patch, timesteps: Tensor, classes: Tensor | None
 ) -> Tensor:
     base = patch.base
-    candidates = _find_layers(files, base)
-    naming, prefix, names = next(
-        (
-            (naming, prefix, names)
-            for naming, prefix, names in candidates
-            if all(files.probe(prefix, probe) == probe.value for probe in base.probes[naming])
-        ),
-        candidates[0],
-    )
-    stranger = find_stranger(lambda probe: files.probe(prefix, probe) == probe.value)
-    if stranger is not None:
-        raise file_error(
-            files.path,
-            f"a model of base {base.name}",
-            f"{stranger.name}, which is not supported",
-            f"give a {base.name} model",
-        )
-    for probe in base.probes[naming]:
-        found = files.probe(prefix, probe)
-        if found != probe.value:
-            what = f"{probe.path}.{probe.attribute}" if probe.attribute else f"a {probe.path}"
-            raise file_error(
-                files.path,
-                f"a model of base {base.name} with {what} = {probe.value}",
-                found,
-                "give the model this patch was made for",
-            )
+    naming, prefix, names = _require_model(files, base)
     features = time_features(timesteps, base, patch.variant.frequency_shift)
     if base.time_net is not None:
         mlp = prefix + base.times[naming].mlp
@@ -173,6 +147,38 @@ def _embed_from_disk(
         )
     _require_known(classes, len(rows))
     return e + rows[classes]
+
+
+def _require_model(files: ModelFiles, base: Base) -> tuple[Naming, str, list[str]]:
+    """Returns naming, prefix and time layers of a model on disk, which must be of the base."""
+    candidates = _find_layers(files, base)
+    naming, prefix, names = next(
+        (
+            (naming, prefix, names)
+            for naming, prefix, names in candidates
+            if all(files.probe(prefix, probe) == probe.value for probe in base.probes[naming])
+        ),
+        candidates[0],
+    )
+    stranger = find_stranger(lambda probe: files.probe(prefix, probe) == probe.value)
+    if stranger is not None:
+        raise file_error(
+            files.path,
+            f"a model of base {base.name}",
+            f"{stranger.name}, which is not supported",
+            f"give a {base.name} model",
+        )
+    for probe in base.probes[naming]:
+        found = files.probe(prefix, probe)
+        if found != probe.value:
+            what = f"{probe.path}.{probe.attribute}" if probe.attribute else f"a {probe.path}"
+            raise file_error(
+                files.path,
+                f"a model of base {base.name} with {what} = {probe.value}",
+                found,
+                "give the model this patch was made for",
+            )
+    return naming, prefix, names
 
 
 def _embed_by_net(
