@@ -82,7 +82,12 @@ def test_half_precision_is_as_near_to_float32_as_without_a_patch(
         patched = run()
     assert relative_error(patched, plain) > 0.01
     model, patch, run = case(device, name, mix, dtype)
-    alone = relative_error(run(), plain)
+    try:
+        alone = relative_error(run(), plain)
+    except RuntimeError as error:
+        if "not implemented for 'Half'" not in str(error):
+            raise
+        pytest.skip("this release of torch has no float16 on the CPU")
     with attach(model, patch):
         assert relative_error(run(), patched) <= 3.0 * alone + 2e-3
 
@@ -137,8 +142,8 @@ def test_weights_that_come_block_by_block(device: str, name: str, mix: str) -> N
     with attach(model, patch):
         expected = run()
     module: Any = model.to("cpu")
-    if not module._supports_group_offloading:
-        pytest.skip("diffusers does not offload this class in groups")
+    if not getattr(module, "_supports_group_offloading", False):
+        pytest.skip("this release of diffusers does not offload this class in groups")
     module.enable_group_offload(
         onload_device=torch.device(device),
         offload_device=torch.device("cpu"),
@@ -160,6 +165,8 @@ def test_weights_that_are_stored_as_fp8(device: str, name: str, mix: str) -> Non
     with attach(model, patch):
         patched = run()
     module: Any = model
+    if not hasattr(module, "enable_layerwise_casting"):
+        pytest.skip("this release of diffusers does not store weights in fp8")
     module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     cast = run()
     alone = relative_error(cast, plain)

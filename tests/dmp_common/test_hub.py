@@ -43,6 +43,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     set_client(monkeypatch, "HF_HUB_CACHE", str(tmp_path / "cache"))
     set_client(monkeypatch, "HF_HUB_OFFLINE", False)
+    if reset := getattr(sys.modules["huggingface_hub.utils._http"], "reset_sessions", None):
+        reset()  # before 1.0 a session keeps whether it was offline
     server = Hub()
     connect(monkeypatch, server.endpoint)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
