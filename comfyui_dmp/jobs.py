@@ -20,6 +20,7 @@ from dmp_common.attach.record import LoadedPatch, PatchRecord
 from dmp_common.bases.detect import prediction_of
 from dmp_common.bases.schedule import EVERYWHERE
 from dmp_common.bases.timesteps import frequency_shift
+from dmp_common.bases.wan import FRAME_STRIDE, nearest_frames
 
 REPAIR, GUIDANCE, BOTH = "repair", "guidance", "repair and guidance"
 OBJECTIVES = [REPAIR, GUIDANCE, BOTH]
@@ -27,7 +28,6 @@ AUTO, NONE = "auto", "none"
 EXPERTS = [AUTO, NONE, "high", "low"]
 _NAMED = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # in names of files
 _VIDEO = "wan"  # the architecture whose models draw videos
-_STRIDE = 4  # frames of a video over frames of its latent, of all VAEs of Wan
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +89,7 @@ class Job:
     @property
     def latent_frames(self) -> int:
         """Frames of the latent of a video."""
-        return (self.length - 1) // _STRIDE + 1
+        return (self.length - 1) // FRAME_STRIDE + 1
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -235,11 +235,10 @@ def _wrong_for_base(job: Job, base: Base) -> list[str]:
             f"expected a length of 1 for base {base.name}, which draws pictures, found "
             f"{job.length}: change it, or connect a model of videos (Wan)."
         )
-    elif (job.length - 1) % _STRIDE:
-        near = round((job.length - 1) / _STRIDE) * _STRIDE + 1
+    elif job.length != nearest_frames(job.length):
         wrong.append(
-            f"expected a length of 1 and a multiple of {_STRIDE}, found {job.length}: the nearest "
-            f"is {near}."
+            f"expected a length of 1 and a multiple of {FRAME_STRIDE}, found {job.length}: the "
+            f"nearest is {nearest_frames(job.length)}."
         )
     return wrong
 

@@ -21,9 +21,20 @@ from dmp_common.bases.outputs import Layer, output_sets, output_sites, under
 from dmp_common.bases.transformer import block_sites, depth_probes
 from dmp_common.errors import PatchError
 
+FRAME_STRIDE = 4  # frames of a video over frames of its latent, of all VAEs of Wan
 _PATCH = 2  # latent pixels per token, in each direction; frames are not joined
 # What hosts put beside a video's own frames, by its place in the original model's signature.
 _OTHERS = (Argument("time_dim_concat", 4), Argument("context_latents", 6))
+
+
+def nearest_frames(count: int, stride: int = FRAME_STRIDE) -> int:
+    """Returns the number of frames nearest to `count` that a video can have: one, and a multiple
+    of the frames that the VAE makes one frame of.
+
+    >>> nearest_frames(80)
+    81
+    """
+    return max(round((count - 1) / stride), 0) * stride + 1
 
 
 def video_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
