@@ -61,7 +61,7 @@ TRAINED = {
     "krea2": (table.KREA2, 4),
     "qwen-image-2.1": (table.QWEN_IMAGE21, 4),
     "anima": (table.ANIMA, 4),
-    "wan": (table.WAN, 4),
+    "wan": (tinywan.small(table.WAN), 4),
     **{name: (own.family, 4) for name, own in OWN.items()},
 }
 TRAINED = {
@@ -70,7 +70,7 @@ TRAINED = {
     if name in FAMILIES and trainable(FAMILIES[name].base, facts[0])
 }
 for _name, (_family, _multiple) in TRAINED.items():
-    _first = replace(table.WAN_FIRST, multiple=_multiple) if _name == "wan" else None
+    _first = tinywan.small(table.WAN_FIRST) if _name == "wan" else None
     register_family(FAMILIES[_name].base, replace(_family, multiple=_multiple), _first)
 
 _QWEN = ("qwen-image", "krea2", "qwen-image-2.1", "anima")

@@ -11,6 +11,7 @@ from training.base.places import Source, explained
 from training.options.config import TrainConfig
 
 _SECOND = "transformer_2"  # the folder of the expert for low noise; the other has the usual one
+_PAIR = "A14B"  # in the names of repositories with both
 
 
 def denoiser_folder(config: TrainConfig, base: Base, source: Source, usual: str) -> str:
@@ -28,7 +29,7 @@ def denoiser_folder(config: TrainConfig, base: Base, source: Source, usual: str)
     """
     if base.switch is None or source.kind != "pipeline":
         return usual
-    second = _has_second(source.place)
+    second = _has_second(source.place, base.hub_id)
     if second and config.expert is None:
         raise PatchError(
             f"expected --expert high or low for the two experts in {source.place}, found none: "
@@ -42,8 +43,20 @@ def denoiser_folder(config: TrainConfig, base: Base, source: Source, usual: str)
     return _SECOND if config.expert == "low" else usual
 
 
-def _has_second(place: str) -> bool:
+def require_expert(config: TrainConfig, base: Base, source: Source) -> None:
+    """Refuses a wrong expert where that can be told without asking the hub.
+
+    Raises:
+        PatchError: see `denoiser_folder`.
+    """
+    if source.place == base.hub_id or source.is_here:
+        denoiser_folder(config, base, source, "")
+
+
+def _has_second(place: str, usual: str | None) -> bool:
     if Path(place).is_dir():
         return (Path(place) / _SECOND).is_dir()
+    if place == usual:
+        return _PAIR in place
     with explained("a pipeline", place, "--pretrained_model_name_or_path"):
         return bool((diffusers.DiffusionPipeline.load_config(place).get(_SECOND) or [None])[0])

@@ -17,7 +17,7 @@ from training.base.families import dit
 from training.base.families.table import family_of
 from training.base.frozenbase import FrozenBase as FrozenBase  # where all others import it
 from training.base.loading import Loader
-from training.base.option_checks import require_fitting, require_frames, require_plain_inputs
+from training.base.option_checks import require_fitting, require_plain_inputs
 from training.base.places import Said, find_source, require_known
 from training.base.precision import DTYPES
 from training.base.schedulers import adjusted
@@ -69,7 +69,6 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
     base = find_base(config) if config.base == "auto" else get_base(config.base)
     source = find_source(config, base)
     require_known(source)
-    family = family_of(base).of_weights(source)
     family = family_of(base, config.first_frames).of_weights(source)
     dtype = torch.float32 if config.trains_base else DTYPES[config.mixed_precision]
     text = text_facts(Path(source.place))
@@ -92,7 +91,6 @@ def _assembled(config: TrainConfig, kind: type[Loader], said: Said | None) -> Fr
         )
         if not family.first_frame:
             require_plain_inputs(model, frozen.channels)
-        require_frames(config.frames, frozen.space)
         if config.text_conditional or frozen.conditioning == "caption":
             told = {"text_conditional": isinstance(family, dit.DiT)}
             loader.config = config.model_copy(update=told)

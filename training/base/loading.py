@@ -23,7 +23,6 @@ from training.base.releases import require_releases
 from training.base.schedulers import schedule_of
 from training.base.single_files import SingleFile, vae_of_file
 from training.base.text_files import load_text_encoder, text_encoder_of_folder
-from training.base.vae_files import READERS
 from training.options.config import TrainConfig
 
 _CLIP = "openai/clip-vit-large-patch14"  # the "CLIP-L" of Stable Diffusion
@@ -58,6 +57,8 @@ class Loader:
         in_file = source.kind in ("single", "original")
         self.file = SingleFile(Path(source.place)) if in_file else None
         self._denoiser: Any = getattr(diffusers, family.model)
+        if self.file is not None and not self._is_original():
+            self.file.require_reader(family.model, base.name)
 
     def __enter__(self) -> Loader:
         return self
@@ -70,8 +71,6 @@ class Loader:
         """Returns the denoiser with its weights."""
         place, dtype = self.source.place, self.dtype
         if self.file is not None:
-            if not self._is_original():
-                self.file.require_reader(self.family.model, self.base.name)
             self.denoiser_config()  # first, for its own error: it may be on the hub
         with self._loading("denoiser", f"weights of a {self.family.model}", place, _WEIGHTS):
             if self.file is None:
@@ -112,19 +111,11 @@ class Loader:
         self.vae_config()  # first, for its own error: it may be on the hub
         with self._loading("VAE", "a VAE", chosen or place, "--vae"):
             if chosen is not None and Path(chosen).is_file():
-                self._require_file_reader(chosen)
                 return vae_of_file(Path(chosen), cls, place, dtype)
             if chosen is None and self._file_has("vae"):
                 assert self.file is not None
                 return self.file.model(cls, place, str(subfolder), dtype)
             return cls.from_pretrained(place, subfolder=subfolder, torch_dtype=dtype)
-
-    def _require_file_reader(self, file: str) -> None:
-        if self.family.autoencoder not in (*SINGLE_FILE_LOADABLE_CLASSES, *READERS):
-            raise PatchError(
-                f"expected a diffusers folder or hub id with --vae for base {self.base.name}, "
-                f"found the file {file}: diffusers reads no single files of its VAE."
-            )
 
     def vae_config(self) -> dict[str, Any]:
         """Returns the configuration of the VAE; no weights are read."""

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dmp_common import PatchError
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+from dmp_common import Base, PatchError, get_base
+from dmp_common.bases.wan import nearest_frames
+from training.base.dit_folders import text_facts
 from training.base.families.dit import DiT
 from training.base.families.family import Family
-from training.base.latents import LatentSpace
+from training.base.families.table import family_of
+from training.base.places import find_source
+from training.base.vae_files import READERS
 from training.options.config import TrainConfig
+from training.options.problems import ConfigError
 
 _CAPTION = 512  # tokens, in the attention of Wan 2.1's model of picture to video
 
@@ -34,6 +41,34 @@ def _before(family: Family) -> str:
     return f"name those from before the distillation, such as {family.undistilled}"
 
 
+def told_family(config: TrainConfig, base: Base) -> Family:
+    """The family of a base, with what can be told of its weights without asking the hub.
+
+    Raises:
+        PatchError: the trainer knows none, or none that is told of first frames.
+    """
+    family = family_of(base, config.first_frames)
+    try:
+        source = find_source(config, base)
+    except PatchError:  # it has a sentence of its own
+        return family
+    if source.is_here:
+        return family.of_weights(source)
+    # Another repository says by itself whether its weights are distilled, when it is asked.
+    return family.of_name(source.name) if source.place == base.hub_id else family
+
+
+def require_options(config: TrainConfig) -> None:
+    """Refuses options that the base cannot do, from the options and this disk alone.
+
+    Raises:
+        PatchError: one line for each problem.
+    """
+    base = get_base(config.base)
+    place = Path(config.pretrained_model_name_or_path or "").expanduser()
+    require_fitting(config, told_family(config, base), text_facts(place) is not None)
+
+
 def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> None:
     """Refuses options that the base cannot do.
 
@@ -53,7 +88,7 @@ def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> 
         *_about_student(config),
     ]
     if problems:
-        raise PatchError("\n".join(problems))
+        raise ConfigError(*problems)
 
 
 def require_plain_inputs(model: Any, channels: int) -> None:
@@ -76,31 +111,18 @@ def require_plain_inputs(model: Any, channels: int) -> None:
         )
 
 
-def require_frames(frames: int, space: LatentSpace | None) -> None:
-    """Refuses a number of frames of which the VAE would make no whole number.
-
-    Args:
-        frames: of the videos that are trained on.
-        space: of the base.
-
-    Raises:
-        PatchError: with the nearest number that there is.
-    """
-    stride = 1 if space is None else space.stride
-    if (frames - 1) % stride:
-        near = round((frames - 1) / stride) * stride + 1
-        raise PatchError(
-            f"expected --frames of one and a multiple of {stride}, of which the VAE makes one "
-            f"frame, found {frames}: the nearest is {near}."
-        )
-
-
 def _about_frames(config: TrainConfig, family: Family) -> list[str]:
-    problems = []
-    if config.frames > 1 and not family.video:
+    problems, stride = [], family.frame_stride
+    if config.frames > 1 and stride == 1:
         problems.append(
             f"expected --frames 1 with base {config.base}, which draws pictures, found "
             f"{config.frames}: leave it out, or choose a base of videos, such as wan-1.3b."
+        )
+    elif config.frames != nearest_frames(config.frames, stride):
+        problems.append(
+            f"expected --frames of one and a multiple of {stride}, of which the VAE makes one "
+            f"frame, found {config.frames}: the nearest is "
+            f"{nearest_frames(config.frames, stride)}."
         )
     if family.first_frame and config.frames == 1:
         problems.append(
@@ -160,6 +182,13 @@ def _about_files(config: TrainConfig, family: Family) -> list[str]:
         problems.append(
             f"expected one VAE, found --vae {config.vae} and --ae {config.ae}, which mean the "
             "same: leave one out."
+        )
+    vae = config.vae or config.ae
+    readers = (*SINGLE_FILE_LOADABLE_CLASSES, *READERS)
+    if vae is not None and Path(vae).expanduser().is_file() and family.autoencoder not in readers:
+        problems.append(
+            f"expected a diffusers folder or hub id with --vae for base {config.base}, found the "
+            f"file {vae}: diffusers reads no single files of its VAE."
         )
     wanted = {"clip_l": config.clip_l, "clip_g": config.clip_g, "t5xxl": config.t5xxl}
     if "text_encoder" in family.files.values():

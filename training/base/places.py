@@ -55,6 +55,11 @@ class Source:
             path = path.parent.parent
         return path.name
 
+    @property
+    def is_here(self) -> bool:
+        """Whether they are on this disk."""
+        return Path(self.place).exists()
+
     @cached_property
     def facts(self) -> dict[str, Any]:
         """The configuration of a pipeline; empty where none can be read.

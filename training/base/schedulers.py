@@ -77,9 +77,21 @@ def adjusted(scheduler: Any, config: TrainConfig) -> Any:
         changes["rescale_betas_zero_snr"] = True
     if scheduler is None or not changes:
         return scheduler
-    if is_flow(scheduler):
+    require_adjustable(is_flow(scheduler), config)
+    return type(scheduler).from_config(scheduler.config, **changes)
+
+
+def require_adjustable(flow: bool, config: TrainConfig) -> None:
+    """Refuses wishes about the noise schedule that a flow model cannot fulfil.
+
+    Args:
+        flow: whether the base is one.
+
+    Raises:
+        PatchError: it is one, and there are such wishes.
+    """
+    if flow and (config.v_parameterization or config.zero_terminal_snr):
         raise PatchError(
             "expected a base with epsilon or v prediction for --v_parameterization and "
             "--zero_terminal_snr, found a flow model: leave them out."
         )
-    return type(scheduler).from_config(scheduler.config, **changes)

@@ -52,11 +52,7 @@ def limit_ranks(frozen: FrozenBase, layers: list[Any], rank: int, smallest: int)
             f"expected --network_min_dim of at most --network_dim, {rank}, found {smallest}: lower "
             "it."
         )
-    if frozen.prediction == "flow":
-        raise PatchError(
-            f"expected a base that predicts noise or v for --network_min_dim, found "
-            f"{frozen.base.name}, a flow model: leave it out."
-        )
+    require_noise_schedule(frozen.prediction == "flow", frozen.base.name)
     acting: list[Tensor] = []  # of the call that runs: (B, rank)
 
     def see(_: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -73,3 +69,20 @@ def limit_ranks(frozen: FrozenBase, layers: list[Any], rank: int, smallest: int)
     for layer in layers:
         handles += [down.register_forward_hook(mask) for down in layer.lora_A.values()]
     return handles
+
+
+def require_noise_schedule(flow: bool, base: str) -> None:
+    """Refuses --network_min_dim for a flow model.
+
+    Args:
+        flow: whether the base is one.
+        base: its name, for the error.
+
+    Raises:
+        PatchError: it is one.
+    """
+    if flow:
+        raise PatchError(
+            f"expected a base that predicts noise or v for --network_min_dim, found {base}, a "
+            "flow model: leave it out."
+        )

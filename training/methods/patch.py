@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dmp_common import Patch, PatchError, attach, importance_loss, load_loss
+from dmp_common import Base, Patch, PatchError, attach, importance_loss, load_loss
 from dmp_common.attach.attachment import Attachment
 from dmp_common.bases.timesteps import embed_timesteps
 from dmp_common.patch.balancing import GateNoise, stratified_timesteps
@@ -164,14 +164,24 @@ def _even_embedding(frozen: FrozenBase) -> Tensor:
     return embed_timesteps(frozen.model, frozen.base, frozen.naming, t)
 
 
-def _load_matching(config: TrainConfig, frozen: FrozenBase) -> Patch:
-    """The patch that training starts from; it must be of this base and variant."""
+def starting_patch(config: TrainConfig, base: Base) -> Patch:
+    """Reads the patch of --network_weights.
+
+    Raises:
+        PatchError: there is none, or one for another base.
+    """
     patch = Patch.load(str(config.network_weights))
-    if patch.base != frozen.base:
+    if patch.base != base:
         raise PatchError(
-            f"expected a patch for base {frozen.base.name} as --network_weights, found one for "
+            f"expected a patch for base {base.name} as --network_weights, found one for "
             f"{patch.base.name}: choose another."
         )
+    return patch
+
+
+def _load_matching(config: TrainConfig, frozen: FrozenBase) -> Patch:
+    """The patch that training starts from; it must be of this base and variant."""
+    patch = starting_patch(config, frozen.base)
     wanted = Patch.create(frozen.base, **config.variant, **frozen.facts).variant
     if patch.variant != wanted:
         asked = wanted.described()

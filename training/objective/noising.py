@@ -244,18 +244,30 @@ def process_of(scheduler: SchedulerMixin, options: ObjectiveOptions, side: int =
     Raises:
         PatchError: an unknown prediction type, or options that the process does not have.
     """
+    flow = is_flow(scheduler)
+    require_process(flow, options)
+    return Flow(scheduler, options, side) if flow else Discrete(scheduler, options)
+
+
+def require_process(flow: bool, options: ObjectiveOptions) -> None:
+    """Refuses options that the process of a base does not have.
+
+    Args:
+        flow: whether the base is a flow model.
+        options: of the run.
+
+    Raises:
+        PatchError: there are such options.
+    """
     if options.relative_loss and options.loss_type != "l2":
         raise PatchError(
             "expected --loss_type l2 with --relative_loss, whose weights are the base's squared "
             f"error, found {options.loss_type}: leave out one of them."
         )
-    if not is_flow(scheduler):
-        return Discrete(scheduler, options)
     wrong = [name for name in _DISCRETE_ONLY if getattr(options, name)]
-    if wrong:
+    if flow and wrong:
         raise PatchError(
             "expected a base with epsilon or v prediction for "
             f"{', '.join('--' + name for name in wrong)}, found a flow model: use "
             "--weighting_scheme and --timestep_sampling."
         )
-    return Flow(scheduler, options, side)

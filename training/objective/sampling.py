@@ -55,15 +55,8 @@ def make_sampler(
     Raises:
         PatchError: a sampler that is unknown, or not for flow models.
     """
-    if name not in ("default", *SAMPLERS):
-        raise PatchError(
-            f"expected a sampler out of default, {', '.join(SAMPLERS)}, found {name!r}: choose one."
-        )
+    require_sampler(name, is_flow(scheduler))
     if is_flow(scheduler):
-        if name not in ("default", "euler"):
-            raise PatchError(
-                f"expected sampler euler for a flow model, found {name}: leave out --sampler."
-            )
         sampler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
         levels = (family or Family("transformer", "")).levels
         sampler.set_timesteps(**levels(sampler, steps, tokens))
@@ -80,6 +73,28 @@ def make_sampler(
         sampler.register_to_config(timestep_spacing="trailing")
     sampler.set_timesteps(min(steps, sampler.config.num_train_timesteps))
     return sampler
+
+
+def require_sampler(name: str, flow: bool, option: str = "--sampler") -> None:
+    """Refuses a sampler that is unknown, or not for flow models.
+
+    Args:
+        name: default, or a name in `SAMPLERS`.
+        flow: whether the base is a flow model.
+        option: that names it, for the error.
+
+    Raises:
+        PatchError: it is one of these.
+    """
+    if name not in ("default", *SAMPLERS):
+        raise PatchError(
+            f"expected a sampler out of default, {', '.join(SAMPLERS)} with {option}, found "
+            f"{name!r}: choose one."
+        )
+    if flow and name not in ("default", "euler"):
+        raise PatchError(
+            f"expected sampler euler for a flow model, found {name}: leave out {option}."
+        )
 
 
 def denoise(
@@ -214,11 +229,7 @@ def is_guided(frozen: FrozenBase, scale: float) -> bool:
         PatchError: a scale that is not 1 for weights that were distilled to draw without guidance,
             whose pipelines ignore it.
     """
-    if scale != 1.0 and frozen.family.distilled:
-        raise PatchError(
-            f"expected a guidance scale of 1 for the distilled weights of base {frozen.base.name}, "
-            f"found {scale:g}: leave it out, or name weights that are not distilled."
-        )
+    frozen.family.require_scale(scale, frozen.base.name)
     embedded = bool(getattr(frozen.model.config, "guidance_embeds", False))
     return scale != 1.0 and not embedded and frozen.kind.conditioning != "none"
 

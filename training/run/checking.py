@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from dmp_common import Patch, PatchError, get_base
+from dmp_common import PatchError, get_base
 from dmp_common.bases.schedule import EVERYWHERE
 from training.base.families.dit import DiT
 from training.base.families.flux2 import Flux2, Flux2Klein
@@ -16,17 +15,17 @@ from training.base.families.language import LanguageFamily, Lumina2
 from training.base.families.table import family_of
 from training.base.families.transformer import Flux
 from training.base.frozen import find_base
-from training.base.places import find_source, require_known
-from training.base.releases import require_releases
+from training.base.option_checks import told_family
 from training.options.command_line import Resolved, with_base
 from training.options.config import TrainConfig
 from training.options.data_options import named_sources, several_sources
 from training.options.dataset_file import read_dataset_file
 from training.options.problems import ConfigError
+from training.run.base_checks import OF_BASE, Check
 from training.run.folder import RunFolder
 from training.run.optimisers import OPTIMISERS, PLAIN, has_package, make_optimiser, optimiser_name
-from training.run.previews import sampler_of
-from training.run.prompt_files import read_prompt_file
+from training.run.previews import previewed, sampler_of
+from training.run.prompt_files import read_prompt_file, require_prompt_file, require_prompts
 from training.run.state import find_resumed
 
 _PATCHES = ("dmp", "prompt")
@@ -35,7 +34,6 @@ _OF_FLOW = (
     "timestep_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
     "sigmoid_scale", "discrete_flow_shift",
 )  # fmt: skip
-_Check = Callable[[TrainConfig], object]
 
 
 def check_run(found: Resolved) -> None:
@@ -56,7 +54,7 @@ def check_run(found: Resolved) -> None:
     if config.report_samples and config.method not in _PATCHES:
         config = config.model_copy(update={"report_samples": 0})
     known = config.base != "auto"
-    checks: list[_Check] = [_base, _variant] if known else []
+    checks: list[Check] = list(OF_BASE) if known else []
     checks += [_data, _dataset_file, _prompts, _folder, _optimiser, _resumed, _upload]
     for check in checks:
         try:
@@ -155,23 +153,6 @@ def _on_cpu(config: TrainConfig) -> bool:
     return config.cpu or not torch.accelerator.is_available()
 
 
-def _base(config: TrainConfig) -> None:
-    """A base that the trainer and the installed packages know, and a place of its weights that
-    exists, as far as this disk tells."""
-    base = get_base(config.base)
-    require_releases(base, family_of(base))
-    source = find_source(config, base)
-    if Path(source.place).exists():
-        require_known(source)
-
-
-def _variant(config: TrainConfig) -> None:
-    """The patch without memory for its values: names of sites, sizes, options of its gate."""
-    get_base(config.base)
-    with torch.device("meta"):
-        Patch.create(config.base, **config.variant)
-
-
 def _data(config: TrainConfig) -> None:
     """A source of data, and places on this disk that exist."""
     if config.needs_no_pictures:
@@ -219,8 +200,18 @@ def _dataset_file(config: TrainConfig) -> None:
 
 
 def _prompts(config: TrainConfig) -> None:
-    if config.sample_prompts is not None:
-        read_prompt_file(Path(config.sample_prompts))
+    """The prompts of previews, and what of them the base does not take."""
+    file = config.sample_prompts
+    entries = None if file is None else read_prompt_file(Path(file))
+    try:
+        base = get_base(config.base)
+        family = told_family(config, base)
+    except PatchError:  # an unknown base has a sentence of its own
+        return
+    if entries is not None:
+        require_prompts(entries, base, family)
+    elif previewed(config):
+        require_prompt_file(family.conditioning == "caption" or config.text_conditional)
 
 
 def _optimiser(config: TrainConfig) -> None:

@@ -26,6 +26,12 @@ from training.run.prompt_files import Prompt, read_prompts
 _SAMPLERS = {"dpmsolver": "dpm++", "dpmsolver++": "dpm++", "dpmsingle": "dpm++_single"}
 
 
+def previewed(config: TrainConfig) -> bool:
+    """Whether a run draws previews."""
+    wanted = (config.sample_prompts, config.sample_every_n_steps, config.sample_every_n_epochs)
+    return any(wanted) or config.sample_at_first
+
+
 def sampler_of(name: str | None, flow: bool) -> str:
     """The name that `make_sampler` knows of a sampler of --sample_sampler.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,6 +15,8 @@ from training.options.problems import ConfigError
 from training.options.run_options import PreviewSampler
 
 if TYPE_CHECKING:
+    from dmp_common import Base
+    from training.base.families.family import Family
     from training.base.frozen import FrozenBase
 
 _OPTION = re.compile(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)")
@@ -80,12 +82,9 @@ def read_prompts(config: TrainConfig, frozen: FrozenBase) -> list[Prompt]:
     """
     if config.sample_prompts is not None:
         entries = read_prompt_file(Path(config.sample_prompts))
-    elif frozen.kind.conditioning == "caption":
-        raise ConfigError(
-            "expected --sample_prompts, a text file with one prompt a line, for previews, found "
-            "none: write one, or leave out the previews."
-        )
+        require_prompts(entries, frozen.base, frozen.family)
     else:
+        require_prompt_file(frozen.kind.conditioning == "caption")
         count = min(_CLASSES, frozen.kind.num_classes or 4)
         entries = [Entry(f"class {label}", {"prompt": str(label)}) for label in range(count)]
     prompts, problems = [], []
@@ -97,6 +96,50 @@ def read_prompts(config: TrainConfig, frozen: FrozenBase) -> list[Prompt]:
     if problems:
         raise ConfigError(*problems)
     return prompts
+
+
+def require_prompt_file(captioned: bool) -> None:
+    """Refuses previews without prompts.
+
+    Args:
+        captioned: whether the base draws from captions.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if captioned:
+        raise ConfigError(
+            "expected --sample_prompts, a text file with one prompt a line, for previews, found "
+            "none: write one, or leave out the previews."
+        )
+
+
+def require_prompts(entries: Sequence[Entry], base: Base, family: Family) -> None:
+    """Refuses prompts that a base does not take, as far as its family tells.
+
+    Raises:
+        ConfigError: a line for each of them.
+    """
+    wrong = [(entry, _unfit(entry.values, base, family)) for entry in entries]
+    problems = [f"--sample_prompts, {entry.where}: {why}" for entry, why in wrong if why]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _unfit(values: Mapping[str, Any], base: Base, family: Family) -> str | None:
+    """Why no base of a family takes a prompt."""
+    image = values.get("image_path")
+    if (image is not None) != family.first_frame:
+        wanted = "a picture for the first frame (--i FILE)" if family.first_frame else "no --i"
+        return f"expected {wanted} with base {base.name}, found {image or 'none'}."
+    if image is not None and not Path(image).expanduser().is_file():
+        return f"expected a picture for --i, found nothing at {image}: check the path."
+    scale = values.get("scale", values.get("guidance_scale", 1.0))
+    try:
+        family.require_scale(scale, base.name)
+    except PatchError as error:
+        return str(error)
+    return None
 
 
 def read_prompt_file(path: Path) -> list[Entry]:
@@ -221,11 +264,6 @@ def _prompt(
 def _misfit(prompt: Prompt, frozen: FrozenBase) -> str | None:
     """Why a base does not take a prompt."""
     kind = frozen.kind
-    if (prompt.image is not None) != kind.first_frame:
-        wanted = "a picture for the first frame (--i FILE)" if kind.first_frame else "no --i"
-        return f"expected {wanted} with base {frozen.base.name}, found {prompt.image or 'none'}."
-    if prompt.image is not None and not Path(prompt.image).expanduser().is_file():
-        return f"expected a picture for --i, found nothing at {prompt.image}: check the path."
     if kind.conditioning == "label":
         count = kind.num_classes or 0
         if not prompt.text.isdecimal():

@@ -35,7 +35,7 @@ from training.run.opening import TEXT_CACHES, open_run
 from training.run.outputs import Outputs, require_room
 from training.run.own_samples import draw_own_samples
 from training.run.parts import Parts, Run, assemble
-from training.run.previews import Previews
+from training.run.previews import Previews, previewed
 from training.run.publishing import push
 from training.run.resuming import facts_of, resume
 from training.run.scale import make_accelerator, tracker_options
@@ -233,8 +233,7 @@ def _validated(
 def _previews(parts: Parts, tell: Telling) -> Previews | None:
     """The previews that are asked for, with the pictures of the base."""
     config = parts.config
-    wanted = (config.sample_prompts, config.sample_every_n_steps, config.sample_every_n_epochs)
-    if config.dry_run or not (any(wanted) or config.sample_at_first):
+    if config.dry_run or not previewed(config):
         return None
     previews = Previews(parts.frozen, parts.encoders, config, parts.device)
     with tell.timed("drawing the base's previews"), parts.accelerator.autocast():

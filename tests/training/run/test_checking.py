@@ -13,7 +13,7 @@ from dmp_common import PatchError, get_base
 from training.base.families import table
 from training.base.releases import require_releases
 from training.options.command_line import Resolved, parse_arguments, read_options
-from training.run import checking, optimisers
+from training.run import base_checks, checking, optimisers
 from training.run.checking import check_run
 from training.train_dmp import main
 
@@ -63,6 +63,83 @@ def test_a_base_that_cannot_be_trained_is_refused_before_anything_is_said(
     assert "recipe" not in said.out
     assert "expected diffusers 0.36 or later for base chroma, found 0.35.9: pip" in said.err
     assert "a folder of images at nowhere" in said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "--base sd15 --frames 81 --expert high --resolution 500",
+            ["expected --frames 1 with base sd15", "expert", "multiples of 64"],
+        ),
+        ("--base wan-1.3b --frames 80", ["one and a multiple of 4", "the nearest is 81"]),
+        (
+            "--base wan22-i2v-14b --state_captions nowhere --min_snr_gamma 5",
+            ["two experts", "expected --frames with base", "--state_captions", "--min_snr_gamma"],
+        ),
+        ("--base sd15 --first_frames", ["with --first_frames, found sd15"]),
+        (
+            "--base z-image --teacher_guidance_scale 4 --objective distill --own_sampler ddim",
+            ["expected weights that draw with guidance for --teacher_guidance_scale"],
+        ),
+        (
+            "--base flux --objective own --own_sampler ddim --v_parameterization --fp8_base "
+            "--method lora --network_min_dim 2",
+            [
+                "expected sampler euler for a flow model, found ddim: leave out --own_sampler",
+                "--v_parameterization",
+                "--network_min_dim, found flux",
+                "--fp8_base",
+            ],
+        ),
+        (
+            "--base sdxl --objective distill --student_quantization rtn3 --states teacher "
+            "--t5xxl nowhere --sample_at_first --network_weights nowhere.safetensors",
+            ["that base sdxl has", "a text file with one prompt a line", "nowhere.safetensors"],
+        ),
+        ("--base sd15 --dmp_sites nowhere --relative_loss --loss_type l1", ["loss_type l2"]),
+    ],
+)
+def test_all_that_the_options_show_is_told_before_anything_is_loaded_or_asked_for(
+    line: str,
+    told: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    for cls in (diffusers.DiffusionPipeline, diffusers.UNet2DConditionModel):
+        monkeypatch.setattr(cls, "load_config", asked)
+    monkeypatch.setattr("training.run.trainer.open_run", asked)
+    assert main([*line.split(), "--train_data_dir", "nodata", "--output_dir", str(tmp_path)]) == 1
+    found = capsys.readouterr().err
+    for part in [*told, "a folder of images at nodata"]:
+        assert part in found
+
+
+def test_packages_that_options_ask_for_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_checks.importlib.util, "find_spec", lambda name: None)
+    found = checked(tmp_path, method="lora", objective="distill", student_quantization="q4_0")
+    assert any("the package peft for --method lora" in problem for problem in found.problems)
+    assert any("gguf for --student_quantization q4_0" in problem for problem in found.problems)
+
+
+def test_prompts_that_a_base_does_not_take(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat --l 4\na dog --i nothing.png\n", encoding="utf-8")
+    for base, told in {
+        "z-image": [
+            "line 1: expected a guidance scale of 1 for the distilled",
+            "line 2: expected no",
+        ],
+        "wan21-i2v-14b": ["line 1: expected a picture", "line 2: expected a picture for --i"],
+    }.items():
+        found = checked(tmp_path, base=base, sample_prompts=str(prompts))
+        assert all(any(part in problem for problem in found.problems) for part in told)
 
 
 def test_a_text_encoder_that_transformers_does_not_know_is_named() -> None:

@@ -12,6 +12,7 @@ import diffusers
 import torch.nn as nn
 from torch import Tensor
 
+from dmp_common import PatchError
 from training.base.schedulers import dynamic_shift
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Family:
         vae_id: the usual VAE, where the weights come without one.
         even: the pipeline of a flow model spaces noise levels evenly from 1 to 1 / steps, before
             they are shifted.
-        video: it draws videos; a picture is one of one frame.
+        frame_stride: frames of a video that its VAE makes one frame of the latent of; the first
+            frame has one of its own. 1 for families of pictures.
         first_frame: it goes on from a picture, the first frame of a video.
         vision: the class in transformers of what looks at that picture, besides the VAE; "" for
             none. Its folder is `image_encoder`.
@@ -81,7 +83,7 @@ class Family:
     vae_id: str | None = None
     even: bool = False
     distilled: bool = False
-    video: bool = False
+    frame_stride: int = 1
     first_frame: bool = False
     vision: str = ""
     fast: str = ""
@@ -101,10 +103,33 @@ class Family:
         """
         if not self.fast:
             return self
-        name = source.name.lower()
-        named = bool(re.search(self.fast, name)) and not _UNDONE.search(name)
-        told = source.facts.get("is_distilled", named)
+        named = self.of_name(source.name)
+        told = source.facts.get("is_distilled", named.distilled)
         return replace(self, distilled=True, guidance=1.0) if told else self
+
+    def of_name(self, name: str) -> Family:
+        """The family with what the name of its weights tells, as far as `of_weights` goes by it."""
+        fast = bool(self.fast) and bool(re.search(self.fast, name.lower()))
+        if not fast or _UNDONE.search(name.lower()):
+            return self
+        return replace(self, distilled=True, guidance=1.0)
+
+    def require_scale(self, scale: float, base: str) -> None:
+        """Refuses guidance for weights that were distilled to draw without, whose pipelines ignore
+        it.
+
+        Args:
+            scale: of classifier-free guidance; 1 is none.
+            base: name of the base, for the error.
+
+        Raises:
+            PatchError: the weights are distilled, and the scale is not 1.
+        """
+        if scale != 1.0 and self.distilled:
+            raise PatchError(
+                f"expected a guidance scale of 1 for the distilled weights of base {base}, found "
+                f"{scale:g}: leave it out, or name weights that are not distilled."
+            )
 
     def require_packages(self) -> None:
         """Checks that the packages are there which its model needs besides diffusers.

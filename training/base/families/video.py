@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmp_common import PatchError
+from dmp_common.bases.wan import FRAME_STRIDE
 from training.base.families.family import Given, like
 from training.base.families.transformer import T5Family
 from training.base.latents import LatentSpace, as_video
@@ -141,7 +142,7 @@ WAN = Wan(
     files={"text_encoder": "t5xxl"},
     resolution=640,  # about the area of 832 x 480
     guidance=5.0,
-    video=True,
+    frame_stride=FRAME_STRIDE,
 )
 _FROM_PICTURE = vars(WAN) | {"pipeline": "WanImageToVideoPipeline", "first_frame": True}
 # The models of picture to video: Wan 2.2's, and Wan 2.1's, which reads what CLIP sees besides.
