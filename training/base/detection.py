@@ -11,8 +11,7 @@ import torch
 from dmp_common import Base, PatchError, detect_base, known_bases
 from dmp_common.bases.detect import bases_of_shapes, stranger_of_shapes
 from dmp_common.bases.otherfamilies import Stranger
-from dmp_common.tools.modelfiles import tensor_shapes
-from training.base.families.checkpoint import read_shapes
+from training.base.families.checkpoint import shapes_of
 from training.base.places import Source, explained, require_known
 
 
@@ -26,8 +25,7 @@ def detect_source(source: Source) -> Base:
     path = Path(source.place)
     if not path.exists():
         return _of_repository(source.place)
-    pickled = path.suffix in (".pt", ".pth", ".ckpt")
-    shapes = read_shapes(path) if pickled else tensor_shapes(path)
+    shapes = shapes_of(path)
     found = bases_of_shapes(shapes)
     if not found:
         raise _unknown(source.place, stranger_of_shapes(shapes))

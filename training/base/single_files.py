@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,8 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from dmp_common.bases.detect import PREFIXES
-from dmp_common.tools.modelfiles import tensor_shapes
 from training.base.families import checkpoint
 from training.base.families.dit import set_frequency_shift
-from training.base.places import ORIGINAL
 from training.base.vae_files import READERS
 
 # What comes before the names of the tensors of a part, by the option that replaces the part:
@@ -64,11 +63,10 @@ class SingleFile:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of its tensors."""
-        pickled = self.path.suffix in (*ORIGINAL, ".ckpt")
-        return checkpoint.read_shapes(self.path) if pickled else tensor_shapes(self.path)
+        return checkpoint.shapes_of(self.path)
 
     @property
     def is_original(self) -> bool:
@@ -110,7 +108,7 @@ class SingleFile:
     @cached_property
     def readable(self) -> str:
         """The path of a file that diffusers reads: a pickled one is rewritten as safetensors."""
-        if self.path.suffix not in (*ORIGINAL, ".ckpt"):
+        if self.path.suffix not in checkpoint.PICKLED:
             return str(self.path)
         folder = self._stack.enter_context(tempfile.TemporaryDirectory())
         copy = Path(folder) / f"{self.path.stem}.safetensors"
@@ -192,7 +190,7 @@ class SingleFile:
             config: its configuration there.
         """
         self._require_original()
-        pickled = self.path.suffix in (*ORIGINAL, ".ckpt")
+        pickled = self.path.suffix in checkpoint.PICKLED
         tensors = checkpoint.read_tensors(self.path) if pickled else load_file(self.path)
         model = cls.from_config(config)
         model.load_state_dict(checkpoint.rename(tensors))

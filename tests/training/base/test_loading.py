@@ -20,7 +20,7 @@ from tests.training.tinyfiles import same
 from training.base.dit_folders import TIME_FILE
 from training.base.families import checkpoint
 from training.base.families.dit import set_frequency_shift
-from training.base.frozen import FrozenBase, find_base, load_frozen
+from training.base.frozen import FrozenBase, base_kind, find_base, load_frozen
 from training.methods.full import FullMethod
 from training.options.command_line import resolve
 
@@ -103,6 +103,34 @@ def test_original_dit(kind: str, folder: Callable[[str], Path], tmp_path: Path) 
     assert frozen.facts["frequency_shift"] == 0.0  # the original's, not diffusers' 1
     set_frequency_shift(model, 0.0)
     torch.testing.assert_close(tiny.run(frozen.model), tiny.run(model))
+
+
+def test_the_header_of_a_file_is_read_once(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To recognise the base, look at its data and load it; again once the file has changed."""
+    path, read = tmp_path / "dit.safetensors", []
+    tensors = {
+        name: value.contiguous() for name, value in original_dit(dit_of_one_embedding()).items()
+    }
+    save_file(tensors, path)
+    shapes = checkpoint.tensor_shapes
+    monkeypatch.setattr(
+        checkpoint, "tensor_shapes", lambda place: read.append(place) or shapes(place)
+    )
+    config = resolve(
+        {
+            "base": "auto",
+            "pretrained_model_name_or_path": str(path),
+            "base_config": str(folder("dit")),
+        }
+    )
+    assert find_base(config) is FAMILIES["dit"].base
+    base_kind(config)
+    load_frozen(config)
+    assert read == [path]
+    save_file({**tensors, "more": torch.ones(1)}, path)
+    assert "more" in checkpoint.shapes_of(path) and len(read) == 2
 
 
 def test_trained_original_dit_keeps_its_time_embedding(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from dmp_common.errors import printable
+from dmp_common.tools.modelfiles import tensor_shapes
 from dmp_common.tools.pickles import StoredTensor
 from dmp_common.tools.unpickle import TorchFile
 
+PICKLED = (".pt", ".pth", ".ckpt")  # endings of files that torch.save wrote
 # Where the weights are, best first: fast-DiT samples from its average.
 _NESTS = ("ema", "state_dict_ema", "state_dict", "model")
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # DiT, Table 1; PixArt has the width of XL
@@ -99,6 +102,22 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in such a file, without their values."""
     with TorchFile(path) as file:
         return {name: tensor.shape for name, tensor in _state_dict(file.contents()).items()}
+
+
+def shapes_of(path: Path) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a file or folder of weights, pickled or not.
+
+    A file that has not changed is read once, though several parts of a run ask for it.
+    """
+    if not path.is_file():
+        return tensor_shapes(path)
+    facts = path.stat()
+    return _shapes_of_file(path, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=4)
+def _shapes_of_file(path: Path, changed: int, size: int) -> Mapping[str, tuple[int, ...]]:
+    return read_shapes(path) if path.suffix in PICKLED else tensor_shapes(path)
 
 
 def is_transformer(tensors: Mapping[str, object]) -> bool:
