@@ -68,10 +68,10 @@ def table() -> str:
 def _supported() -> Iterator[tuple[str, ...]]:
     for title, names in TITLES.items():
         base = get_base(names[0])
-        trained, measured = _trained(base)
+        trained = _trained(base)
         shown = [f"`{name}`" for name in names]
         bases = ", ".join(shown) if len(shown) < 4 else f"{shown[0]} to {shown[-1]}"
-        yield title, bases, _core(base), _comfyui(base), _a1111(base), trained, measured
+        yield title, bases, _core(base), _comfyui(base), _a1111(base), trained, trained
 
 
 def _refused() -> Iterator[tuple[str, ...]]:
@@ -101,14 +101,13 @@ def _a1111(base: Base) -> str:
     return f"tried in {_TRIED[base.name]}" if base.name in _TRIED else "not tried"
 
 
-def _trained(base: Base) -> tuple[str, str]:
+def _trained(base: Base) -> str:
     """What the trainer and the evaluation, which loads a base as the trainer does, say of it."""
     try:
         family = family_of(base)
     except PatchError:
-        return _NO, _NO
-    yes = "yes" if family.since == Family.since else f"yes (diffusers {family.since})"
-    return yes, _NO if family.first_frame else yes
+        return _NO
+    return "yes" if family.since == Family.since else f"yes (diffusers {family.since})"
 
 
 def updated(text: str) -> str:

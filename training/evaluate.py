@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from dmp_common import PatchError
         from training.evaluation.evaluating import evaluate
+        from training.options.problems import ConfigError, numbered
     except ImportError as error:
         print(
             f"error: {error}: the evaluation needs the trainer's extra and its own, run: "
@@ -28,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     try:
         evaluate(options, config)
+    except ConfigError as error:
+        print(f"error: {numbered(error.problems)}", file=sys.stderr)
+        return 1
     except PatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

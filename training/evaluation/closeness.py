@@ -38,7 +38,7 @@ class Target:
 
         Args:
             first: the number of the first picture; batches are the same for every model.
-            pictures: (B, C, H, W) in [-1, 1].
+            pictures: (B, C, H, W) in [-1, 1], or videos (B, C, frames, H, W).
         """
         rounded = pictures.half()  # of both sides, so that equal pictures are 0 apart
         if not self.complete:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dmp_common import PatchError, get_base
+from dmp_common import PatchError
 from training.base.frozen import find_base
 from training.base.stored_size import stored_size
 from training.evaluation.closeness import Target
 from training.evaluation.controls import Controls, check_controls
 from training.evaluation.differences import Judged, differences
+from training.evaluation.evaluation_checks import check_evaluation
 from training.evaluation.measure import measure
 from training.evaluation.models import Compared, load_compared
 from training.evaluation.prepare import Evaluation, prepare_evaluation
@@ -34,8 +34,7 @@ def evaluate(options: EvaluationOptions, config: TrainConfig) -> Path:
     """
     if config.base == "auto":
         config = with_base(config, find_base(config).name)
-    get_base(config.base)
-    _require_source(config)
+    check_evaluation(options, config)
     models = load_models(options)
     controls = check_controls(models, repairs=config.has_student)
     if controls.text:
@@ -45,7 +44,6 @@ def evaluate(options: EvaluationOptions, config: TrainConfig) -> Path:
                 f"expected every control with --require_controls, found: {controls.text} Train "
                 "them with --method prompt, lora and full."
             )
-    _require_packages(options)
     folder = _writable(Path(options.out))
     rows = {**_own_rows(config), **models}
     specs = [files[0].spec for files in rows.values()]
@@ -119,19 +117,6 @@ def _stored(evaluation: Evaluation, model: Compared) -> int:
     return stored_size(evaluation.below(spec).model, config) + model.bytes_added
 
 
-def _require_packages(options: EvaluationOptions) -> None:
-    """Stops at the beginning where a package is missing that is needed at the end."""
-    needed = ["matplotlib"]
-    if options.samples and "kid" in options.wanted:
-        needed.append("torchmetrics")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise PatchError(
-            f"expected the packages of the evaluation, found no {' and no '.join(missing)}: "
-            'pip install -e ".[evaluation]".'
-        )
-
-
 def load_models(options: EvaluationOptions) -> dict[str, list[Compared]]:
     """The models by label, in the order of the command line.
 
@@ -158,14 +143,6 @@ def load_models(options: EvaluationOptions) -> dict[str, list[Compared]]:
             )
         others.append(load_compared(spec))
     return models
-
-
-def _require_source(config: TrainConfig) -> None:
-    if not any(getattr(config, name) for name in SOURCES):
-        raise PatchError(
-            f"expected held-out images for base {config.base}, found none: give "
-            f"{', '.join('--' + name for name in SOURCES)}."
-        )
 
 
 def _writable(folder: Path) -> Path:
@@ -197,4 +174,5 @@ def _settings(evaluation: Evaluation, controls: Controls) -> dict[str, Any]:
         "control_mismatches": controls.mismatches,
         "data": {name: getattr(config, name) for name in SOURCES},
         "mixed_precision": config.mixed_precision,
+        "frames": config.frames,
     }

@@ -65,11 +65,15 @@ class Extractor:
         self.module = module.to(self.device).eval()
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of images (B, C, H, W) in [-1, 1].
+        """Features of images (B, C, H, W) in [-1, 1]; those of videos (B, C, frames, H, W) are
+        their frames', side by side, without a map.
 
         Raises:
             PatchError: the module gives something else than it should, or does not take them.
         """
+        if images.ndim == 5:
+            frames = self(images.transpose(1, 2).flatten(0, 1)).pooled
+            return Features(frames.reshape(len(images), -1))
         try:
             with torch.no_grad():
                 found = self.module(images.to(self.device))

@@ -22,7 +22,7 @@ class Generated(NamedTuple):
 
     Args:
         first: the number of the first of them.
-        pictures: (B, C, H, W) in [-1, 1] on the CPU.
+        pictures: (B, C, H, W) in [-1, 1] on the CPU; of videos (B, C, frames, H, W).
         captions: that they were drawn from; None for bases without.
         labels: the classes (B,) that they were drawn from; None for bases without.
     """
@@ -70,10 +70,10 @@ def generate(
 def _unconditional(
     blank: Mapping[str, Tensor], conditional: Mapping[str, Tensor], count: int
 ) -> dict[str, Any]:
-    """No condition for each of a batch, at the sizes of its pictures."""
+    """No condition for each of a batch, at the sizes and with the first frames of its pictures."""
     same = ("sizes", "guidance")
     repeated = {n: v.expand(count, *v.shape[1:]) for n, v in blank.items() if n not in same}
-    return {**repeated, **{name: conditional[name] for name in same}}
+    return {**conditional, **repeated}
 
 
 @dataclass

@@ -69,11 +69,13 @@ def _about(settings: Mapping[str, Any]) -> str:
     features = f"features: {settings['features']}" if settings["features"] else "no features"
     channels = settings["guided_channels"]
     of = "" if channels is None else f" of {channels} channels"
+    frames, count = settings["frames"], settings["reference_images"]
+    videos = f" videos of {frames} frames" if frames > 1 else ""
+    compared = f"; compared with {count} {against} images ({features})" if count else ""
     return (
-        f"{loss} Samples: {settings['samples']} from equal noise, {settings['sample_steps']} steps "
-        f"({settings['sampler']}), guidance {settings['guidance_scale']:g}{of}, seed "
-        f"{settings['seed']}; compared with {settings['reference_images']} {against} images "
-        f"({features})."
+        f"{loss} Samples: {settings['samples']}{videos} from equal noise, "
+        f"{settings['sample_steps']} steps ({settings['sampler']}), guidance "
+        f"{settings['guidance_scale']:g}{of}, seed {settings['seed']}{compared}."
     )
 
 

@@ -21,6 +21,7 @@ from training.evaluation.prepare import Evaluation
 from training.evaluation.spec import How
 from training.evaluation.tuned_epsilon import tuned_epsilon
 from training.objective.losses import losses_by_bin
+from training.objective.pictures import strip
 from training.objective.scaling import epsilon_scaled
 from training.objective.student import Student
 
@@ -90,7 +91,8 @@ def _sample(
                 parts.append(evaluation.extractor(batch.pictures))
             for measured, values in _single(evaluation, batch, target).items():
                 single.setdefault(measured, []).append(values)
-            result.pictures += list(batch.pictures[: max(0, options.grid - len(result.pictures))])
+            shown = batch.pictures[: max(0, options.grid - len(result.pictures))]
+            result.pictures += [strip(picture) for picture in shown]
             result.samples = batch.first + len(batch.pictures)
             end = "\n" if result.samples == options.samples else ""
             print(f"\r{name}: sample {result.samples} of {options.samples}", end=end, flush=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from dmp_common import PatchError, get_base
+from dmp_common import PatchError
 from training.base.cheap import cheap_base
 from training.base.encoders import FrozenEncoders
-from training.base.families.table import family_of
-from training.base.frozen import FrozenBase, find_base, load_frozen
+from training.base.frozen import FrozenBase, load_frozen
 from training.base.schedulers import token_side
 from training.evaluation.clip import ClipScore
 from training.evaluation.comparison import resamples
@@ -31,6 +30,8 @@ from training.objective.noising import Process, process_of
 from training.objective.sampling import is_guided, make_sampler
 from training.objective.scaling import epsilon_scaled
 from training.options.config import TrainConfig
+
+_VIDEOS = "it is a measure of pictures; videos are compared with those of the full model"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Evaluation:
         options = self.options
         if not options.samples:
             return dict.fromkeys(options.wanted, "no samples were asked for")
+        if self.config.frames > 1:
+            return dict.fromkeys(options.wanted, _VIDEOS)
         found = {} if self.reference is None else dict(self.reference.impossible)
         if "class_accuracy" in options.wanted and self.frozen.kind.conditioning != "label":
             found["class_accuracy"] = f"base {self.frozen.base.name} takes no classes"
@@ -129,14 +132,15 @@ def prepare_evaluation(
         PatchError: an option, a file or data that cannot be used.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
-    wanted = options.wanted if options.samples else []
+    # Sets of pictures are compared with these; videos with those of the full model alone.
+    wanted = options.wanted if options.samples and config.frames == 1 else []
     extractor = _extractor(options, config, wanted, device)
     clip = ClipScore(options.clip, device) if "clip_score" in wanted and options.clip else None
     classifier = None
     if "class_accuracy" in wanted:
         classifier = load_classifier(config.base, options.classifier, device)
-    _require_no_first_frame(config)
-    exact = load_frozen(config).to(device)
+    # Samples need a first frame or a caption of a picture: as a video it stands still.
+    exact = replace(load_frozen(config), stills=True).to(device)
     frozen = cheap_base(exact, config) if config.has_student else exact
     encoders = FrozenEncoders(frozen, config)
     split, size = options.split or "test", options.batch_size or 1
@@ -145,7 +149,7 @@ def prepare_evaluation(
         data, encoders, config, images=options.images, size=size, seed=options.seed, device=device
     )
     reference = None
-    if extractor is not None:
+    if extractor is not None and config.frames == 1:
         of = data if options.reference == "held_out" else open_split(
             config, frozen, encoders, "train"
         )  # fmt: skip
@@ -168,20 +172,13 @@ def prepare_evaluation(
     return evaluation
 
 
-def _require_no_first_frame(config: TrainConfig) -> None:
-    base = find_base(config) if config.base == "auto" else get_base(config.base)
-    if family_of(base).first_frame:
-        raise PatchError(
-            "expected a base that draws from captions or classes alone for the evaluation, found "
-            f"{base.name}, which goes on from a picture: compare previews (--sample_prompts)."
-        )
-
-
 def _extractor(
     options: EvaluationOptions, config: TrainConfig, wanted: Sequence[str], device: torch.device
 ) -> Extractor | None:
-    """The feature extractor of the metrics that need one."""
-    if not set(wanted) - {"clip_score", "class_accuracy"}:
+    """The feature extractor of the metrics that need one; of videos one that is named."""
+    named = options.inception_weights or options.feature_extractor
+    of_videos = named and options.samples and config.frames > 1
+    if not (of_videos or set(wanted) - {"clip_score", "class_accuracy"}):
         return None
     found = load_extractor(
         config.base,

@@ -27,7 +27,6 @@ _SECTIONS = ("model", "data", "image size", "captions", "loading")
 _OTHERS = ("mixed_precision", "cpu", "v_parameterization", "zero_terminal_snr", "config_file")
 # They belong to training, or would take away what the evaluation needs.
 _LEFT_OUT = {
-    *("frames", "first_frames"),
     *("flip_aug", "random_crop", "color_aug", "vae_batch_size", "cache_dir"),
     *("cache_latents", "cache_latents_to_disk"),
     *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from dmp_common import Patch, PatchError, get_base
+from dmp_common import Patch, get_base
 from dmp_common.tools.hub import is_repository
 from training.base.experts import require_expert
 from training.base.families.table import family_of
@@ -22,7 +22,7 @@ from training.methods.patch import starting_patch
 from training.objective.noising import require_process
 from training.objective.sampling import require_sampler
 from training.options.config import TrainConfig
-from training.options.problems import ConfigError
+from training.options.problems import ConfigError, problems_of
 
 Check = Callable[[TrainConfig], object]
 
@@ -63,7 +63,7 @@ def _sizes(config: TrainConfig) -> None:
 
 def _process(config: TrainConfig) -> None:
     """Options of the noise and its schedule, and samplers, that this kind of base has."""
-    base, problems = get_base(config.base), []
+    base = get_base(config.base)
     flow = base.prediction == "flow"
     checks: list[Callable[[], None]] = [
         lambda: require_adjustable(flow, config),
@@ -75,11 +75,7 @@ def _process(config: TrainConfig) -> None:
         checks.append(lambda: require_sampler(config.own_sampler, flow, "--own_sampler"))
     if config.method == "lora" and config.network_min_dim is not None:
         checks.append(lambda: require_noise_schedule(flow, base.name))
-    for check in checks:
-        try:
-            check()
-        except PatchError as error:
-            problems.append(str(error))
+    problems = problems_of(checks)
     if problems:
         raise ConfigError(*problems)
 

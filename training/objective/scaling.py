@@ -48,12 +48,7 @@ def epsilon_scaled(frozen: FrozenBase, factor: float) -> Iterator[FrozenBase]:
     if factor == 1:
         yield frozen
         return
-    if is_flow(frozen.scheduler):
-        raise PatchError(
-            "expected a base that predicts noise or v for epsilon scaling, found "
-            f"{frozen.base.name}, a flow model: its first noisy picture has no signal; leave "
-            "epsilon scaling out."
-        )
+    require_scalable(is_flow(frozen.scheduler), frozen.base.name)
     alphas = frozen.scheduler.alphas_cumprod.double()
     if float(alphas[-1]) == 0:
         raise PatchError(
@@ -78,6 +73,23 @@ def epsilon_scaled(frozen: FrozenBase, factor: float) -> Iterator[FrozenBase]:
         yield frozen
     finally:
         handle.remove()
+
+
+def require_scalable(flow: bool, base: str) -> None:
+    """Refuses epsilon scaling of a flow model.
+
+    Args:
+        flow: whether the base is one.
+        base: its name, for the error.
+
+    Raises:
+        PatchError: it is one.
+    """
+    if flow:
+        raise PatchError(
+            f"expected a base that predicts noise or v for epsilon scaling, found {base}, a flow "
+            "model: its first noisy picture has no signal; leave epsilon scaling out."
+        )
 
 
 def _at(angles: Tensor, t: Tensor) -> Tensor:

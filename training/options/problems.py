@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dmp_common.errors import PatchError
 
@@ -17,6 +17,17 @@ class ConfigError(PatchError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = [str(PatchError(problem)) for problem in problems]
+
+
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """What checks find wrong, which raise a `PatchError` for it: each sentence once, in order."""
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except PatchError as error:
+            found += error.problems if isinstance(error, ConfigError) else [str(error)]
+    return list(dict.fromkeys(found))
 
 
 def numbered(problems: Sequence[str]) -> str:

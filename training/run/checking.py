@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ from training.base.families.table import family_of
 from training.base.families.transformer import Flux
 from training.base.frozen import find_base
 from training.base.option_checks import told_family
+from training.data.sources.named import require_dataset_file, require_places
+from training.objective.base_checks import OF_BASE, Check
 from training.options.command_line import Resolved, with_base
 from training.options.config import TrainConfig
-from training.options.data_options import named_sources, several_sources
-from training.options.dataset_file import read_dataset_file
-from training.options.problems import ConfigError
-from training.run.base_checks import OF_BASE, Check
+from training.options.data_options import named_sources
+from training.options.problems import ConfigError, problems_of
 from training.run.folder import RunFolder
 from training.run.optimisers import OPTIMISERS, PLAIN, has_package, make_optimiser, optimiser_name
 from training.run.previews import previewed, sampler_of
@@ -46,8 +47,10 @@ def check_run(found: Resolved) -> None:
     if config.base == "auto" and config.pretrained_model_name_or_path is not None:
         try:
             config = with_base(config, find_base(config).name)
+        except ConfigError as error:
+            found.problems += error.problems
         except PatchError as error:
-            found.problems += _sentences(error)
+            found.problems.append(str(error))
     for suit in (_suit_precision, _suit_optimiser, _suit_sampler, _suit_base, _suit_expert):
         config, warning = suit(config)
         found.warnings += [warning] if warning else []
@@ -55,18 +58,10 @@ def check_run(found: Resolved) -> None:
         config = config.model_copy(update={"report_samples": 0})
     known = config.base != "auto"
     checks: list[Check] = list(OF_BASE) if known else []
-    checks += [_data, _dataset_file, _prompts, _folder, _optimiser, _resumed, _upload]
-    for check in checks:
-        try:
-            check(config)
-        except PatchError as error:
-            more = _sentences(error)
-            found.problems += [problem for problem in more if problem not in found.problems]
+    checks += [_data, require_dataset_file, _prompts, _folder, _optimiser, _resumed, _upload]
+    more = problems_of(partial(check, config) for check in checks)
+    found.problems += [problem for problem in more if problem not in found.problems]
     found.config = config
-
-
-def _sentences(error: PatchError) -> list[str]:
-    return error.problems if isinstance(error, ConfigError) else [str(error)]
 
 
 def _suit_precision(config: TrainConfig) -> tuple[TrainConfig, str | None]:
@@ -169,18 +164,7 @@ def _data(config: TrainConfig) -> None:
             f'{command} --webdataset "shards/{{00000..00099}}.tar"\n'
             f"{command} --dataset_name user/dataset"
         )
-    problems = [several_sources(given)] if len(given) > 1 else []
-    for name, what, exists in (
-        ("train_data_dir", "a folder of images", Path.is_dir),
-        ("in_json", "a JSON file", Path.is_file),
-        ("conditioning_data_dir", "a folder of masks", Path.is_dir),
-        ("class_list", "a text file", Path.is_file),
-    ):
-        place = getattr(config, name)
-        if place is not None and not exists(Path(place).expanduser()):
-            problems.append(f"expected {what} at {place}, found none: check --{name}.")
-    if problems:
-        raise ConfigError(*problems)
+    require_places(config)
 
 
 def _named(config: TrainConfig) -> str:
@@ -192,11 +176,6 @@ def _named(config: TrainConfig) -> str:
     place = config.pretrained_model_name_or_path or (None if usual else "model.safetensors")
     weights = "" if place is None else f' --pretrained_model_name_or_path "{place}"'
     return f"--base {config.base}{weights}"
-
-
-def _dataset_file(config: TrainConfig) -> None:
-    if config.dataset_config is not None:
-        read_dataset_file(Path(config.dataset_config))
 
 
 def _prompts(config: TrainConfig) -> None:

@@ -12,8 +12,9 @@ import torch
 from dmp_common import PatchError, get_base
 from training.base.families import table
 from training.base.releases import require_releases
+from training.objective import base_checks
 from training.options.command_line import Resolved, parse_arguments, read_options
-from training.run import base_checks, checking, optimisers
+from training.run import checking, optimisers
 from training.run.checking import check_run
 from training.train_dmp import main
 

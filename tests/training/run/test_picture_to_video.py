@@ -22,7 +22,6 @@ from training.base.cheap import cheap_base
 from training.base.encoders import FrozenEncoders
 from training.base.frozen import load_frozen
 from training.data.images import to_tensor
-from training.evaluate import main as evaluate
 from training.objective.sampling import condition, draw_latents, noises
 from training.run.state import find_states
 from training.train_dmp import main
@@ -188,7 +187,3 @@ def test_what_such_a_base_lacks_is_told(
     other = PictureBase(FAMILIES["sd15"].base, folders("sd15"))
     assert main(line(other, pictures, out, "--first_frames", "--frames", "1")) == 1
     assert "with --first_frames, found tiny-sd15: leave it out" in capsys.readouterr().err
-    place = ["--base", made.base.name, "--pretrained_model_name_or_path", str(made.folder)]
-    asked = ["--train_data_dir", str(pictures), "--model", "a=base:@steps=2", "--metrics", "none"]
-    assert evaluate([*place, *asked]) == 1
-    assert "which goes on from a picture: compare previews" in capsys.readouterr().err
