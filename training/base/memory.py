@@ -39,6 +39,32 @@ class WeightBytes:
     cpu: int
 
 
+class Held(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that a forward pass keeps for its backward pass, weights left out; also on
+    the meta device.
+
+    Args:
+        module: whose weights are no part of them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # Storages themselves: those on the meta device have no addresses.
+        self._weights = {p.untyped_storage()._cdata for p in module.parameters()}
+        self._seen: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        """So far."""
+        return sum(self._seen.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._weights:
+            self._seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+
 def memory_warnings(config: TrainConfig, blocks: int, device: torch.device) -> list[str]:
     """What a user should know about the options that save memory; none of it stops a run.
 

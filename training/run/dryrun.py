@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from itertools import islice
 
-import torch
 import torch.nn as nn
-from torch import Tensor
 
-from training.base.memory import weight_bytes
+from training.base.memory import Held, weight_bytes
 from training.options.command_line import as_toml
 from training.run.filling import Filling
 from training.run.loop import step_losses
@@ -46,7 +44,7 @@ def _one_step(run: Run) -> tuple[int, float, list[str]]:
         world=accelerator.num_processes,
     )
     run.wrapped.train()
-    held, on_disk = _Held(run.student), list[str]()
+    held, on_disk = Held(run.student), list[str]()
     for batch in islice(batches, 1):
         names = [(config.seed, "dry run", row) for row in range(len(batch))]
         if config.stores_predictions:
@@ -62,26 +60,6 @@ def _one_step(run: Run) -> tuple[int, float, list[str]]:
         run.optimiser.step()
         run.optimiser.zero_grad()
     return held.bytes, float(losses["denoising"].detach()), on_disk
-
-
-class _Held(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes a forward pass keeps for its backward pass, weights left out."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self._seen: dict[int, int] = {}
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        """So far."""
-        return sum(self._seen.values())
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            self._seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
 
 def _about(run: Run) -> list[str]:
