@@ -77,6 +77,8 @@ def text_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     state = weights_of(folder / part)
     if "language_model.model.embed_tokens.weight" in state:
         return (tinyflux2.pruned if folder.name == "flux2" else tinyernie.text_half)(state)
+    if "language_model.embed_tokens.weight" in state:  # qwen_2.5_vl_7b.safetensors
+        return {key.replace("language_model.", "model."): v for key, v in state.items()}
     if "embed_tokens.weight" in state:
         return {f"model.{key}": tensor for key, tensor in state.items()}
     plain = ("text_model.", "text_projection.", "encoder.block", "encoder.final", "shared.")

@@ -8,7 +8,9 @@ import diffusers
 import torch
 import torch.nn as nn
 import transformers
+from torch import Tensor
 
+from tests.tinyhunyuanimage import original_name
 from tests.training import tinylanguage
 from tests.training.trained import Trained
 from training.base.families.hunyuanimage import HUNYUAN_IMAGE
@@ -23,10 +25,27 @@ def trained() -> dict[str, Trained]:
             options={"llm_max_token_length": "24"},
             vae=_vae,
             scheduler={"shift": 5.0},
+            original=original,
             length=False,
             told=_told,
         )
     }
+
+
+_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp")
+
+
+def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer in ComfyUI's naming: joined projections, and scale and shift of the last layer
+    the other way round."""
+    found: dict[str, list[Tensor]] = {}
+    parts = [f".{part}." for part in _PARTS]
+    for key in sorted(state, key=lambda key: next((n for n in range(7) if parts[n] in key), 0)):
+        value = state[key]
+        if key.startswith("norm_out.linear."):
+            value = value.roll(len(value) // 2, 0)
+        found.setdefault(original_name(key), []).append(value)
+    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _byt5(words: int) -> nn.Module:

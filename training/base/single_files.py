@@ -23,13 +23,20 @@ from training.base.families import checkpoint
 from training.base.families.dit import set_frequency_shift
 from training.base.vae_files import READERS
 
+_UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
 # What comes before the names of the tensors of a part, by the option that replaces the part:
 # in files of Stable Diffusion 1 and 2, of SDXL, and of SD3 and ComfyUI.
 _PREFIXES = {
+    "transformer": (_PREFIX,),
     "vae": ("first_stage_model.", "vae."),
     "clip_l": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
     "clip_g": ("conditioner.embedders.1.", "text_encoders.clip_g."),
-    "t5xxl": ("text_encoders.t5xxl.", "text_encoders.umt5xxl.", "text_encoders.pile_t5xl."),
+    "t5xxl": (
+        "text_encoders.t5xxl.",
+        "text_encoders.umt5xxl.",
+        "text_encoders.pile_t5xl.",
+        "text_encoders.byt5_small.",
+    ),
     "text_encoder": (
         "text_encoders.gemma2_2b.",
         "text_encoders.qwen3_4b.",
@@ -43,7 +50,8 @@ _PREFIXES = {
     # Of Anima, inside of its transformer.
     "text_conditioner": tuple(f"{prefix}llm_adapter." for prefix in sorted(PREFIXES, key=len)),
 }
-_UNET_INPUT, _PREFIX = "input_blocks.0.0.weight", "model.diffusion_model."
+
+_VAGUE = ("black-forest-labs/FLUX.2-dev", "hunyuanvideo-community/HunyuanVideo")
 
 
 class SingleFile:
@@ -80,7 +88,7 @@ class SingleFile:
             model: name of the class in diffusers.
             base: name of the base, for the error.
         """
-        if model not in SINGLE_FILE_LOADABLE_CLASSES:
+        if model not in (*SINGLE_FILE_LOADABLE_CLASSES, *READERS):
             raise PatchError(
                 f"expected a diffusers folder or hub id, or a checkpoint of the original DiT or "
                 f"PixArt, for base {base}, found the file {self.path}: diffusers reads no single "
@@ -96,13 +104,13 @@ class SingleFile:
         """The repository whose configuration fits such a file, None where diffusers knows none.
 
         It tells FLUX.1-schnell from FLUX.1-dev, for example. All of FLUX.2 is dev to diffusers, and
-        the base tells better.
+        HunyuanImage is HunyuanVideo: the base tells better.
         """
         blank = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
         fetch: Any = fetch_diffusers_config
         found, default = fetch(blank), fetch({})
         place = str(found["pretrained_model_name_or_path"])
-        vague = (default["pretrained_model_name_or_path"], "black-forest-labs/FLUX.2-dev")
+        vague = (default["pretrained_model_name_or_path"], *_VAGUE)
         return None if place in vague else place
 
     @cached_property

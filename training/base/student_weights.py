@@ -18,6 +18,7 @@ from dmp_common.bases.detect import bases_of_shapes
 from dmp_common.errors import file_error, printable
 from training.base.families import checkpoint
 from training.base.frozen import FrozenBase
+from training.base.hunyuan_files import transformer_named
 from training.base.layers import copy_sharing, linear_layers, replace_layer
 from training.base.places import explained
 from training.base.stored import Fp8Linear, GgufLinear
@@ -83,6 +84,8 @@ def _named_as(model: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str
     shared = len(set(tensors) & set(model.state_dict()))
     if "x_embedder.proj.weight" not in tensors and shared > _MOST_SHARED * len(tensors):
         return dict(tensors)
+    if kind == "HunyuanImageTransformer2DModel":
+        return transformer_named(tensors, model.state_dict())
     if kind not in SINGLE_FILE_LOADABLE_CLASSES:
         return checkpoint.rename(tensors)
     # diffusers knows the original UNet with this prefix only, and others not always with it.

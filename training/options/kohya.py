@@ -15,6 +15,7 @@ SAME: dict[str, str] = {
     "training_shift": "discrete_flow_shift",
     "t5xxl_max_token_length": "t5_max_token_length",
     **dict.fromkeys(("gemma2", "qwen3"), "text_encoder"),
+    "byt5": "t5xxl",
     **dict.fromkeys(("gemma2_max_token_length", "qwen3_max_token_length"), "llm_max_token_length"),
     "wandb_name": "wandb_run_name",
     "caption_extention": "caption_extension",  # their old spelling

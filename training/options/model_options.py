@@ -102,8 +102,8 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder T5-XXL from this file, in fp16, bf16 or fp8: for sd3, sd35, flux "
-        "and pixart, and UMT5-XXL for wan. Weights in fp8 are converted to the precision of the "
-        "base.",
+        "and pixart, UMT5-XXL for wan, and ByT5 for hunyuan-image. Weights in fp8 are converted to "
+        "the precision of the base.",
     )
     max_token_length: Literal[75, 150, 225] = option(
         "model", 75, "Cut captions after this many tokens, for sd15, sd21 and sdxl."
@@ -162,7 +162,7 @@ class ModelOptions(Options):
         "model",
         None,
         "Load the text encoder that is a language model from this file: for lumina2, "
-        "z-image, qwen-image, flux2, krea2, ernie-image, anima and sana. With "
+        "z-image, qwen-image, flux2, krea2, ernie-image, anima, hunyuan-image and sana. With "
         "--text_conditional, load CLIP from this folder or hub id; by default it is "
         "openai/clip-vit-large-patch14.",
     )

@@ -58,6 +58,7 @@ HUNYUAN_IMAGE = HunyuanImage(
     pipeline="HunyuanImagePipeline",
     autoencoder="AutoencoderKLHunyuanImage",
     encoders={"text_encoder": "Qwen2_5_VLModel", "text_encoder_2": "T5EncoderModel"},
+    files={"text_encoder": "text_encoder", "text_encoder_2": "t5xxl"},
     resolution=2048,
     guidance=3.5,
     even=True,
