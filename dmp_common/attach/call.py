@@ -56,7 +56,7 @@ class InCall:
         if not self.active:
             return None
         if self.kept:
-            args, kwargs = ModelCall(args, kwargs).without(self.kept)
+            args, kwargs = ModelCall(args, kwargs).without(self.kept, self.enabled)
         call = self.here.call = Call(self, args, kwargs)  # type: ignore[arg-type]
         if not is_compiling():
             if self.sign == "doubled":

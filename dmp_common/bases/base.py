@@ -96,7 +96,8 @@ class Base:
         switch: for a model that may be one of two experts of one architecture, the timestep below
             which the one for low noise takes over; None for others.
         kept: arguments of a call that keep keys and values of other tokens from one step to the
-            next; calls with a modulating patch, which changes them at every step, get None there.
+            next; calls with a modulating patch, which changes them at every step, get None there,
+            or are refused where the argument is needed.
         guided: how its pipelines in diffusers guide: in one call, with the unconditional or the
             conditional items first, or in two calls, of which the conditional one comes first.
         positions, caption_mask: arguments of earlier versions, which are refused.

@@ -28,6 +28,8 @@ from dmp_common.compat import is_compiling
 # The two lists of blocks.
 _DOUBLE: dict[Naming, str] = {"diffusers": "transformer_blocks", "ldm": "double_blocks"}
 _SINGLE: dict[Naming, str] = {"diffusers": "single_transformer_blocks", "ldm": "single_blocks"}
+# Of Flux2KleinKVPipeline, whose calls have other tokens and another output with it.
+_CACHE_MODE = Argument("kv_cache_mode", 9, needed=True)
 # Version, rows and columns of position ids. Reading them makes the processor wait for the GPU, and
 # pipelines give the same tensor at every step.
 _GRIDS = WeakTensorKeyDictionary()
@@ -44,7 +46,7 @@ def packed_latent_2(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
     While it fills its cache of reference pictures, their tokens come before the latent's own.
     """
     latent = tokens_latent(base, call, Argument("img_ids", 3))
-    if call.get(Argument("kv_cache_mode", 9)) == "extract":
+    if call.get(_CACHE_MODE) == "extract":
         return replace(latent, image_tokens=None)
     return latent
 
@@ -188,6 +190,7 @@ class Flux2:
             latent={"diffusers": packed_latent_2, "ldm": host_latent},
             shared=True,
             time_bias=False,
+            kept=(_CACHE_MODE,),
             architecture="flux-2",
             hub_id=self.hub_id,
             outputs=partial(output_sites, layers),

@@ -28,10 +28,12 @@ class Argument:
     Args:
         name: its keyword.
         index: its position, `self` not counted.
+        needed: whether a call that has it cannot do without it.
     """
 
     name: str
     index: int
+    needed: bool = False
 
 
 V = TypeVar("V")
@@ -113,8 +115,29 @@ class ModelCall:
             return self.args[argument.index]
         return self.kwargs.get(argument.name)
 
-    def without(self, arguments: Sequence[Argument]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns positional and keyword arguments with None in place of these."""
+    def without(
+        self, arguments: Sequence[Argument], acting: bool = True
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns positional and keyword arguments with None in place of these, see `Base.kept`.
+
+        Args:
+            arguments: some of the call's.
+            acting: whether a patch acts in the call.
+
+        Raises:
+            PatchError: one does, and the call cannot do without one of them.
+        """
+        needed = [argument for argument in arguments if argument.needed]
+        if needed:
+            found = [argument.name for argument in needed if self.get(argument) is not None]
+            if found and acting:
+                raise PatchError(
+                    "expected calls that keep no keys and values of reference pictures, because a "
+                    f"modulating patch changes them at every step, found {found[0]}: use the usual "
+                    "pipeline (Flux2KleinPipeline in the place of Flux2KleinKVPipeline), or a "
+                    "patch that adds its prompts."
+                )
+            return self.args, dict(self.kwargs)
         indices = {argument.index for argument in arguments}
         names = {argument.name for argument in arguments}
         return (

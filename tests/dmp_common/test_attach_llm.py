@@ -82,6 +82,22 @@ def test_references_of_flux2_are_left_alone(cached):
         assert not added.any()
 
 
+def test_a_modulating_patch_refuses_what_is_kept_of_references():
+    """Their keys and values would be those of the first step; the patch that adds leaves them."""
+    tiny = family("flux2")
+    model = tiny.model()
+    inputs = tiny.inputs(torch.tensor([10.0]), (4, 6), torch.float32, 1)
+    with attach(model, make(tiny, mix="modulate", sites="all")) as attachment:
+        changed = tiny.call(model, inputs)
+        for mode in ("extract", "cached"):
+            with pytest.raises(PatchError, match="found kv_cache_mode: use the usual pipeline"):
+                tiny.call(model, inputs | {"kv_cache_mode": mode})
+        attachment.enabled = False
+        plain = tiny.call(model, inputs)
+        assert torch.equal(tiny.call(model, inputs | {"kv_cache_mode": "extract"}), plain)
+    assert (changed - plain).norm() > 0.01 * plain.norm()
+
+
 def test_shapes_of_qwen_image_may_be_one_of_each_item():
     tiny = family("qwen-image")
     model, patch = tiny.model(), make(tiny)
