@@ -59,6 +59,7 @@ GUIDANCE: dict[str, float] = {
     "ernie-image": 4.0,
     "chroma": 5.0,
     "krea2": 5.5,
+    "z-image": 5.0,  # Turbo, the usual weights, is refused
     **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), 4.0),  # distilled ones are refused
     **dict.fromkeys(_WANS, 5.0),
     **dict.fromkeys(("auraflow", "hunyuan-image"), 3.5),

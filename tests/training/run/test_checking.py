@@ -120,6 +120,14 @@ def test_all_that_the_options_show_is_told_before_anything_is_loaded_or_asked_fo
         assert part in found
 
 
+def test_guidance_is_learned_of_z_image_and_not_of_turbo(tmp_path: Path) -> None:
+    data = {"dataset_name": "digits", "recipe": "guidance", "base": "z-image"}
+    turbo = checked(tmp_path, **data)
+    assert "such as Z-Image" in turbo.problems[0]
+    whole = checked(tmp_path, **data, pretrained_model_name_or_path="Tongyi-MAI/Z-Image")
+    assert whole.problems == [] and whole.config.guidance_range == (1.0, 5.0)
+
+
 def test_packages_that_options_ask_for_are_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
