@@ -107,8 +107,8 @@ def train_repair() -> Workflow:
         "## Repair your GGUF model\n\nChoose the full model and its quantised file. **Train DMP "
         "Patch** lets the full model draw from the prompts, and trains a patch with which the "
         "quantised one predicts the same. It needs no pictures. Stop it when the curve is flat: "
-        f"what is trained so far is saved to `models/dmp`. {_SLIDE}. Use the patch with the "
-        "workflow `dmp-repair-quantised`.",
+        f"what is trained so far is saved to **models/dmp**. {_SLIDE}. Use the patch with the "
+        "workflow **dmp-repair-quantised**.",
         {0: 640, 2: 640, 3: 220, 4: 1300},
         SD35,
     )
@@ -126,7 +126,8 @@ def train_guidance() -> Workflow:
         "## Make your checkpoint twice as fast\n\n**Train DMP Patch** trains a patch that predicts "
         "with one call of the model a step what CFG needs two for. It needs no pictures, only "
         "prompts like those that you will use. Stop it when the curve is flat: what is trained so "
-        f"far is saved to `models/dmp`. {_SLIDE}. Use the patch with the workflow `dmp-one-call`.",
+        f"far is saved to **models/dmp**. {_SLIDE}. Use the patch with the workflow "
+        "**dmp-one-call**.",
         {0: 640, 2: 640, 3: 220, 4: 1300},
     )
     flow.checkpoint()

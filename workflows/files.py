@@ -33,15 +33,15 @@ MODELS = {
         f"{_HUB}/city96/stable-diffusion-3.5-medium-gguf/resolve/main/{SD35_Q4}",
     ),
 }
-_ANY = "the template `dmp-train-guidance` makes one that needs one call a step"
+_ANY = "the template **dmp-train-guidance** makes one that needs one call a step"
 # Patches: how to make one. None for the large models is published.
 PATCHES = {
     "sd15-patch.safetensors": _ANY,
     "sd15-other.safetensors": "a second patch for the same model",
     "sdxl-patch.safetensors": f"{_ANY}: choose your SDXL checkpoint there",
     "sd35-patch.safetensors": f"{_ANY}: choose your SD 3.5 checkpoint there",
-    "sd15-guidance.safetensors": "the template `dmp-train-guidance` makes it",
-    "sd35-repair-q4_0.safetensors": "the template `dmp-train-repair` makes it",
+    "sd15-guidance.safetensors": "the template **dmp-train-guidance** makes it",
+    "sd35-repair-q4_0.safetensors": "the template **dmp-train-repair** makes it",
 }
 PACKS = {
     "UnetLoaderGGUF": "The loader of GGUF files is in the pack "
@@ -79,9 +79,11 @@ def remarks(api: dict[str, Any]) -> str:
     for name in names:
         if name in MODELS:
             folder, other, url = MODELS[name]
-            lines.append(f"- `models/{folder}`: [{name}]({url}), or {other}")
+            lines.append(f"- **models/{folder}**: [{name}]({url}), or {other}")
         else:
-            lines.append(f"- `models/dmp`: `{name}` stands for a patch of yours: {PATCHES[name]}")
+            lines.append(
+                f"- **models/dmp**: **{name}** stands for a patch of yours: {PATCHES[name]}"
+            )
     kinds = dict.fromkeys(node["class_type"] for node in api.values())
     lines += [f"\n{PACKS[kind]}" for kind in kinds if kind in PACKS]
     return "\n".join(lines)

@@ -48,7 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sampler_name": "euler",
         "scheduler": "normal",
         "sampling_steps": 20,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": True,
         "expert": "auto",
         "length": 1,
     },

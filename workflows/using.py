@@ -54,9 +54,9 @@ def curve() -> Workflow:
 
 def keyframes() -> Workflow:
     return _settings(
-        "## Keyframes, and strengths at single places\n\n`keyframes` is a curve with points of "
+        "## Keyframes, and strengths at single places\n\n**keyframes** is a curve with points of "
         "your own: progress (0 is pure noise, 1 the finished picture), a colon, and a factor. "
-        "`site_strengths` has factors for single places of the model; **DMP Patch Info** lists "
+        "**site_strengths** has factors for single places of the model; **DMP Patch Info** lists "
         "the names, and so does the button of **DMP Gate Strength**. Both are among its advanced "
         "inputs.",
         "Keyframes",

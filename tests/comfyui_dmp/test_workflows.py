@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.comfyui_dmp.wires import Box, behind, boxes_of, wires_of
 from workflows import files, make
-from workflows.nodes import NEWER, NODES, OTHER_PACKS
+from workflows.nodes import DEFAULTS, NEWER, NODES, OTHER_PACKS
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(make.WORKFLOWS)
@@ -88,14 +88,15 @@ def test_the_note_says_where_to_get_each_file_and_pack(name):
             if not isinstance(value, str) or not value.endswith((".safetensors", ".gguf")):
                 continue
             if value in files.PATCHES:
-                assert f"`{value}` stands for a patch of yours: {files.PATCHES[value]}" in note
+                assert f"**{value}** stands for a patch of yours: {files.PATCHES[value]}" in note
             else:
                 folder, _, url = files.MODELS[value]
-                assert f"`models/{folder}`: [{value}]({url})" in note
+                assert f"**models/{folder}**: [{value}]({url})" in note
                 assert linked == [{"name": value, "url": url, "directory": folder}]
                 assert url.endswith(f"/{value}")  # or ComfyUI offers no download
         if node["type"] in OTHER_PACKS | NEWER:
             assert files.PACKS[node["type"]] in note
+    assert "`" not in note  # Nodes 2.0 writes code in blue on a brown ground: hard to read
     for template in ("dmp-train-repair", "dmp-train-guidance"):
         assert template in NAMES
 
@@ -153,6 +154,17 @@ def test_table_of_nodes_is_comfyuis(infos, kind):
     drawn = {"compare_view"}  # the slider of ImageCompare, which has no value
     assert set(inputs) - set(sockets) - set(widgets) - drawn <= optional
     assert outputs == found[: len(outputs)]
+
+
+@pytest.mark.host
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(kind for kind in DEFAULTS if kind.startswith("DMP_")))
+def test_what_a_workflow_does_not_name_is_the_nodes_default(infos, kind):
+    inputs, _, _ = infos[kind]
+    for name, value in DEFAULTS[kind].items():
+        choices, options = inputs[name]
+        first = options.get("options", choices)[0]  # the default of a choice without one
+        assert options.get("default", first) == value, name
 
 
 @pytest.mark.host
