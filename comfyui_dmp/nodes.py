@@ -68,8 +68,9 @@ class Apply(io.ComfyNode):
             display_name="Apply DMP",
             description=(
                 "Puts a patch on a model: at every noise level it adds the prompts that its gate "
-                "chooses to the inputs of the model's blocks. Chain several; they add. The model "
-                "itself stays as it is, so other branches of the workflow are not affected."
+                "chooses to the inputs of the model's blocks, or scales and shifts the outputs of "
+                "its layers. Chain several. The model itself stays as it is, so other branches of "
+                "the workflow are not affected."
             ),
             inputs=[
                 inputs.model_input(),

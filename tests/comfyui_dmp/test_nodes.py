@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,28 @@ def test_translations_have_every_input(nodes, folder):
         tooltips = {port.id: port.tooltip for port in schema.inputs}
         assert {key: text["tooltip"] for key, text in told["inputs"].items()} == tooltips
         assert set(chinese[name]["inputs"]) == set(tooltips)
+
+
+def test_help_pages_have_every_input_and_output(nodes, folder):
+    """Several inputs of one meaning share a row."""
+    for name, cls in nodes.items():
+        schema = cls.GET_SCHEMA()
+        page = (ROOT / "comfyui_dmp" / "web" / "docs" / f"{name}.md").read_text("utf-8")
+        assert page.startswith(f"# {NAMES[name]}\n")
+        told = {
+            kind: re.findall(r"^\| (.*?) \|", rows, re.MULTILINE)
+            for kind, rows in re.findall(r"\| (\w+) \| Meaning \|\n\|.*\n((?:\|.*\n?)+)", page)
+        }
+        inputs = [each for row in told["Input"] for each in _names_of(row)]
+        assert sorted(inputs) == sorted(port.id for port in schema.inputs), name
+        assert told["Output"] == [port.display_name for port in schema.outputs], name
+
+
+def _names_of(row: str) -> list[str]:
+    """The inputs that a row of a help page names: `a, b`, or `a_1 ... a_4`."""
+    if found := re.fullmatch(r"(\w+_)1 \.\.\. \1(\d)", row):
+        return [f"{found[1]}{number}" for number in range(1, int(found[2]) + 1)]
+    return row.split(", ")
 
 
 def test_a_search_finds_the_nodes(nodes, folder):
