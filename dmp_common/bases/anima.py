@@ -6,13 +6,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dmp_common.bases.base import Argument, Base, Probe, TimeSource
+import torch.nn as nn
+
+from dmp_common.bases.base import Argument, Base, Latent, ModelCall, Probe, TimeSource, map_latent
 from dmp_common.bases.outputs import Layer, output_sets, output_sites, under
 from dmp_common.bases.parts import Form, Naming
-from dmp_common.bases.transformer import block_sites, depth_probes
+from dmp_common.bases.transformer import block_sites, depth_probes, host_references
 
 # The original blocks keep frames, rows and columns apart, except in their attention.
 _FORMS: dict[Naming, Form] = {"ldm": "grid"}
+
+
+def host_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
+    """Returns the latents of a host's Anima, whose tokens those of reference pictures follow.
+
+    Forge Neo appends references (B, C, T, H, W) of the latent's own size as frames.
+    """
+    latent = map_latent(base, call.get(Argument("x", 0)))
+    references = host_references(denoiser)
+    if not references:
+        return latent
+    stride = base.sites[0].stride
+    rows, columns = (-(-side // stride) for side in latent.size)
+    frames = 1 + sum(picture.shape[2] for picture in references)
+    return Latent(
+        latent.batch,
+        (stride * rows, stride * columns),
+        image_tokens=frames * rows * columns,
+        text_tokens=0,
+    )
 
 
 def anima_layers(depth: int, width: int, bottleneck: int) -> Iterator[Layer]:
@@ -57,8 +79,9 @@ def _attention(name: str, width: int, ldm: str) -> Iterator[Layer]:
 class Anima:
     """Describes Anima in a row of the table.
 
-    The naming "ldm" is the original's and ComfyUI's, whose model contains the adapter. diffusers
-    keeps it apart, so that there the model is that of Cosmos-Predict2 2B for text to image, from
+    The naming "ldm" is the original's and ComfyUI's, whose model contains the adapter; Forge Neo
+    keeps it with the text encoder, and its class tells (`otherfamilies`). diffusers keeps it
+    apart too, so that there the model is that of Cosmos-Predict2 2B for text to image, from
     which Anima was trained: neither structure nor configuration tells the two from each other. A
     pipeline does, so that one of Cosmos is refused; where the transformer alone is given, nothing
     does. Wider models, and those of videos, are others.
@@ -114,12 +137,12 @@ class Anima:
                 "ldm": (
                     Probe("x_embedder.proj.1", "out_features", self.width),
                     Probe("x_embedder.proj.1", "in_features", features),
-                    Probe("llm_adapter.blocks.0.cross_attn", None, True),
                     *depth_probes("blocks", self.depth),
                 ),
             },
             prediction="flow",
             guided="calls",
+            latent={"ldm": host_latent},
             architecture="anima",
             hub_id=self.hub_id,
             outputs=partial(output_sites, outputs),

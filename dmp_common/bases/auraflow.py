@@ -17,7 +17,7 @@ _DOUBLE, _SINGLE = "joint_transformer_blocks", "single_transformer_blocks"
 
 def padded_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
     """Returns the latents of ComfyUI's AuraFlow, which pads to whole tokens."""
-    return latent_with_references(base, call, None)
+    return latent_with_references(base, call, None, denoiser)
 
 
 def auraflow_layers(double: int, single: int, width: int) -> Iterator[Layer]:

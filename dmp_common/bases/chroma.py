@@ -28,7 +28,7 @@ def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
 def padded_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
     """Returns the latents of ComfyUI's Chroma, which pads to whole tokens."""
-    return latent_with_references(base, call, None)
+    return latent_with_references(base, call, None, denoiser)
 
 
 def approximated(read: Read, features: Tensor, depth: int) -> Tensor:

@@ -75,7 +75,7 @@ def tokens_latent(base: Base, call: ModelCall, argument: Argument) -> Latent:
 
 def host_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
     """Returns the latents of ComfyUI's and Forge's FLUX, which pad to whole tokens."""
-    return latent_with_references(base, call, Argument("ref_latents", 5))
+    return latent_with_references(base, call, Argument("ref_latents", 5), denoiser)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def padded_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
     It takes reference pictures only where a method for them is chosen.
     """
     method = call.kwargs.get("ref_latents_method", getattr(denoiser, "default_ref_method", None))
-    return latent_with_references(base, call, None if method is None else _REFERENCES)
+    references = None if method is None else _REFERENCES
+    return latent_with_references(base, call, references, denoiser)
 
 
 def time_layers(read: Read, features: Tensor, depth: int) -> Tensor:

@@ -54,7 +54,7 @@ def packed_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
 
 def qwen_host_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:
     """Returns the latents of ComfyUI's Qwen-Image, which pads to whole tokens."""
-    return latent_with_references(base, call, Argument("ref_latents", 4))
+    return latent_with_references(base, call, Argument("ref_latents", 4), denoiser)
 
 
 def masked_latent(base: Base, call: ModelCall, denoiser: nn.Module) -> Latent:

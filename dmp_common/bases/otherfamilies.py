@@ -21,12 +21,14 @@ class Stranger:
         classes: names of classes of the denoiser that are always of this family.
         pipelines: how the names of its pipelines' classes begin, where the denoiser itself cannot
             be told from that of a base.
+        others: names of classes of the denoiser that are never of this family, whatever they have.
     """
 
     name: str
     signs: tuple[tuple[Probe, ...], ...] = ()
     classes: tuple[str, ...] = ()
     pipelines: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 def _having(*paths: str) -> tuple[Probe, ...]:
@@ -111,6 +113,7 @@ OTHER_FAMILIES: tuple[Stranger, ...] = (
             (*_having("time_embed.t_embedder"), Probe("patch_embed.proj", "in_features", 72)),
         ),
         pipelines=("Cosmos",),
+        others=("Anima",),  # Forge Neo's, which has no adapter
     ),
     # They have Wan's blocks, and more that a patch would not know of: controls, references, sound.
     Stranger(

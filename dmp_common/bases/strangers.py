@@ -106,6 +106,8 @@ def find_stranger(holds: Callable[[Probe], bool], kind: str = "") -> Stranger | 
         kind: name of the denoiser's class, where there is one.
     """
     for stranger in STRANGERS:
+        if kind in stranger.others:
+            continue
         if kind in stranger.classes or any(all(map(holds, sign)) for sign in stranger.signs):
             return stranger
     return None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
 
 from dmp_common.bases.base import (
     Argument,
@@ -70,15 +74,18 @@ def depth_probes(path: str, count: int) -> tuple[Probe, Probe]:
     return Probe(f"{path}.{count - 1}", None, True), Probe(f"{path}.{count}", None, False)
 
 
-def latent_with_references(base: Base, call: ModelCall, references: Argument | None) -> Latent:
+def latent_with_references(
+    base: Base, call: ModelCall, references: Argument | None, denoiser: nn.Module
+) -> Latent:
     """Returns the latents of a host's call whose model pads maps to whole tokens.
 
     Args:
         references: the argument with a list of reference pictures (B, C, H, W), whose tokens
             follow those of the latent; None where the model takes none.
+        denoiser: the model; see `host_references`.
     """
     latent = map_latent(base, call.get(_X))
-    pictures = call.get(references) or []
+    pictures = [] if references is None else call.get(references) or host_references(denoiser)
     sizes = [latent.size, *((picture.shape[-2], picture.shape[-1]) for picture in pictures)]
     stride = base.sites[0].stride
     cells = [tuple(-(-side // stride) for side in size) for size in sizes]
@@ -87,6 +94,17 @@ def latent_with_references(base: Base, call: ModelCall, references: Argument | N
         (stride * cells[0][0], stride * cells[0][1]),
         image_tokens=sum(rows * columns for rows, columns in cells),
     )
+
+
+def host_references(denoiser: nn.Module) -> list[Tensor]:
+    """Returns the reference pictures that a model reads past its arguments.
+
+    Forge Neo keeps them in an object `dynamic_args`, which the modules of those models import that
+    look there.
+    """
+    held = getattr(sys.modules.get(type(denoiser).__module__), "dynamic_args", None)
+    pictures: list[Tensor] = getattr(held, "ref_latents", None) or []
+    return pictures
 
 
 @dataclass(frozen=True)

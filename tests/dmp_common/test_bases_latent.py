@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -40,6 +42,24 @@ def test_the_latent_is_read_from_the_call(tiny: Tiny, by: str):
     starts = [latent.text_tokens] if isinstance(latent.text_tokens, int) else latent.text_tokens
     expected = None if tiny.text is None else tiny.starts(3, 0, 0)
     assert starts is None if expected is None else set(starts) == set(expected)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen-image", "anima", "chroma"])
+def test_references_that_a_host_holds_beside_the_call(name: str, monkeypatch):
+    """Forge Neo's models read them off an object that their module imports; Chroma takes none."""
+    base, module = get_base(name), types.ModuleType("host_of_models")
+    monkeypatch.setitem(sys.modules, "host_of_models", module)
+    model = type("Model", (torch.nn.Module,), {"__module__": "host_of_models"})()
+    call = ModelCall((torch.zeros(2, 16, 1, 8, 6),), {})
+    before = base.latent["ldm"](base, call, model)
+    module.dynamic_args = types.SimpleNamespace(ref_latents=[])
+    assert base.latent["ldm"](base, call, model) == before
+    if name != "chroma":
+        module.dynamic_args.ref_latents = [torch.zeros(1, 16, 1, 8, 6)]
+    found, cells = base.latent["ldm"](base, call, model), 48 // base.sites[0].stride ** 2
+    assert found.size == (8, 6)
+    assert found.image_tokens == (cells if name == "chroma" else 2 * cells)
+    assert found.text_tokens == (0 if name == "anima" else None)
 
 
 def test_a_call_without_a_latent_is_explained():

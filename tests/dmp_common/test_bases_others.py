@@ -6,8 +6,10 @@ import diffusers
 import pytest
 
 from dmp_common import PatchError, attach, detect_base, get_base
+from dmp_common.bases.base import Probe
 from dmp_common.bases.detect import PREFIXES, bases_of_shapes, require_base, stranger_of_shapes
 from dmp_common.bases.otherfamilies import OTHER_FAMILIES
+from dmp_common.bases.strangers import find_stranger
 from tests.dmp_common.test_bases_strangers import default, on_meta
 from tests.tiny import FAMILIES
 
@@ -98,6 +100,17 @@ def test_the_pipeline_tells_cosmos_from_anima():
         with pytest.raises(PatchError, match="found Cosmos .Cosmos2TextToImagePipeline., which is"):
             refuse(Mine())
     assert detect_base(tiny.model()) is tiny.base
+
+
+def test_the_class_tells_cosmos_from_anima_without_its_adapter():
+    """Forge Neo keeps the adapter with the text encoder."""
+    parts = {"blocks.0.mlp.layer1", "t_embedder"}
+
+    def held(probe: Probe) -> bool:
+        return probe.attribute is None and (probe.path in parts) == probe.value
+
+    assert find_stranger(held, "MiniTrainDIT").name == "Cosmos"
+    assert find_stranger(held, "Anima") is None
 
 
 # A few tensors of each as its original code, and so ComfyUI, names them.
