@@ -34,6 +34,7 @@ _PREDICTIONS = {
     "eps": "epsilon",
     "v": "v_prediction",
     "const": "flow",
+    "ModelSamplingDiscreteFlow": "flow",  # the class that SD3 has in A1111
 }  # A1111 and Forge use these names.
 _log = logging.getLogger(__name__)
 _running: list[Session] = []  # The sessions that are sampling now.
@@ -76,10 +77,13 @@ def _label(unet: Any) -> str:
 
 
 def _sampling(model: Any) -> Any:
-    """Returns Forge's `predictor`, or `model_sampling` in reForge and Classic; None in A1111."""
+    """Returns Forge's `predictor`, or `model_sampling` in reForge and Classic.
+
+    In A1111 SD3 alone has one, beside a `parameterization` that is not its own; None for others.
+    """
     objects = getattr(model, "forge_objects", None)
     if objects is None:
-        return None
+        return getattr(getattr(model, "model", None), "model_sampling", None)
     unet = objects.unet
     replaced = getattr(unet, "object_patches", {})  # Extensions replace the object here.
     own = getattr(unet.model, "predictor", None) or unet.model.model_sampling
@@ -111,11 +115,14 @@ def _to_timestep(sampling: Any, base: Base, percent: float) -> float:
     """Converts progress (0 to 1) to a timestep (0 to 1000) by the host's rule.
 
     A1111 has such a rule only for its refiner: it is linear in the timestep. For the same models
-    the rule of ComfyUI and Forge gives the same numbers.
+    the rule of ComfyUI and Forge gives the same numbers, and for SD3 we use that one.
     """
     if sampling is None:
         return (1.0 - percent) * 999.0
-    sigma = torch.tensor([sampling.percent_to_sigma(percent)])
+    if hasattr(sampling, "percent_to_sigma"):
+        sigma = torch.tensor([sampling.percent_to_sigma(percent)])
+    else:
+        sigma = sampling.sigma(torch.tensor([(1.0 - percent) * 1000.0]))
     return float(base.times["ldm"].timesteps(sampling.timestep(sigma)))
 
 

@@ -413,6 +413,26 @@ def test_flux_in_forge(host):
     assert model.to_timestep(get_base("flux"), 0.25) == pytest.approx(750.0)
 
 
+def test_sd3_in_a1111(host):
+    """It says "eps" there as the other models do; its sampling tells what it is."""
+
+    class ModelSamplingDiscreteFlow:
+        shift = 3.0
+
+        def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+            t = timestep / 1000
+            return self.shift * t / (1 + (self.shift - 1) * t)
+
+        def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+            return sigma * 1000
+
+    host.modules.shared.sd_model.model.model_sampling = ModelSamplingDiscreteFlow()
+    model, base = host.host.current_model(), get_base("sd3")
+    assert (model.prediction, model.zero_terminal_snr) == ("flow", None)
+    found = [model.to_timestep(base, percent) for percent in (0.0, 0.5, 1.0)]
+    assert found == pytest.approx([1000.0, 750.0, 0.0])
+
+
 @pytest.mark.parametrize("kind", ["Accordion", "DropDown"])
 def test_controls_have_labels_names_and_defaults(host, kind):
     script = getattr(host.script, kind)()
