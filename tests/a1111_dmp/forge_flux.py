@@ -10,6 +10,7 @@ the VAE are by the book (0.4 gigabytes in all). The server needs the extension i
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -23,8 +24,9 @@ REPOSITORY = "backend/huggingface/black-forest-labs/FLUX.1-dev"
 def main(folder: Path) -> None:
     """Writes two checkpoints into a folder."""
     webui = Path(os.environ["WEBUI_PATH"]).resolve()
-    sys.argv[1:] = ["--always-cpu"]  # Forge reads it
-    sys.path[:0] = [str(webui), str(webui / "packages_3rdparty"), str(HERE), str(HERE.parents[1])]
+    sys.argv[1:] = ["--always-cpu", "--cpu"]  # Forge reads the first, Forge Neo the second
+    packages = ("packages_3rdparty", "modules_forge/packages")  # of Forge and of Forge Neo
+    sys.path[:0] = [str(webui), *(str(webui / p) for p in packages), str(HERE), str(HERE.parents[1])]
     shapes, write = shapes_of(webui), importlib.import_module("checkpoints").write
     for seed, letter in enumerate("ab"):
         write(folder / f"narrow-flux-{letter}.safetensors", shapes, seed, half=True)
@@ -49,6 +51,8 @@ def shapes_of(webui: Path) -> dict[str, torch.Size]:
         "qkv_bias": True,
         "guidance_embed": True,
     }
+    if "patch_size" in inspect.signature(flux).parameters:  # Forge Neo's class has these too
+        real |= {"patch_size": 2, "out_channels": 16}
     with torch.device("meta"):
         parts = {
             "model.diffusion_model.": flux(**real | sizes.FLUX),

@@ -45,8 +45,9 @@ def know_narrow(sizes) -> None:
 
     They build text encoder and decoder by the book, so that only the UNet can be smaller.
     """
-    if "backend.loader" in sys.modules:  # Forge Neo imports it when it loads its first model
-        importlib.import_module("huggingface_guess.model_list")
+    if "backend" in sys.modules:  # Forge Neo imports these when it loads its first model
+        for name in ("huggingface_guess.model_list", "backend.loader"):
+            importlib.import_module(name)
     for name in ("huggingface_guess.model_list", "ldm_patched.modules.supported_models"):
         if name in sys.modules:
             for kind in ("SD15", "SDXL"):
