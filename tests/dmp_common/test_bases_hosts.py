@@ -258,7 +258,8 @@ def _webui_class(path: Path, name: str, monkeypatch) -> tuple[type[nn.Module], d
     if (path / "backend" / "nn" / "unet.py").is_file():
         for folder in (path, path / "packages_3rdparty"):
             monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.setattr(sys, "argv", [sys.argv[0], "--always-cpu"])
+        # Forge reads the first, Forge Neo the second.
+        monkeypatch.setattr(sys, "argv", [sys.argv[0], "--always-cpu", "--cpu"])
         module, kind = "backend.nn.unet", "IntegratedUNet2DConditionModel"
         config = {**UNET, **WEBUI_UNETS[name], **FORGE_UNETS[name]}
         config.pop("attention_resolutions")
