@@ -25,8 +25,8 @@ def main(folder: Path) -> None:
     """Writes two checkpoints into a folder."""
     webui = Path(os.environ["WEBUI_PATH"]).resolve()
     sys.argv[1:] = ["--always-cpu", "--cpu"]  # Forge reads the first, Forge Neo the second
-    packages = ("packages_3rdparty", "modules_forge/packages")  # of Forge and of Forge Neo
-    sys.path[:0] = [str(webui), *(str(webui / p) for p in packages), str(HERE), str(HERE.parents[1])]
+    packages = (webui / "packages_3rdparty", webui / "modules_forge" / "packages")  # Forge, Neo
+    sys.path[:0] = map(str, (webui, *packages, HERE, HERE.parents[1]))
     shapes, write = shapes_of(webui), importlib.import_module("checkpoints").write
     for seed, letter in enumerate("ab"):
         write(folder / f"narrow-flux-{letter}.safetensors", shapes, seed, half=True)
