@@ -51,9 +51,22 @@ TITLES = {
 }
 # No host loads these: nobody draws with them.
 _IN_NO_HOST = TITLES["the bundled digits, CIFAR-10"]
-# What ran in a server of A1111 or of the Forge family; patches of other bases need no code of ours
-# there, because torch hooks serve every model.
-_TRIED = {"sd15": "A1111, Forge", "sd21": "A1111", "sdxl": "A1111, Forge", "flux": "Forge"}
+# What ran in a server of A1111 or of the Forge family, with small checkpoints. Patches of other
+# bases need no code of ours there, because torch hooks serve every model.
+_SERVERS = {
+    "sd15": "A1111, Forge, Forge Neo",
+    "sd21": "A1111",
+    "sdxl": "A1111, Forge",
+    "flux": "Forge, Forge Neo",
+}
+# The bases of the hosts' own model classes in small, on which the tests run patches.
+IN_SMALL = {
+    "A1111": ("sd3",),
+    "Forge Neo": (
+        *("sd15", "sdxl", "flux", "flux2-klein-4b", "chroma", "qwen-image", "lumina2", "z-image"),
+        *("ernie-image", "krea2", "anima", "wan-14b", "wan22-i2v-14b"),
+    ),
+}
 _NO, _REFUSED = "no", "refused by name"
 
 
@@ -71,7 +84,7 @@ def _supported() -> Iterator[tuple[str, ...]]:
         trained = _trained(base)
         shown = [f"`{name}`" for name in names]
         bases = ", ".join(shown) if len(shown) < 4 else f"{shown[0]} to {shown[-1]}"
-        yield title, bases, _core(base), _comfyui(base), _a1111(base), trained, trained
+        yield title, bases, _core(base), _comfyui(base), _a1111(base, names), trained, trained
 
 
 def _refused() -> Iterator[tuple[str, ...]]:
@@ -95,10 +108,14 @@ def _comfyui(base: Base) -> str:
     return "with ComfyUI_ExtraModels" if base.name.startswith("dit-") else "yes"
 
 
-def _a1111(base: Base) -> str:
+def _a1111(base: Base, family: tuple[str, ...]) -> str:
+    """Where a family was tried: in a server, or only on a host's own class in small."""
     if base.name in _IN_NO_HOST or "ldm" not in namings_of(base):
         return _NO
-    return f"tried in {_TRIED[base.name]}" if base.name in _TRIED else "not tried"
+    if base.name in _SERVERS:
+        return f"server: {_SERVERS[base.name]}"
+    hosts = [host for host, names in IN_SMALL.items() if set(names) & set(family)]
+    return f"classes in small: {', '.join(hosts)}" if hosts else "not tried"
 
 
 def _trained(base: Base) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.support import PAGE, TITLES, updated
+from benchmarks.support import IN_SMALL, PAGE, TITLES, updated
 from dmp_common import PatchError, get_base
 from dmp_common.bases.table import TABLE
+from tests.a1111_dmp.forge_classes import CLASSES
 from training.base.families.family import Family
 from training.base.families.table import family_of
 from training.options import model_options
@@ -40,3 +41,7 @@ def test_the_lowest_diffusers_is_that_of_the_packaging() -> None:
 def test_every_base_is_in_the_table_once() -> None:
     named = [name for names in TITLES.values() for name in names]
     assert sorted(named) == sorted(row.name for row in TABLE)
+
+
+def test_the_families_in_small_are_those_of_the_tests() -> None:
+    assert sorted(IN_SMALL["Forge Neo"]) == sorted(base for *_, base in CLASSES.values())

@@ -21,22 +21,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# For each family of ComfyUI's that Forge Neo has an engine for: module and class of the model, and
-# the class that its loader takes a checkpoint for.
+# For each family of ComfyUI's that Forge Neo has an engine for: module and class of the model, the
+# class that its loader takes a checkpoint for, and a base of the table that is of the family.
 CLASSES = {
-    "sd15": ("unet", "IntegratedUNet2DConditionModel", "SD15"),
-    "sdxl": ("unet", "IntegratedUNet2DConditionModel", "SDXL"),
-    "flux": ("flux", "IntegratedFluxTransformer2DModel", "Flux"),
-    "flux2": ("flux", "IntegratedFluxTransformer2DModel", "Flux2K4B"),
-    "chroma": ("chroma", "IntegratedChromaTransformer2DModel", "Chroma"),
-    "qwen-image": ("qwen", "QwenImageTransformer2DModel", "QwenImage"),
-    "lumina2": ("lumina", "NextDiT", "Lumina2"),
-    "z-image": ("lumina", "NextDiT", "ZImage"),
-    "ernie-image": ("ernie", "ErnieImageModel", "ErnieImage"),
-    "krea2": ("krea", "SingleStreamDiT", "Krea2"),
-    "anima": ("anima", "Anima", "Anima"),
-    "wan": ("wan", "WanModel", "WAN21_T2V"),
-    "wan-picture": ("wan", "WanModel", "WAN21_I2V"),
+    "sd15": ("unet", "IntegratedUNet2DConditionModel", "SD15", "sd15"),
+    "sdxl": ("unet", "IntegratedUNet2DConditionModel", "SDXL", "sdxl"),
+    "flux": ("flux", "IntegratedFluxTransformer2DModel", "Flux", "flux"),
+    "flux2": ("flux", "IntegratedFluxTransformer2DModel", "Flux2K4B", "flux2-klein-4b"),
+    "chroma": ("chroma", "IntegratedChromaTransformer2DModel", "Chroma", "chroma"),
+    "qwen-image": ("qwen", "QwenImageTransformer2DModel", "QwenImage", "qwen-image"),
+    "lumina2": ("lumina", "NextDiT", "Lumina2", "lumina2"),
+    "z-image": ("lumina", "NextDiT", "ZImage", "z-image"),
+    "ernie-image": ("ernie", "ErnieImageModel", "ErnieImage", "ernie-image"),
+    "krea2": ("krea", "SingleStreamDiT", "Krea2", "krea2"),
+    "anima": ("anima", "Anima", "Anima", "anima"),
+    "wan": ("wan", "WanModel", "WAN21_T2V", "wan-14b"),
+    "wan-picture": ("wan", "WanModel", "WAN21_T2V", "wan22-i2v-14b"),
 }
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -70,7 +70,7 @@ def imported(name: str) -> Any:
 
 def model_of(family: Any) -> nn.Module:
     """The host's `KModel` around its model of a family."""
-    module, kind, guess = CLASSES[family.name]
+    module, kind, guess, _ = CLASSES[family.name]
     guesses = importlib.import_module("huggingface_guess.model_list")
     config = getattr(guesses, guess)(family.unet)
     build = getattr(imported(f"nn.{module}"), kind)
