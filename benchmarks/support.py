@@ -62,6 +62,7 @@ _SERVERS = {
 # The bases of the hosts' own model classes in small, on which the tests run patches.
 IN_SMALL = {
     "A1111": ("sd3",),
+    "reForge": ("sd3", "sd35-medium"),
     "Forge Neo": (
         *("sd15", "sdxl", "flux", "flux2-klein-4b", "chroma", "qwen-image", "lumina2", "z-image"),
         *("ernie-image", "krea2", "anima", "wan-14b", "wan22-i2v-14b"),
