@@ -21,6 +21,7 @@ _ENDINGS = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
      ".avif", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".qoi"}
 )  # fmt: skip
+VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})  # which are not read
 # What file managers, cameras and disks put beside images: mostly thumbnails of them.
 SYSTEM_FOLDERS = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found",
                             "system volume information"})  # fmt: skip

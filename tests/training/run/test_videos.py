@@ -89,6 +89,17 @@ def test_a_picture_stands_still_for_a_repair_alone(
     assert "expected an image" not in found
 
 
+def test_video_files_are_named_with_what_to_do(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = make_videos(tmp_path / "videos", FRAMES)
+    (videos / "a clip.mp4").write_bytes(b"")
+    train("wan", *VIDEO, "--dry_run", "--train_data_dir", str(videos), data="")
+    said = capsys.readouterr().out
+    assert ".mp4 videos, which are not read: make animations of them" in said
+    assert "a clip.mp4" in said
+
+
 def test_numbers_of_frames_that_a_base_does_not_take(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dmp_common import PatchError
 from dmp_common.errors import printable_path
-from training.data.images import SYSTEM_FOLDERS, how_to_read, is_image
+from training.data.images import SYSTEM_FOLDERS, VIDEOS, how_to_read, is_image
 from training.data.skips import Skips
 
 CACHE = ".dmp_cache"  # hidden, so that it is never searched for images
@@ -144,7 +144,10 @@ class _Walk:
         if path.name.startswith(".") or ending in self._companions:
             return
         remedy = how_to_read(ending)
-        if remedy is not None:
+        if ending in VIDEOS:
+            remedy = "make animations of them (docs/TRAINING.md, Videos)"
+            self._skips.add(f"{ending} videos, which are not read: {remedy}", [self._name(path)])
+        elif remedy is not None:
             self._skips.add(f"{ending} images: {remedy} to read them", [self._name(path)])
         else:
             self._skips.add("files that are no images", [self._name(path)])
