@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from comfyui_dmp.model import denoiser_of, is_compiled, timesteps_of
-from dmp_common import PatchError
+from dmp_common import Patch, PatchError
 from dmp_common.attach.compatibility import require_compatible
 from dmp_common.attach.record import PatchRecord
 from dmp_common.bases.detect import prediction_of
@@ -37,6 +37,21 @@ def require_fitting(model: Any, model_sampling: Any, record: PatchRecord) -> Non
         )
     except PatchError as error:
         raise PatchError(f"{record.loaded.name}: {error}") from error
+
+
+def require_references(patch: Patch) -> None:
+    """Refuses a modulating patch where the node Flux KV Cache keeps keys and values of reference
+    pictures: the patch changes them at every step, and those of the first would stay.
+
+    Raises:
+        PatchError: the patch modulates.
+    """
+    if patch.modulates:
+        raise PatchError(
+            "expected a model without Flux KV Cache for this patch, which changes the keys and "
+            "values of reference pictures at every step, found that node: remove it, or use a "
+            "patch that adds its prompts."
+        )
 
 
 def require_not_compiled(model: Any, options: dict[str, Any]) -> None:

@@ -16,13 +16,14 @@ import torch.nn as nn
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from comfyui_dmp.checks import require_fitting, require_not_compiled
+from comfyui_dmp.checks import require_fitting, require_not_compiled, require_references
 from comfyui_dmp.compiled import for_compiled, own_graph
 from comfyui_dmp.hooks import adding, modulating
 from comfyui_dmp.masks import MaskOfCalls
 from comfyui_dmp.model import (
     denoiser_of,
     is_compiled,
+    kept_references,
     latent_of,
     time_embedding,
     timesteps_of,
@@ -186,6 +187,10 @@ class Wrapper:
             if not conditional.any():
                 return options
 
+        kept = kept_references(options)
+        if kept is not None:
+            require_references(patch)
+            conds = {**conds, "ref_latents": None} if kept else conds
         prepare = self._prepare(model, x, settings, timesteps, conds, conditional, mask)
         compiled = is_compiled(model, options)
         if self.recompute and self._slot != "outputs":  # The others act outside of the blocks.

@@ -16,6 +16,7 @@ from dmp_common.patch.noise import is_pure_noise
 
 # The names of the wrappers that compile nodes add (comfy_api.torch_helpers, and KJNodes likewise).
 _APPLY_MODEL, _COMPILE_KEY = "apply_model", "torch.compile"
+_KV_CACHE = "KV_Attn_Input"  # what the node Flux KV Cache puts on the attention
 
 
 def denoiser_of(model: Any) -> nn.Module:
@@ -54,6 +55,21 @@ def is_compiled(model: Any, options: dict[str, Any]) -> bool:
     """Tells whether a model, or a part of it, runs compiled in a call with these options."""
     wrappers = options.get("wrappers", {}).get(_APPLY_MODEL, {})
     return bool(wrappers.get(_COMPILE_KEY)) or hasattr(model.diffusion_model, "_orig_mod")
+
+
+def kept_references(options: dict[str, Any]) -> bool | None:
+    """Tells whether the node Flux KV Cache has kept what the model makes of reference pictures,
+    which leave the sequence then.
+
+    Args:
+        options: the `transformer_options` of a call.
+
+    Returns:
+        None where there is no such node.
+    """
+    patches = options.get("patches", {}).get("attn1_patch", [])
+    found = [patch for patch in patches if type(patch).__name__ == _KV_CACHE]
+    return any(patch.cache for patch in found) if found else None
 
 
 def timesteps_of(model_sampling: Any, base: Base, sigmas: Tensor) -> Tensor:
