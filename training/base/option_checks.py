@@ -65,8 +65,9 @@ def require_options(config: TrainConfig) -> None:
         PatchError: one line for each problem.
     """
     base = get_base(config.base)
-    place = Path(config.pretrained_model_name_or_path or "").expanduser()
-    require_fitting(config, told_family(config, base), text_facts(place) is not None)
+    place = config.pretrained_model_name_or_path
+    text = None if place is None else text_facts(Path(place).expanduser())
+    require_fitting(config, told_family(config, base), trained_text=text is not None)
 
 
 def require_fitting(config: TrainConfig, family: Family, trained_text: bool) -> None:
