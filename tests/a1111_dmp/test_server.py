@@ -254,15 +254,19 @@ def test_keyframes_and_strengths_of_single_sites(server, plain):
     same(server.make(**script(keyframes)), curve)
     same(server.make(prompt=f"a cat<dmp:{A}:1:keyframes=0: 1, 0.5: 0.5, 1: 0>"), curve)
     whole = server.make(A)
-    parts = {"patch": A, "site_strengths": "IN.*: 0.5, mid: 0"}
-    made = server.make(parts)
+    base = get_base(base_name())
+    ends = base.sites[0].name.upper(), base.sites[-1].name
+    first, second = ("IN.*", "mid") if base.layout == "map" else ends
+    text = f"{first}: 0.5, {second}: 0"
+    made = server.make({"patch": A, "site_strengths": text})
     differ(made, whole)
     differ(made, plain)
-    same(server.make(prompt=f"a cat<dmp:{A}:site_strengths=in.*:0.5,mid:0:start=0>"), made)
+    tag = f"{first.lower()}:0.5,{second}:0"
+    same(server.make(prompt=f"a cat<dmp:{A}:site_strengths={tag}:start=0>"), made)
     same(server.make({"patch": A, "site_strengths": "all: 0"}), plain)
-    assert 'DMP site strengths: "IN.*: 0.5, mid: 0"' in made.infotext
+    assert f'DMP site strengths: "{text}"' in made.infotext
     fields = server.post("/dmp-test/paste", text=made.infotext)["fields"]
-    assert fields["dmp/Site strengths 1"] == "IN.*: 0.5, mid: 0"
+    assert fields["dmp/Site strengths 1"] == text
     with pytest.raises(FailedError, match=r"DMP: test-a.safetensors: expected keyframes such as"):
         server.make({"patch": A, "keyframes": "0.5"})
     with pytest.raises(FailedError, match=r"DMP: test-a.safetensors: expected sites of this"):
@@ -460,6 +464,9 @@ def test_img2img_and_inpainting(server):
         {**image, "mask": encoded(mask), "inpainting_fill": 1},
         {**image, "mask": encoded(mask), "inpaint_full_res": True, "width": 128, "height": 128},
     ):
+        server.make(
+            **settings
+        )  # in Forge Neo the first inpainting of a kind differs from later ones
         made, calls = server.log(A, **settings)
         assert set(attached(calls)) == {1}
         before = server.make(**settings)
