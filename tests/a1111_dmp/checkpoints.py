@@ -8,9 +8,11 @@ wide, with their configuration beside them: a picture takes a quarter of a secon
 for SD 2.x with v-prediction, and `tiny-xl` for SDXL; their OpenCLIP text encoder is the smallest
 that open_clip knows. Forge builds text encoder and decoder by the book, so for it `narrow` makes
 the UNet of SD 1.5 alone a tenth as wide, and `narrow-xl` that of SDXL (two gigabytes of text
-encoders each). `sd15` writes one of full size (two gigabytes). For all but the last the server
-needs the extension in `tests/a1111_dmp/server_extension`. Pictures are noise, but every one is a
-function of all weights.
+encoders each). `sd15` writes one of full size (two gigabytes). `narrow-sd3` writes one checkpoint
+of Stable Diffusion 3 with a small transformer (two gigabytes too); for it the server's folder must
+have the tokenizers in `openai/clip-vit-large-patch14` and `google/t5-v1_1-xxl`. For all but `sd15`
+the server needs the extension in `tests/a1111_dmp/server_extension`. Pictures are noise, but every
+one is a function of all weights.
 """
 
 from __future__ import annotations
@@ -47,6 +49,17 @@ CLIP = {
     "hidden_act": "quick_gelu",
     "projection_dim": 768,
 }
+# The second text encoder of Stable Diffusion 3, and what the small transformer has of the real one.
+CLIP_G = CLIP | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+SD3_DEPTH = 2  # as in tiny_base.py
+SD3 = {"patch_size": 2, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
 TINY_CLIP = {
     "hidden_size": TEXT,
     "intermediate_size": 2 * TEXT,
@@ -60,6 +73,9 @@ def main(kind: str, folder: Path) -> None:
     """Writes the checkpoints of a kind into a folder."""
     webui = Path(os.environ["WEBUI_PATH"]).resolve()
     sys.path[:0] = [str(webui / LDM), str(webui / SGM)]
+    if kind == "narrow-sd3":
+        write(folder / f"{kind}-a.safetensors", sd3_shapes(), 0, half=True)
+        return
     yaml = importlib.import_module("yaml")
     config = yaml.safe_load((webui / CONFIGS[kind]).read_text(encoding="utf-8"))
     params, tiny = config["model"]["params"], kind.startswith("tiny")
@@ -155,6 +171,51 @@ def shapes_of(params: dict[str, Any], clip: dict[str, Any]) -> dict[str, torch.S
         for name, tensor in part.state_dict().items()
         if not name.endswith("position_ids")
     }
+
+
+def sd3_shapes() -> dict[str, torch.Size]:
+    """Names and shapes of Stable Diffusion 3 with a small transformer, whose original names and
+    shapes are few: A1111 makes 64 channels for each block."""
+    depth, width = SD3_DEPTH, 64 * SD3_DEPTH
+    linear = {
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "y_embedder.mlp.0": (width, SD3["pooled_projection_dim"]),
+        "y_embedder.mlp.2": (width, width),
+        "context_embedder": (width, SD3["joint_attention_dim"]),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "final_layer.linear": (SD3["patch_size"] ** 2 * 16, width),
+        "x_embedder.proj": (width, 16, SD3["patch_size"], SD3["patch_size"]),
+    }
+    for n in range(depth):
+        for stream in ("x_block", "context_block"):
+            last = n == depth - 1 and stream == "context_block"  # it gives keys and values alone
+            block = f"joint_blocks.{n}.{stream}"
+            linear[f"{block}.adaLN_modulation.1"] = ((2 if last else 6) * width, width)
+            linear[f"{block}.attn.qkv"] = (3 * width, width)
+            if not last:
+                linear[f"{block}.attn.proj"] = (width, width)
+                linear[f"{block}.mlp.fc1"] = (4 * width, width)
+                linear[f"{block}.mlp.fc2"] = (width, 4 * width)
+    shapes = {"model.diffusion_model.pos_embed": torch.Size((1, 96**2, width))}
+    for name, shape in linear.items():
+        shapes[f"model.diffusion_model.{name}.weight"] = torch.Size(shape)
+        shapes[f"model.diffusion_model.{name}.bias"] = torch.Size(shape[:1])
+    transformers = importlib.import_module("transformers")
+    vae = importlib.import_module("ldm.modules.diffusionmodules.model")
+    dd = {"z_channels": 16, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "out_ch": 3}
+    dd |= {"double_z": True, "resolution": 256, "in_channels": 3, "attn_resolutions": []}
+    text = transformers.CLIPTextModelWithProjection
+    with torch.device("meta"):
+        parts = {
+            "first_stage_model.encoder.": vae.Encoder(**dd),
+            "first_stage_model.decoder.": vae.Decoder(**dd),
+            "text_encoders.clip_l.transformer.": text(transformers.CLIPTextConfig(**CLIP)),
+            "text_encoders.clip_g.transformer.": text(transformers.CLIPTextConfig(**CLIP_G)),
+        }
+    for prefix, part in parts.items():
+        shapes |= {prefix + name: tensor.shape for name, tensor in part.state_dict().items()}
+    return {k: shape for k, shape in shapes.items() if not k.endswith("position_ids")}
 
 
 def open_clip(arch: str) -> torch.nn.Module:

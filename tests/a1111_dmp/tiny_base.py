@@ -21,6 +21,7 @@ FLUX = {  # what differs from the real one in Forge's words; heads are as wide a
     "depth_single_blocks": 3,
     "context_in_dim": 64,
 }
+SD3_DEPTH = 2  # A1111 makes 64 channels for each block
 T5 = {"d_model": 64, "d_ff": 128, "d_kv": 32, "num_heads": 2, "num_layers": 2}
 
 
@@ -34,4 +35,7 @@ def register() -> dict[str, Base]:
         width=FLUX["hidden_size"],
         hub_id=None,
     )
-    return made | {flux.name: register_base(flux)}
+    sd3 = bases.sd3(
+        "narrow-sd3-a1111", depth=SD3_DEPTH, width=64 * SD3_DEPTH, dual=False, hub_id=None
+    )
+    return made | {base.name: register_base(base) for base in (flux, sd3)}
