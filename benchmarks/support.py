@@ -57,6 +57,7 @@ _SERVERS = {
     "sd15": "A1111, Forge, Forge Neo",
     "sd21": "A1111",
     "sdxl": "A1111, Forge",
+    "sd3": "A1111",
     "flux": "Forge, Forge Neo",
 }
 # The bases of the hosts' own model classes in small, on which the tests run patches.
