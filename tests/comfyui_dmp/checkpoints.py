@@ -121,7 +121,7 @@ def main(kind: str, path: Path) -> None:
     tensors = {}
     for name, shape in shapes.items():
         fan = max(torch.Size(shape[1:]).numel(), 1)
-        ones = len(shape) == 1 and name.endswith("weight")
+        ones = len(shape) == 1 and name.endswith(("weight", "scale"))
         # ComfyUI tells v-prediction by how far the biases of SD 2.1 spread.
         std = 0.12 if len(shape) <= 1 and kind == "sd21" else 0.02
         std = std if len(shape) <= 1 else fan**-0.5
@@ -199,6 +199,12 @@ def _transformer(module: str, name: str, config: dict[str, Any]) -> Callable[[],
     return shapes
 
 
+def _flux() -> Shapes:
+    """Under the original names, which every version reads; newer classes have one of their own."""
+    shapes = _transformer("flux.model", "Flux", FLUX)()
+    return {key.replace("_norm.weight", "_norm.scale"): shape for key, shape in shapes.items()}
+
+
 def _dit() -> Shapes:
     """DiT-S/2 as ComfyUI_ExtraModels has it, full size."""
     file = Path(os.environ["COMFYUI_EXTRAMODELS_PATH"]) / "DiT" / "model.py"
@@ -217,7 +223,7 @@ KINDS: dict[str, Callable[[], Shapes]] = {
     "sdxl": _sdxl,
     "controlnet": _controlnet,
     "sd3": _transformer("modules.diffusionmodules.mmdit", "MMDiT", SD3),
-    "flux": _transformer("flux.model", "Flux", FLUX),
+    "flux": _flux,
     "sd3-whole": _sd3_whole,
     "dit": _dit,
     "pixart": _transformer("pixart.pixartms", "PixArtMS", PIXART),
