@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dmp_common.version import __version__
+
+# Makes a command's parser of its name, what it does, and examples.
+_Adding = Callable[[str, str, str], argparse.ArgumentParser]
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -24,12 +29,13 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dmp {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_inspect(program, commands)
-    _add_validate(program, commands)
-    _add_heatmap(program, commands)
-    _add_convert(program, commands)
-    _add_fold(program, commands)
-    _add_push(program, commands)
+    add = partial(_add, program, commands)
+    _add_inspect(add)
+    _add_validate(add)
+    _add_heatmap(add)
+    _add_convert(add)
+    _add_fold(add)
+    _add_push(add)
     return parser
 
 
@@ -48,10 +54,8 @@ def _add(
     return parser
 
 
-def _add_inspect(program: str, commands: Any) -> None:
-    parser = _add(
-        program,
-        commands,
+def _add_inspect(add: _Adding) -> None:
+    parser = add(
         "inspect",
         "Show what a patch is made of. Only the header is read; `validate` checks all values.",
         "inspect my-patch.safetensors\ninspect --sites my-patch.safetensors\n"
@@ -63,10 +67,8 @@ def _add_inspect(program: str, commands: Any) -> None:
     group.add_argument("--json", action="store_true", help="print a JSON list, one record per file")
 
 
-def _add_validate(program: str, commands: Any) -> None:
-    parser = _add(
-        program,
-        commands,
+def _add_validate(add: _Adding) -> None:
+    parser = add(
         "validate",
         "Check patch files completely. A bad file does not keep the others from being checked.",
         "validate my-patch.safetensors\nvalidate models/dmp/*.safetensors",
@@ -74,10 +76,8 @@ def _add_validate(program: str, commands: Any) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="patch files")
 
 
-def _add_heatmap(program: str, commands: Any) -> None:
-    parser = _add(
-        program,
-        commands,
+def _add_heatmap(add: _Adding) -> None:
+    parser = add(
         "heatmap",
         "Draw the weights of a patch's gate. The picture shows them by timestep and prompt, and\n"
         "as maps over the picture, with a row for each site.",
@@ -123,10 +123,8 @@ def _add_heatmap(program: str, commands: Any) -> None:
     _add_force(parser)
 
 
-def _add_convert(program: str, commands: Any) -> None:
-    parser = _add(
-        program,
-        commands,
+def _add_convert(add: _Adding) -> None:
+    parser = add(
         "convert",
         "Import a checkpoint of the official DMP code. Nothing in it is executed.",
         "convert 0100000.pt my-patch.safetensors\n"
@@ -140,10 +138,8 @@ def _add_convert(program: str, commands: Any) -> None:
     _add_force(parser)
 
 
-def _add_fold(program: str, commands: Any) -> None:
-    parser = _add(
-        program,
-        commands,
+def _add_fold(add: _Adding) -> None:
+    parser = add(
         "fold",
         "Write an un-gated modulating patch into a copy of a model's own weights and biases.\n"
         "Where the file cannot hold it, the error says where.",
@@ -158,10 +154,8 @@ def _add_fold(program: str, commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
 
-def _add_push(program: str, commands: Any) -> None:
-    parser = _add(
-        program,
-        commands,
+def _add_push(add: _Adding) -> None:
+    parser = add(
         "push",
         "Publish a patch on the Hugging Face hub. The file is checked and goes into the\n"
         "repository with a model card (README.md) that replaces the one there. The repository\n"

@@ -114,16 +114,16 @@ def require_plain_inputs(model: Any, channels: int) -> None:
 
 def _about_frames(config: TrainConfig, family: Family) -> list[str]:
     problems, stride = [], family.frame_stride
+    near = nearest_frames(config.frames, stride)
     if config.frames > 1 and stride == 1:
         problems.append(
             f"expected --frames 1 with base {config.base}, which draws pictures, found "
             f"{config.frames}: leave it out, or choose a base of videos, such as wan-1.3b."
         )
-    elif config.frames != nearest_frames(config.frames, stride):
+    elif config.frames != near:
         problems.append(
             f"expected --frames of one and a multiple of {stride}, of which the VAE makes one "
-            f"frame, found {config.frames}: the nearest is "
-            f"{nearest_frames(config.frames, stride)}."
+            f"frame, found {config.frames}: the nearest is {near}."
         )
     if family.first_frame and config.frames == 1:
         problems.append(

@@ -95,3 +95,22 @@ def require_adjustable(flow: bool, config: TrainConfig) -> None:
             "expected a base with epsilon or v prediction for --v_parameterization and "
             "--zero_terminal_snr, found a flow model: leave them out."
         )
+
+
+def require_noise_prediction(flow: bool, base: str, what: str, remedy: str) -> None:
+    """Refuses for a flow model what goes by the noise that a base predicts.
+
+    Args:
+        flow: whether the base is one.
+        base: its name, for the error.
+        what: it is.
+        remedy: the end of the error.
+
+    Raises:
+        PatchError: it is one.
+    """
+    if flow:
+        raise PatchError(
+            f"expected a base that predicts noise or v for {what}, found {base}, a flow model: "
+            f"{remedy}"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmp_common import PatchError
 from training.base.frozen import FrozenBase
+from training.base.schedulers import require_noise_prediction
 
 _STEPS = 1000  # timesteps of the schedule
 Handles = list[torch.utils.hooks.RemovableHandle]
@@ -52,7 +53,7 @@ def limit_ranks(frozen: FrozenBase, layers: list[Any], rank: int, smallest: int)
             f"expected --network_min_dim of at most --network_dim, {rank}, found {smallest}: lower "
             "it."
         )
-    require_noise_schedule(frozen.prediction == "flow", frozen.base.name)
+    require_ranks_by_noise(frozen.prediction == "flow", frozen.base.name)
     acting: list[Tensor] = []  # of the call that runs: (B, rank)
 
     def see(_: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -71,18 +72,6 @@ def limit_ranks(frozen: FrozenBase, layers: list[Any], rank: int, smallest: int)
     return handles
 
 
-def require_noise_schedule(flow: bool, base: str) -> None:
-    """Refuses --network_min_dim for a flow model.
-
-    Args:
-        flow: whether the base is one.
-        base: its name, for the error.
-
-    Raises:
-        PatchError: it is one.
-    """
-    if flow:
-        raise PatchError(
-            f"expected a base that predicts noise or v for --network_min_dim, found {base}, a "
-            "flow model: leave it out."
-        )
+def require_ranks_by_noise(flow: bool, base: str) -> None:
+    """Refuses --network_min_dim for a flow model; see `require_noise_prediction`."""
+    require_noise_prediction(flow, base, "--network_min_dim", "leave it out.")

@@ -17,7 +17,7 @@ from training.base.releases import require_releases
 from training.base.schedulers import require_adjustable
 from training.data.kind import DataKind
 from training.data.rules import make_subset, parse_resolution, values_of
-from training.methods.lora_ranks import require_noise_schedule
+from training.methods.lora_ranks import require_ranks_by_noise
 from training.methods.patch import starting_patch
 from training.objective.noising import require_process
 from training.objective.sampling import require_sampler
@@ -74,7 +74,7 @@ def _process(config: TrainConfig) -> None:
     if config.uses_own_samples and "own_sampler" in config.model_fields_set:
         checks.append(lambda: require_sampler(config.own_sampler, flow, "--own_sampler"))
     if config.method == "lora" and config.network_min_dim is not None:
-        checks.append(lambda: require_noise_schedule(flow, base.name))
+        checks.append(lambda: require_ranks_by_noise(flow, base.name))
     problems = problems_of(checks)
     if problems:
         raise ConfigError(*problems)

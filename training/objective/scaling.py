@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmp_common import PatchError
 from training.base.frozen import FrozenBase
-from training.base.schedulers import is_flow
+from training.base.schedulers import is_flow, require_noise_prediction
 
 
 @contextmanager
@@ -76,20 +76,9 @@ def epsilon_scaled(frozen: FrozenBase, factor: float) -> Iterator[FrozenBase]:
 
 
 def require_scalable(flow: bool, base: str) -> None:
-    """Refuses epsilon scaling of a flow model.
-
-    Args:
-        flow: whether the base is one.
-        base: its name, for the error.
-
-    Raises:
-        PatchError: it is one.
-    """
-    if flow:
-        raise PatchError(
-            f"expected a base that predicts noise or v for epsilon scaling, found {base}, a flow "
-            "model: its first noisy picture has no signal; leave epsilon scaling out."
-        )
+    """Refuses epsilon scaling of a flow model; see `require_noise_prediction`."""
+    remedy = "its first noisy picture has no signal; leave epsilon scaling out."
+    require_noise_prediction(flow, base, "epsilon scaling", remedy)
 
 
 def _at(angles: Tensor, t: Tensor) -> Tensor:

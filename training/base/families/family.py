@@ -103,16 +103,18 @@ class Family:
         """
         if not self.fast:
             return self
-        named = self.of_name(source.name)
-        told = source.facts.get("is_distilled", named.distilled)
-        return replace(self, distilled=True, guidance=1.0) if told else self
+        return self._distilled(source.facts.get("is_distilled", self._is_fast(source.name)))
 
     def of_name(self, name: str) -> Family:
         """The family with what the name of its weights tells, as far as `of_weights` goes by it."""
-        fast = bool(self.fast) and bool(re.search(self.fast, name.lower()))
-        if not fast or _UNDONE.search(name.lower()):
-            return self
-        return replace(self, distilled=True, guidance=1.0)
+        return self._distilled(self._is_fast(name))
+
+    def _is_fast(self, name: str) -> bool:
+        name = name.lower()
+        return bool(self.fast and re.search(self.fast, name) and not _UNDONE.search(name))
+
+    def _distilled(self, told: bool) -> Family:
+        return replace(self, distilled=True, guidance=1.0) if told else self
 
     def require_scale(self, scale: float, base: str) -> None:
         """Refuses guidance for weights that were distilled to draw without, whose pipelines ignore
